@@ -1,0 +1,98 @@
+"""Picture → features: a frozen image encoder in front of the projector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import nn
+
+from .assets import fetch
+from .errors import BadInput
+from .presets import ImageEncoderPreset
+
+MAX_PIXELS = 40_000_000
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+def open_image(source: str | Path | BinaryIO) -> Image.Image:
+    """Decodes a picture completely: RGB, upright as its EXIF data say, transparency on white.
+
+    Raises:
+        BadInput: it is no picture, is damaged, or has more than ``MAX_PIXELS``.
+    """
+    try:
+        with Image.open(source, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:  # checked on the header: decoding is what would fill the memory
+                raise _too_large()
+            return _flatten(ImageOps.exif_transpose(image))
+    except FileNotFoundError as error:
+        raise BadInput(f"There is no picture '{Path(source).name}'.") from error
+    except Image.DecompressionBombError as error:
+        raise _too_large() from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise BadInput("That file is not a picture I can read. Please send a JPEG, PNG or WebP.") from error
+
+
+def _too_large() -> BadInput:
+    return BadInput(f"That picture is too large. Please send one of at most {MAX_PIXELS / 1e6:.0f} megapixels.")
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        levels = np.asarray(image, dtype=np.float32)
+        image = Image.fromarray((levels / max(levels.max(), 1.0) * 255).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+class EfficientNetLite(nn.Module):
+    """EfficientNet-Lite (Tan & Le 2019, arXiv 1905.11946) trained on ImageNet, as a feature extractor.
+
+    Gives the last convolution's map averaged to ``grid`` × ``grid`` cells, row by row, then its average over the
+    whole picture: [batch, grid² + 1, width].
+    """
+
+    MEAN, DEVIATION = 127.0, 128.0  # of pixel values 0 to 255, as the TensorFlow originals were trained
+
+    def __init__(self, preset: ImageEncoderPreset):
+        super().__init__()
+        from efficientnet_lite_pytorch import EfficientNet
+
+        (path,) = fetch([preset.source])
+        self.preset = preset
+        self.network = EfficientNet.from_name(preset.name)
+        self.network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        self.requires_grad_(False).eval()
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """A decoded picture → [3, resolution, resolution]: shorter side scaled, centre cut out, as CLIP does it."""
+        size = self.preset.resolution
+        square = ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
+        values = torch.from_numpy(np.array(square)).permute(2, 0, 1)  # [3, size, size]
+        return (values.float() - self.MEAN) / self.DEVIATION
+
+    @torch.inference_mode()
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[batch, 3, resolution, resolution] → [batch, feature_count, width]."""
+        maps = self.network.extract_features(pixels)  # [batch, width, 7, 7]
+        cells = nn.functional.adaptive_avg_pool2d(maps, self.preset.grid).flatten(2)  # [batch, width, grid²]
+        whole = maps.mean(dim=(2, 3)).unsqueeze(2)  # [batch, width, 1]
+        return torch.cat([cells, whole], dim=2).transpose(1, 2)  # [batch, feature_count, width]
+
+    def encode(self, images: list[Image.Image]) -> torch.Tensor:
+        """Decoded pictures → features [len(images), feature_count, width]."""
+        device = next(self.parameters()).device
+        return self(torch.stack([self.pixels(image) for image in images]).to(device))
+
+
+def load_image_encoder(preset: ImageEncoderPreset) -> EfficientNetLite:
+    """The image encoder of a preset, frozen, in evaluation mode."""
+    return EfficientNetLite(preset)

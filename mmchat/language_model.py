@@ -1,0 +1,120 @@
+"""The tokenizer and the causal language model of a preset, and the LoRA adapter on it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .assets import convert_once, fetch
+from .errors import WeightsError
+from .presets import LanguageModelPreset
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def load_language_model(preset: LanguageModelPreset, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """The frozen base model in evaluation mode, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # it would run for a tenth of a second
+    # "-1" is the version of the conversion below: raise it when what it writes changes.
+    folder = convert_once(f"{preset.name}-1", lambda target: _convert_gguf(preset, target))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def _convert_gguf(preset: LanguageModelPreset, target: Path) -> None:
+    """GGUF → safetensors and tokenizer.json: read once in 20 s, then mapped into memory in a fraction of a second."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    (source,) = fetch([preset.source])
+    logger.info("Converting %s once; this takes about half a minute", source.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent,
+        gguf_file=source.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
+
+
+def add_adapter(model: nn.Module, *, rank: int, alpha: int, dropout: float, base_name: str) -> nn.Module:
+    """A fresh LoRA adapter (Hu et al. 2021, arXiv 2106.09685) on every linear layer but the output head."""
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    adapted = _attach(model, config)
+    config.base_model_name_or_path = base_name  # PEFT put the path of a cache folder there
+    return adapted
+
+
+def _attach(model: nn.Module, config: Any) -> nn.Module:
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():  # PEFT calls a property that transformers has renamed
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, config)
+
+
+def save_adapter(model: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes the adapter in PEFT's own layout; ``dtype`` is the number format on disk, the tensors' own if None."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in state.items()},
+        folder / ADAPTER_WEIGHTS,
+    )
+    config = model.peft_config["default"].to_dict()
+    config["inference_mode"] = True
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, default=_jsonable, sort_keys=True))
+
+
+def _jsonable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> nn.Module:
+    """Puts a saved adapter on the model; it stays separate from the base weights, so it can be switched off.
+
+    Raises:
+        WeightsError: the adapter is missing or was made for a model of another shape.
+    """
+    from peft import LoraConfig, set_peft_model_state_dict
+
+    try:
+        config = LoraConfig.from_pretrained(folder)
+        state = load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"The adapter in '{folder.name}' is missing or cannot be read.") from error
+    config.inference_mode = not trainable
+    base_name, config.base_model_name_or_path = config.base_model_name_or_path, None  # nothing for PEFT to compare
+    adapted = _attach(model, config)
+    config.base_model_name_or_path = base_name
+    try:
+        result = set_peft_model_state_dict(adapted, state)
+    except RuntimeError as error:
+        raise WeightsError(f"The adapter in '{folder.name}' was made for a model of another shape.") from error
+    missing = [key for key in result.missing_keys if "lora_" in key]
+    if missing or result.unexpected_keys:
+        raise WeightsError(
+            f"The adapter in '{folder.name}' does not fit: {len(missing)} tensors are missing and "
+            f"{len(result.unexpected_keys)} have no place."
+        )
+    return adapted if trainable else adapted.eval()

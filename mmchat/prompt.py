@@ -1,0 +1,133 @@
+"""Messages → token ids: the only place that knows chat formats, used by training and chat alike.
+
+A conversation becomes a row of segments (control text of the format, what people wrote, pictures), and each segment
+is tokenised on its own. So the label mask needs no guessing about where a piece of text went, and what people wrote
+can never open or close a turn: special tokens are recognised in the format's own text only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+IMAGE_TOKEN_ID = -200  # stands in the ids where a picture's features go, once for each feature
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: who speaks, what they say, and the pictures they show with it.
+
+    ``images`` are paths or decoded PIL pictures; they stand before the text.
+    """
+
+    role: str
+    text: str
+    images: Sequence[Any] = field(default=())
+
+    def __post_init__(self):
+        if self.role not in ROLES:
+            raise ValueError(f"A message's role is one of {', '.join(ROLES)}, not '{self.role}'")
+        if isinstance(self.images, (str, bytes, Path)):
+            raise ValueError("images is a list of pictures; put the single picture into one: images=[picture]")
+        object.__setattr__(self, "images", tuple(self.images))
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How one family of models marks turns."""
+
+    turn_start: str  # with {role}
+    turn_end: str  # written by the model itself at the end of an answer, so it is trained too
+    between_turns: str
+    after_image: str
+    default_system: str | None  # said in text-only conversations that bring no system message
+
+
+CHAT_FORMATS = {
+    "smollm2": ChatFormat(
+        turn_start="<|im_start|>{role}\n",
+        turn_end="<|im_end|>",
+        between_turns="\n",
+        after_image="\n",
+        default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a conversation that is tokenised by itself; exactly one of ``text`` and ``image`` is set."""
+
+    text: str = ""
+    image: Any = None
+    is_control: bool = False  # the format's own text, in which special tokens count
+    is_answer: bool = False  # the model learns to write this
+
+
+@dataclass(frozen=True)
+class EncodedConversation:
+    """A conversation as the model reads it."""
+
+    token_ids: list[int]
+    is_answer: list[bool]  # as long as token_ids
+    images: list[Any]  # in the order in which their IMAGE_TOKEN_IDs stand in token_ids
+
+
+def has_images(messages: Sequence[Message]) -> bool:
+    """Whether a picture is shown anywhere in the conversation."""
+    return any(message.images for message in messages)
+
+
+def segments(messages: Sequence[Message], chat_format: ChatFormat) -> Iterator[Segment]:
+    """The conversation piece by piece.
+
+    Text-only conversations open with the format's default system message, which the base model was tuned on. Ones with
+    a picture do not: the adapter was trained without, and every token counts on a small machine.
+    """
+    if chat_format.default_system and messages[0].role != "system" and not has_images(messages):
+        messages = [Message("system", chat_format.default_system), *messages]
+    for message in messages:
+        is_answer = message.role == "assistant"
+        yield Segment(chat_format.turn_start.format(role=message.role), is_control=True)
+        for image in message.images:
+            yield Segment(image=image)
+            yield Segment(chat_format.after_image, is_control=True)
+        yield Segment(message.text, is_answer=is_answer)
+        yield Segment(chat_format.turn_end, is_control=True, is_answer=is_answer)
+        yield Segment(chat_format.between_turns, is_control=True)
+
+
+def encode(
+    messages: Sequence[Message],
+    tokenizer: Any,
+    chat_format: ChatFormat,
+    tokens_per_image: int,
+    *,
+    open_reply: bool = False,
+) -> EncodedConversation:
+    """Tokenises a conversation.
+
+    Args:
+        messages: at least one.
+        tokenizer: a fast tokenizer of transformers.
+        tokens_per_image: how many tokens the projector makes of one picture.
+        open_reply: end with the start of an assistant turn, for the model to go on from.
+    """
+    pieces = list(segments(messages, chat_format))
+    if open_reply:
+        pieces.append(Segment(chat_format.turn_start.format(role="assistant"), is_control=True))
+    token_ids: list[int] = []
+    is_answer: list[bool] = []
+    for piece in pieces:
+        if piece.image is not None:
+            piece_ids = [IMAGE_TOKEN_ID] * tokens_per_image
+        else:
+            piece_ids = tokenizer.encode(
+                piece.text, add_special_tokens=False, split_special_tokens=not piece.is_control
+            )
+        token_ids += piece_ids
+        is_answer += [piece.is_answer] * len(piece_ids)
+    return EncodedConversation(token_ids, is_answer, [piece.image for piece in pieces if piece.image is not None])

@@ -1,0 +1,109 @@
+"""Picture → features, and what happens to files that are no pictures."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmchat.errors import BadInput
+from mmchat.image_encoder import open_image
+
+
+def png_header_only(width, height):
+    """A PNG that says it is huge, in less than a hundred bytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+def truncated_png():
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "PNG")
+    return buffer.getvalue()[:20_000]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "not a picture"),
+        (b"This is text, not a picture.", "not a picture"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+        (truncated_png(), "not a picture"),
+        (png_header_only(10_000, 9_000), "too large"),
+        (png_header_only(60_000, 60_000), "too large"),
+    ],
+    ids=["empty", "text", "svg", "postscript", "truncated", "90 megapixels", "3600 megapixels"],
+)
+def test_bad_files_get_one_clear_sentence(tmp_path, content, says):
+    path = tmp_path / "secret-folder" / "picture.png"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match=says) as caught:
+        open_image(path)
+    assert "secret-folder" not in str(caught.value)
+
+
+def test_a_missing_file_is_named_without_its_folder(tmp_path):
+    with pytest.raises(BadInput, match=r"no picture 'cat\.jpg'"):
+        open_image(tmp_path / "cat.jpg")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "1", "I;16", "F"])
+def test_every_kind_of_pixel_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("picture.tiff" if mode in ("CMYK", "F", "I;16") else "picture.png")
+    Image.new("RGB", (8, 6), "gray").convert("F" if mode == "I;16" else mode).convert(mode).save(path)
+    image = open_image(path)
+    assert image.mode == "RGB" and image.size == (8, 6)
+
+
+def test_transparency_is_shown_on_white(tmp_path):
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert open_image(tmp_path / "clear.png").getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_pictures_of_a_phone_are_turned_upright(tmp_path):
+    image = Image.new("RGB", (20, 10), "black")
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side: turn a quarter clockwise
+    image.save(tmp_path / "phone.png", exif=exif)
+    upright = open_image(tmp_path / "phone.png")
+    assert upright.size == (10, 20) and upright.getpixel((9, 0)) == (255, 255, 255)
+
+
+def test_features_have_the_shape_the_preset_says(engine, small_picture):
+    features = engine.image_encoder.encode([small_picture, small_picture.rotate(90)])
+    preset = engine.preset.image_encoder
+    assert features.shape == (2, preset.feature_count, preset.width)
+    cells, whole = features[:, :-1], features[:, -1]
+    assert not torch.allclose(cells.mean(dim=1), torch.zeros_like(whole))
+    assert not torch.equal(features[0], features[1])
+
+
+def test_a_batch_gives_what_single_pictures_give(engine, photo, small_picture):
+    images = [open_image(photo), small_picture]
+    batch = engine.image_encoder.encode(images)
+    single = torch.cat([engine.image_encoder.encode([image]) for image in images])
+    torch.testing.assert_close(batch, single, atol=1e-4, rtol=1e-4)
+
+
+def test_the_encoder_recognises_what_it_was_trained_on(engine, photo):
+    """Wrong weights or scaling would still give features; the ImageNet head says whether they mean anything."""
+    encoder = engine.image_encoder
+    features = encoder.encode([open_image(photo.with_name("coffee.jpg"))])
+    with torch.inference_mode():
+        probabilities = encoder.network._fc(features[:, -1]).softmax(dim=-1)[0]
+    espresso = 967
+    assert probabilities.argmax() == espresso
+    assert probabilities[espresso] > 0.5

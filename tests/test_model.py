@@ -1,0 +1,122 @@
+"""Splice, loss, and weights on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mmchat.errors import WeightsError
+from mmchat.model import IGNORED, MultimodalModel, load_model
+from mmchat.projector import ProjectorConfig, build_projector
+from mmchat.prompt import IMAGE_TOKEN_ID
+
+PROJECTORS = ("linear", "mlp", "resblock")
+
+
+def tiny_model(kind="mlp"):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    projector_config = ProjectorConfig(kind, image_width=8, hidden_width=12, token_width=16)
+    return MultimodalModel(LlamaForCausalLM(config), build_projector(projector_config), projector_config)
+
+
+def padded_batch():
+    """Two conversations of different length: the second has a picture of three features."""
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 0, 0], [4, *[IMAGE_TOKEN_ID] * 3, 11, 12, 13, 14]])
+    labels = torch.tensor([[IGNORED] * 3 + [8, 9, 10] + [IGNORED] * 2, [IGNORED] * 6 + [13, 14]])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
+
+
+@pytest.mark.parametrize("kind", PROJECTORS)
+def test_projected_features_stand_at_their_places(kind):
+    model = tiny_model(kind)
+    features = torch.randn(2, 3, 8)
+    ids = torch.tensor([[1, *[IMAGE_TOKEN_ID] * 3, 2, 3], [4, 5, *[IMAGE_TOKEN_ID] * 3, 6]])
+    embeddings = model.splice(ids, features)
+    tokens = model.language_model.get_input_embeddings()
+    torch.testing.assert_close(embeddings[0, 1:4], model.projector(features[0]))
+    torch.testing.assert_close(embeddings[1, 2:5], model.projector(features[1]))
+    torch.testing.assert_close(embeddings[0, [0, 4, 5]], tokens(torch.tensor([1, 2, 3])))
+    torch.testing.assert_close(embeddings[1, [0, 1, 5]], tokens(torch.tensor([4, 5, 6])))
+
+
+def test_features_without_a_place_are_an_error():
+    with pytest.raises(ValueError, match="3 places for picture features, but 4 features"):
+        tiny_model().splice(torch.tensor([[1, *[IMAGE_TOKEN_ID] * 3]]), torch.randn(1, 4, 8))
+
+
+def test_the_loss_equals_cross_entropy_on_the_next_token_of_every_answer():
+    model, batch, features = tiny_model(), padded_batch(), torch.randn(1, 3, 8)
+    loss = model(**batch, image_features=features).loss
+    embeddings = model.splice(batch["input_ids"], features)
+    logits = model.language_model(inputs_embeds=embeddings, attention_mask=batch["attention_mask"]).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].reshape(-1, 50), batch["labels"][:, 1:].reshape(-1), ignore_index=IGNORED
+    )
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("kind", PROJECTORS)
+def test_every_weight_of_the_projector_learns(kind):
+    model = tiny_model(kind)
+    model.language_model.requires_grad_(False)
+    model(**padded_batch(), image_features=torch.randn(1, 3, 8)).loss.backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in model.projector.parameters())
+
+
+def test_an_unknown_kind_of_projector_is_named():
+    with pytest.raises(ValueError, match="magic"):
+        build_projector(ProjectorConfig("magic", 1, 1, 1))
+
+
+@pytest.fixture
+def weights_copy(engine, tmp_path):
+    shutil.copytree(engine.preset.weights, tmp_path / "weights")
+    return tmp_path / "weights"
+
+
+def test_saved_weights_load_to_the_same_model(engine, tmp_path):
+    engine.model.save(tmp_path / "copy", engine.preset)
+    copy, _ = load_model(engine.preset, tmp_path / "copy", torch.float32)
+    original = engine.model.state_dict()
+    assert all(torch.equal(weight, original[name]) for name, weight in copy.state_dict().items())
+    saved = (tmp_path / "copy" / "adapter" / "adapter_config.json").read_text()
+    assert str(tmp_path) not in saved and "cache" not in json.loads(saved)["base_model_name_or_path"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda folder: (folder / "mmchat.json").unlink(), "not a folder of mmchat weights"),
+        (lambda folder: edit_config(folder, format_version=99), "format version 99"),
+        (lambda folder: edit_config(folder, image_encoder="clip"), "image encoder 'clip'"),
+        (lambda folder: (folder / "projector.safetensors").write_bytes(b"cut off"), "projector"),
+        (lambda folder: drop_tensor(folder / "projector.safetensors"), "projector"),
+        (lambda folder: (folder / "adapter" / "adapter_model.safetensors").unlink(), "adapter"),
+        (lambda folder: drop_tensor(folder / "adapter" / "adapter_model.safetensors"), "1 tensors are missing"),
+    ],
+    ids=["no config", "newer format", "other encoder", "cut off", "projector tensor", "no adapter", "adapter tensor"],
+)
+def test_weights_that_do_not_fit_are_named_not_loaded(engine, weights_copy, damage, says):
+    damage(weights_copy)
+    with pytest.raises(WeightsError, match=says) as caught:
+        load_model(engine.preset, weights_copy, torch.float32)
+    assert str(weights_copy.parent) not in str(caught.value)
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "mmchat.json").read_text())
+    (folder / "mmchat.json").write_text(json.dumps({**config, **changes}))
+
+
+def drop_tensor(path):
+    tensors = load_file(path)
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, path)
