@@ -1,0 +1,25 @@
+"""mmchat: talk with a small vision-language model about pictures, by text or voice.
+
+import mmchat
+
+engine = mmchat.load("smol")
+question = mmchat.Message("user", "What is in this picture?", images=["dog.jpg"])
+for piece in engine.reply([question]):
+    print(piece, end="", flush=True)
+"""
+
+import importlib
+
+from .errors import AssetError, BadInput, MmchatError, WeightsError
+
+__version__ = "0.1.0"
+__all__ = ["AssetError", "BadInput", "Engine", "Message", "MmchatError", "SamplingOptions", "WeightsError", "load"]
+
+# Loaded when first used: torch takes seconds to import, and `--help` should not wait for it.
+_LAZY = {"Engine": ".engine", "load": ".engine", "Message": ".prompt", "SamplingOptions": ".generation"}
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

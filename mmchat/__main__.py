@@ -1,0 +1,150 @@
+"""mmchat in a terminal.
+
+python -m mmchat ask "What is in this picture?" --image cat.jpg
+python -m mmchat batch questions.jsonl --out answers.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+from .errors import BadInput, MmchatError
+from .presets import DEFAULT_PRESET, PRESETS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; the exit status is 0 unless nothing could be answered."""
+    options = parse(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        return options.run(options)
+    except MmchatError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m mmchat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    ask_command = commands.add_parser("ask", help="ask one question and read the answer as it is written")
+    ask_command.add_argument("question", nargs="?", default="", help="the question; may be spoken with --audio instead")
+    ask_command.add_argument("--image", action="append", default=[], help="a picture to ask about; may be repeated")
+    ask_command.add_argument("--audio", help="a recording of the question")
+    ask_command.set_defaults(run=ask)
+
+    batch_command = commands.add_parser("batch", help="answer a file of questions")
+    batch_command.add_argument(
+        "questions", type=Path, help='one question a line, as {"image": path or null, "question": text}'
+    )
+    batch_command.add_argument(
+        "--out", type=Path, required=True, help='the same lines with "answer"; lines that are there already are kept'
+    )
+    batch_command.set_defaults(run=batch)
+
+    for command in (ask_command, batch_command):
+        command.add_argument("--preset", default=DEFAULT_PRESET, choices=PRESETS, help="which models to use")
+        command.add_argument("--weights", help="a folder that training wrote (default: the preset's own)")
+        command.add_argument("--temperature", type=float, help="0 takes the likeliest word every time")
+        command.add_argument("--max-new-tokens", type=int, help="the longest answer, in tokens")
+    return parser.parse_args(arguments)
+
+
+def ask(options: argparse.Namespace) -> int:
+    """Prints the answer to one question as it is written."""
+    from .engine import DEFAULT_QUESTION
+    from .prompt import Message
+
+    engine, sampling = _start(options)
+    question = options.question
+    if options.audio:
+        question = engine.transcribe(options.audio).text
+        print(f"> {question}", file=sys.stderr)
+    question = question or (DEFAULT_QUESTION if options.image else "")
+    for piece in engine.reply([Message("user", question, options.image)], sampling):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def batch(options: argparse.Namespace) -> int:
+    """Answers a file of questions in order; goes on where an earlier run stopped."""
+    from tqdm import tqdm
+
+    lines = _read_lines(options.questions)
+    done = _finished_lines(options.out)
+    if done > len(lines):
+        raise BadInput(f"{options.out} has more lines than {options.questions}; it answers another file.")
+    engine, sampling = _start(options)
+    failed = 0
+    with options.out.open("a", encoding="utf-8") as sink:
+        for number, line in enumerate(tqdm(lines[done:], initial=done, total=len(lines), unit="question"), done + 1):
+            try:
+                answered = _answer_line(engine, sampling, line)
+            except MmchatError as error:
+                failed += 1
+                tqdm.write(f"Line {number} skipped: {error}", file=sys.stderr)
+                answered = {**_parsed_or_raw(line), "answer": None, "error": str(error)}
+            sink.write(json.dumps(answered, ensure_ascii=False) + "\n")
+            sink.flush()
+    return 1 if lines and failed == len(lines) else 0
+
+
+def _start(options: argparse.Namespace):
+    from .engine import load
+    from .generation import SamplingOptions
+
+    given = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens}
+    sampling = SamplingOptions(**{name: value for name, value in given.items() if value is not None})
+    return load(options.preset, options.weights), sampling
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as a text file.") from error
+
+
+def _finished_lines(path: Path) -> int:
+    """How many answers are there already; a last line that an interruption cut short is taken off the file."""
+    if not path.exists():
+        return 0
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        path.write_bytes(whole)
+    return whole.count(b"\n")
+
+
+def _answer_line(engine, sampling, line: str) -> dict:
+    from .prompt import Message
+
+    try:
+        entry = json.loads(line)
+        image, question = entry.get("image"), entry["question"]
+    except (ValueError, AttributeError, KeyError) as error:
+        raise BadInput('it is not of the form {"image": path or null, "question": text}.') from error
+    if not isinstance(question, str) or not isinstance(image, (str, type(None))):
+        raise BadInput("the question must be text and the image a path or null.")
+    return {**entry, "answer": "".join(engine.reply([Message("user", question, [image] if image else [])], sampling))}
+
+
+def _parsed_or_raw(line: str) -> dict:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        entry = line
+    return entry if isinstance(entry, dict) else {"line": entry}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Holds a conversation: messages in, text out."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .device import choose_device
+from .errors import BadInput
+from .generation import SamplingOptions, stream_text
+from .image_encoder import load_image_encoder, open_image
+from .model import load_model
+from .presets import DEFAULT_PRESET, Preset, get_preset
+from .prompt import CHAT_FORMATS, EncodedConversation, Message, encode
+from .speech import SpeechRecognizer, Transcript
+
+logger = logging.getLogger(__name__)
+
+CACHED_PICTURES = 64
+DEFAULT_QUESTION = "Describe the image."  # for a picture that came without words
+
+
+def load(preset: str = DEFAULT_PRESET, weights: str | Path | None = None) -> Engine:
+    """An engine with the models of a preset, fetched on first use.
+
+    Args:
+        preset: a name from ``presets.PRESETS``.
+        weights: a folder that training wrote; the preset's own weights if None.
+
+    Raises:
+        MmchatError: no such preset, or models or weights that cannot be had; the text says what to do.
+    """
+    return Engine(get_preset(preset), weights)
+
+
+class Engine:
+    """One set of models in memory.
+
+    Safe to share between threads: replies take their turn, one at a time.
+    """
+
+    def __init__(self, preset: Preset, weights: str | Path | None = None):
+        self.preset = preset
+        self.device = choose_device()
+        logger.info("Computing on %s: %s", self.device.type, self.device.reason)
+        self.model, self.tokenizer = load_model(preset, weights or preset.weights, self.device.dtype)
+        self.model.to(self.device.type)
+        self.chat_format = CHAT_FORMATS[preset.language_model.chat_format]
+        self.context_length: int = self.model.language_model.config.max_position_embeddings  # tokens
+        self._features: OrderedDict[str, torch.Tensor] = OrderedDict()  # picture digest -> [features, width]
+        self._turn = Lock()  # the adapter is on or off for the whole model, so one reply runs at a time
+        self._loading = Lock()
+
+    def warm_up(self) -> None:
+        """Loads what else a conversation may need, so that no question has to wait for it."""
+        with self._loading:
+            self.image_encoder, self.speech_recognizer  # noqa: B018 (each is loaded by being named)
+
+    @cached_property
+    def image_encoder(self):
+        return load_image_encoder(self.preset.image_encoder).to(self.device.type)
+
+    @cached_property
+    def speech_recognizer(self) -> SpeechRecognizer:
+        return SpeechRecognizer(self.preset.speech)
+
+    def transcribe(self, path: str | Path) -> Transcript:
+        """What is said in a recording: any container, rate and number of channels.
+
+        Raises:
+            BadInput: it cannot be read, or there is no speech in it.
+        """
+        with self._loading:
+            recognizer = self.speech_recognizer
+        return recognizer.transcribe(path)
+
+    def reply(
+        self,
+        messages: Sequence[Message],
+        options: SamplingOptions | None = None,
+        notify: Callable[[str], None] = logger.info,
+    ) -> Iterator[str]:
+        """The answer to a conversation, in pieces as they are written. Closing the iterator stops the work.
+
+        A conversation without pictures is answered by the base model alone. With a picture anywhere in it, adapter
+        and projector are on, and each picture is read at the place where it was shown.
+
+        Args:
+            messages: the conversation, a user's question last.
+            options: how to choose words; the defaults if None.
+            notify: called with a sentence when the oldest turns had to be left out.
+
+        Raises:
+            BadInput: there is no question, a picture cannot be read, or the question alone is too long.
+        """
+        options = options or SamplingOptions()
+        _check(messages)
+        encoded = self._fit(list(messages), options.max_new_tokens, notify)
+        with self._turn:
+            adapter = nullcontext() if encoded.images else self.model.without_adapter()
+            with adapter:
+                embeddings = self._embed(encoded)
+                with closing(stream_text(self.model.language_model, self.tokenizer, embeddings, options)) as pieces:
+                    yield from pieces
+
+    def _fit(self, messages: list[Message], max_new_tokens: int, notify: Callable[[str], None]) -> EncodedConversation:
+        """Tokenises the conversation, leaving out whole oldest turns until it fits the model's context."""
+        system = [message for message in messages[:1] if message.role == "system"]
+        turns = _turns(messages[len(system) :])
+        room = self.context_length - max_new_tokens
+        for dropped in range(len(turns)):
+            kept = system + [message for turn in turns[dropped:] for message in turn]
+            encoded = self._encode(kept)
+            if len(encoded.token_ids) <= room:
+                if dropped:
+                    notify(f"This conversation is too long for me: I left out the oldest {_count(dropped, 'turn')}.")
+                return encoded
+        raise BadInput(
+            f"Your question is too long for me: it takes {len(encoded.token_ids)} tokens, and there is room for "
+            f"{max(room, 0)} beside the answer. Please shorten it."
+        )
+
+    def _encode(self, messages: list[Message]) -> EncodedConversation:
+        tokens_per_image = self.preset.image_encoder.feature_count
+        return encode(messages, self.tokenizer, self.chat_format, tokens_per_image, open_reply=True)
+
+    @torch.inference_mode()
+    def _embed(self, encoded: EncodedConversation) -> torch.Tensor:
+        """[1, length, token_width]."""
+        token_ids = torch.tensor([encoded.token_ids], device=self.model.device)
+        features = [self._image_features(image) for image in encoded.images]
+        return self.model.splice(token_ids, torch.stack(features) if features else None)
+
+    def _image_features(self, source: Any) -> torch.Tensor:
+        """[features, width] of a picture, encoded the first time it is seen."""
+        image = source if isinstance(source, Image.Image) else open_image(source)
+        image = image.convert("RGB")
+        digest = hashlib.blake2b(image.tobytes() + repr(image.size).encode()).hexdigest()
+        if digest not in self._features:
+            self._features[digest] = self.image_encoder.encode([image])[0]
+            if len(self._features) > CACHED_PICTURES:
+                self._features.popitem(last=False)
+        self._features.move_to_end(digest)
+        return self._features[digest]
+
+
+def _check(messages: Sequence[Message]) -> None:
+    if not messages or messages[-1].role != "user":
+        raise BadInput("Please ask a question.")
+    question = messages[-1]
+    if not question.text.strip() and not question.images:
+        raise BadInput("Please type or speak a question.")
+
+
+def _turns(messages: Sequence[Message]) -> list[list[Message]]:
+    """Each question with the answers that followed it."""
+    turns: list[list[Message]] = []
+    for message in messages:
+        if message.role == "user" or not turns:
+            turns.append([])
+        turns[-1].append(message)
+    return turns
+
+
+def _count(number: int, noun: str) -> str:
+    return noun if number == 1 else f"{number} {noun}s"

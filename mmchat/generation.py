@@ -1,0 +1,118 @@
+"""Embeddings → text, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import BadInput
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token every time; higher is more varied.
+        top_p: sample from the smallest set of tokens whose probabilities reach this sum (Holtzman et al. 2020,
+            arXiv 1904.09751).
+        max_new_tokens: the longest answer.
+        repetition_penalty: above 1, tokens already in the answer become less likely (Keskar et al. 2019,
+            arXiv 1909.05858).
+        seed: makes a sampled answer repeatable.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 0.9
+    max_new_tokens: int = 256
+    repetition_penalty: float = 1.1
+    seed: int | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.temperature <= 5:
+            raise BadInput("The temperature must lie between 0 and 5.")
+        if not 0 < self.top_p <= 1:
+            raise BadInput("Top-p must be above 0 and at most 1.")
+        if not 1 <= self.max_new_tokens <= 4096:
+            raise BadInput("The longest answer must have between 1 and 4096 tokens.")
+        if not 0.5 <= self.repetition_penalty <= 3:
+            raise BadInput("The repetition penalty must lie between 0.5 and 3.")
+
+
+def stop_token_ids(model: nn.Module, tokenizer: Any) -> set[int]:
+    """Every token that ends an answer."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return {token_id for token_id in (*configured, tokenizer.eos_token_id) if token_id is not None}
+
+
+def stream_text(model: nn.Module, tokenizer: Any, embeddings: torch.Tensor, options: SamplingOptions) -> Iterator[str]:
+    """The answer in pieces that are whole characters.
+
+    Closing the iterator ends the work: nothing is computed before the next piece is asked for.
+
+    Args:
+        embeddings: [1, length, token_width], what the model has read so far.
+    """
+    from tokenizers.decoders import DecodeStream
+
+    decoder = DecodeStream(skip_special_tokens=True)
+    with closing(stream_token_ids(model, embeddings, options, stop_token_ids(model, tokenizer))) as token_ids:
+        for token_id in token_ids:
+            piece = decoder.step(tokenizer.backend_tokenizer, token_id)
+            if piece:
+                yield piece
+
+
+@torch.inference_mode()
+def stream_token_ids(
+    model: nn.Module, embeddings: torch.Tensor, options: SamplingOptions, stop_ids: set[int]
+) -> Iterator[int]:
+    """Token ids one by one, without the one that ends the answer."""
+    from transformers import DynamicCache
+
+    process = _logits_processors(options)
+    generator = torch.Generator(embeddings.device)
+    generator.manual_seed(options.seed) if options.seed is not None else generator.seed()
+    cache = DynamicCache(config=model.config)
+    written = torch.empty(1, 0, dtype=torch.long, device=embeddings.device)  # [1, tokens of the answer]
+    inputs = {"inputs_embeds": embeddings}
+    for _ in range(options.max_new_tokens):
+        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        scores = process(written, output.logits[:, -1].float())  # [1, vocabulary]
+        token = _choose(scores, options.temperature, generator)  # [1, 1]
+        token_id = token.item()
+        if token_id in stop_ids:
+            return
+        yield token_id
+        written = torch.cat([written, token], dim=1)
+        inputs = {"input_ids": token}
+
+
+def _logits_processors(options: SamplingOptions):
+    from transformers import (
+        LogitsProcessorList,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    process = LogitsProcessorList()
+    if options.repetition_penalty != 1:
+        process.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
+    if options.temperature > 0:
+        process.append(TemperatureLogitsWarper(float(options.temperature)))
+        if options.top_p < 1:
+            process.append(TopPLogitsWarper(options.top_p))
+    return process
+
+
+def _choose(scores: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
+    if temperature == 0:
+        return scores.argmax(dim=-1, keepdim=True)
+    return torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)

@@ -1,0 +1,101 @@
+"""Token by token: the same words as transformers' own generate, and no work after the last one asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmchat.errors import BadInput
+from mmchat.generation import SamplingOptions, stop_token_ids, stream_text, stream_token_ids
+from mmchat.prompt import Message
+
+GREEDY = SamplingOptions(temperature=0, repetition_penalty=1, max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def embeddings(engine):
+    encoded = engine._encode([Message("user", "Tell me about the sea in three sentences.")])
+    return engine._embed(encoded)
+
+
+@pytest.fixture(scope="module")
+def stop_ids(engine):
+    return stop_token_ids(engine.model.language_model, engine.tokenizer)
+
+
+def count_steps(engine, monkeypatch):
+    """Counts how often the language model is run."""
+    steps, forward = [], type(engine.model.language_model).forward
+    monkeypatch.setattr(
+        type(engine.model.language_model), "forward", lambda *a, **k: (steps.append(1), forward(*a, **k))[1]
+    )
+    return steps
+
+
+def generated(engine, embeddings, stop_ids, **options):
+    """The answer of transformers' own generate, without the token that ends it."""
+    output = engine.model.language_model.generate(
+        inputs_embeds=embeddings,
+        attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.long),
+        max_new_tokens=24,
+        do_sample=False,
+        **options,
+    )
+    return [token for token in output[0].tolist() if token not in stop_ids]
+
+
+def test_greedy_words_are_those_of_generate(engine, embeddings, stop_ids):
+    ours = list(stream_token_ids(engine.model.language_model, embeddings, GREEDY, stop_ids))
+    assert ours == generated(engine, embeddings, stop_ids)
+
+
+def test_the_repetition_penalty_is_that_of_generate(engine, embeddings, stop_ids):
+    options = SamplingOptions(temperature=0, repetition_penalty=1.3, max_new_tokens=24)
+    ours = list(stream_token_ids(engine.model.language_model, embeddings, options, stop_ids))
+    assert ours == generated(engine, embeddings, stop_ids, repetition_penalty=1.3)
+
+
+def test_closing_ends_the_work_within_a_token(engine, embeddings, stop_ids, monkeypatch):
+    steps = count_steps(engine, monkeypatch)
+    tokens = stream_token_ids(engine.model.language_model, embeddings, GREEDY, stop_ids)
+    next(tokens), next(tokens)
+    tokens.close()
+    assert len(steps) == 2
+
+
+def test_a_seed_makes_sampling_repeatable(engine, embeddings, stop_ids):
+    def sample(seed):
+        options = SamplingOptions(temperature=1.0, max_new_tokens=12, seed=seed)
+        return list(stream_token_ids(engine.model.language_model, embeddings, options, stop_ids))
+
+    assert sample(1) == sample(1)
+    assert len({tuple(sample(seed)) for seed in range(4)}) > 1
+
+
+def test_the_longest_answer_is_kept_to(engine, embeddings, stop_ids):
+    options = SamplingOptions(temperature=0, max_new_tokens=5)
+    assert len(list(stream_token_ids(engine.model.language_model, embeddings, options, stop_ids))) == 5
+
+
+def test_pieces_are_whole_characters(engine):
+    """Emoji and accents take several tokens each; no piece may hold half of one."""
+    encoded = engine._encode([Message("user", "Repeat exactly: 日本語 😀 café")])
+    pieces = list(stream_text(engine.model.language_model, engine.tokenizer, engine._embed(encoded), GREEDY))
+    assert len(pieces) > 1
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces).strip()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"max_new_tokens": 0},
+        {"repetition_penalty": 0},
+        {"temperature": float("nan")},
+    ],
+)
+def test_options_out_of_range_are_refused_in_words(wrong):
+    with pytest.raises(BadInput, match="must"):
+        SamplingOptions(**wrong)

@@ -1,0 +1,115 @@
+"""python -m mmchat ask and batch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mmchat import __main__ as terminal
+from tests.conftest import ROOT, SPEECH
+
+
+@pytest.fixture(autouse=True)
+def loaded_engine(engine, monkeypatch):
+    """The real engine, loaded once for all these tests."""
+    monkeypatch.setattr("mmchat.engine.load", lambda preset, weights: engine)
+
+
+def run(*arguments) -> int:
+    return terminal.main([str(argument) for argument in arguments])
+
+
+def test_help_does_not_wait_for_torch():
+    script = (
+        "import sys, mmchat.__main__ as m\ntry: m.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "ask" in shown and "batch" in shown and shown.endswith("False\n")
+
+
+def test_ask_as_a_person_runs_it(photo):
+    """The whole way, in a process of its own: stdout is the answer and nothing else."""
+    command = [sys.executable, "-m", "mmchat", "ask", "What is the capital of France?", "--temperature", "0"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "The capital of France is Paris.\n"
+    assert result.stderr == ""
+
+
+def test_ask_about_a_picture(photo, capsys):
+    assert run("ask", "--image", photo, "--temperature", 0, "--max-new-tokens", 20) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_a_spoken_question_is_shown_and_answered(capsys):
+    assert run("ask", "--audio", SPEECH, "--max-new-tokens", 8) == 0
+    captured = capsys.readouterr()
+    assert "ask not what your country can do for you" in captured.err
+    assert captured.out.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["ask"], "Please type or speak a question."),
+        (["ask", "What?", "--image", "nowhere.jpg"], "There is no picture 'nowhere.jpg'."),
+        (["ask", "--audio", "nowhere.wav"], "There is no recording 'nowhere.wav'."),
+        (["ask", "Hi", "--temperature", "9"], "The temperature must lie between 0 and 5."),
+    ],
+)
+def test_errors_are_one_sentence(capsys, arguments, says):
+    assert run(*arguments) == 1
+    assert capsys.readouterr().err.strip() == says
+
+
+class TestBatch:
+    @pytest.fixture
+    def questions(self, tmp_path, photo):
+        lines = [
+            {"image": None, "question": "What is the capital of France?"},
+            {"image": str(photo), "question": "Describe the image.", "id": 7},
+            {"image": "nowhere.jpg", "question": "What is it?"},
+            {"image": None, "question": "Is water wet? Answer yes or no."},
+        ]
+        path = tmp_path / "questions.jsonl"
+        path.write_text("\n".join(json.dumps(line) for line in lines) + "\nnot json\n")
+        return path
+
+    @staticmethod
+    def batch(questions, out):
+        return run("batch", questions, "--out", out, "--temperature", 0, "--max-new-tokens", 12)
+
+    @staticmethod
+    def answers(path):
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def test_answers_in_order_and_bad_lines_are_skipped_aloud(self, questions, tmp_path, capsys):
+        out = tmp_path / "answers.jsonl"
+        assert self.batch(questions, out) == 0
+        answers = self.answers(out)
+        assert len(answers) == 5
+        assert "Paris" in answers[0]["answer"] and answers[1]["answer"] and answers[3]["answer"]
+        assert answers[1]["id"] == 7 and answers[1]["question"] == "Describe the image."
+        assert answers[2]["answer"] is None and answers[4]["answer"] is None
+        shown = capsys.readouterr().err
+        assert "Line 3 skipped: There is no picture 'nowhere.jpg'." in shown and "Line 5 skipped" in shown
+        assert "5/5" in shown  # the progress bar
+
+    def test_an_interrupted_run_goes_on_where_it_stopped(self, questions, tmp_path, monkeypatch):
+        whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+        self.batch(questions, whole)
+        first, second, *_ = whole.read_text().splitlines(keepends=True)
+        out.write_text(first + second[:9])  # killed in the middle of writing line 2
+        asked, answer_line = [], terminal._answer_line
+        monkeypatch.setattr(terminal, "_answer_line", lambda *a: (asked.append(a[2]), answer_line(*a))[1])
+        self.batch(questions, out)
+        assert out.read_text() == whole.read_text()
+        assert len(asked) == 4 and "Describe" in asked[0]
+
+    def test_answers_of_another_file_are_not_overwritten(self, questions, tmp_path, capsys):
+        out = tmp_path / "answers.jsonl"
+        out.write_text('{"answer": "x"}\n' * 9)
+        assert self.batch(questions, out) == 1
+        assert "another file" in capsys.readouterr().err and out.read_text().count("\n") == 9
