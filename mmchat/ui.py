@@ -1,0 +1,300 @@
+"""The page: what a person sees and does. Plain data goes to the engine, text comes back."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+
+import gradio as gr
+from gradio.utils import get_upload_folder
+
+from .engine import DEFAULT_QUESTION, Engine
+from .errors import BadInput, MmchatError
+from .generation import SamplingOptions
+from .image_encoder import open_image
+from .prompt import Message
+
+logger = logging.getLogger(__name__)
+
+MAX_UPLOAD = "10mb"
+MAX_QUESTION = 4000  # characters
+MAX_WAITING = 16  # questions in the queue; the next one is told to come back later
+KEEP_UPLOADS = 3600  # seconds
+
+# Markdown in an answer may name a picture anywhere on the web; the browser must not fetch it.
+CONTENT_SECURITY = (
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"img-src 'self' data: blob:; media-src 'self' data: blob:\">"
+)
+STYLE = "#chat button[aria-label=Share] {display: none} footer {opacity: .7}"
+
+SAVE_SCRIPT = """(history) => {
+    const say = part => part.type === 'text' ? part.text : `[${part.file?.orig_name ?? part.type}]`;
+    const text = history.map(turn => `**${turn.role}**: ` + turn.content.map(say).join(' ')).join('\\n\\n');
+    const blob = new Blob([text + '\\n'], {type: 'text/markdown'});
+    const link = Object.assign(document.createElement('a'),
+        {href: URL.createObjectURL(blob), download: 'conversation.md'});
+    link.click();
+    URL.revokeObjectURL(link.href);
+}"""
+
+History = list[dict[str, Any]]
+
+
+def shown_error(error: Exception) -> gr.Error:
+    """What a person reads when something went wrong: our own sentence, never a stack trace."""
+    if isinstance(error, MmchatError):
+        return gr.Error(str(error), print_exception=False)
+    logger.exception("A request failed", exc_info=error)
+    return gr.Error("Something went wrong on my side. Please try again.", print_exception=False)
+
+
+class SafeImage(gr.Image):
+    """An image input that hands over uploaded pictures only.
+
+    gr.Image takes any path of the server from a raw request that leaves out ``meta``, and passes damaged files on.
+    """
+
+    is_template = True  # or the browser would look for a component of this class's name
+
+    def preprocess(self, payload):
+        if payload is None:
+            return None
+        path = Path(payload.path or "").resolve()
+        if not _is_uploaded(path):
+            raise gr.Error("I do not know that picture. Please upload it.", print_exception=False)
+        try:
+            open_image(path)
+        except BadInput as error:
+            raise shown_error(error) from error
+        return str(path)
+
+
+def _is_uploaded(path: Path) -> bool:
+    return path.is_relative_to(Path(get_upload_folder()).resolve())
+
+
+def to_messages(history: History) -> list[Message]:
+    """The page's conversation → the engine's. Roles and parts that are not ours are left out: a browser sent them."""
+    messages = []
+    for turn in history:
+        if turn.get("role") not in ("user", "assistant"):
+            continue
+        parts = turn["content"] if isinstance(turn["content"], list) else [{"type": "text", "text": turn["content"]}]
+        text = "\n".join(part["text"] for part in parts if part.get("type") == "text")
+        files = [Path(part["file"]["path"]) for part in parts if part.get("type") == "file"]
+        messages.append(Message(turn["role"], text, [path for path in files if _is_uploaded(path.resolve())]))
+    return messages
+
+
+def user_turn(text: str, image: str | None) -> dict[str, Any]:
+    """A question as the page shows it: the picture above the words."""
+    picture = [{"path": image, "alt_text": "Uploaded picture"}] if image else []
+    return {"role": "user", "content": [*picture, text]}
+
+
+class Page:
+    """The handlers of the page's events, around one engine."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    def add_text(self, text: str, image: str | None, history: History):
+        """Moves a typed question and its picture into the conversation, and empties both inputs."""
+        text = (text or "").strip() or (DEFAULT_QUESTION if image else "")
+        if not text:
+            raise gr.Error("Please type a question first.", print_exception=False)
+        if len(text) > MAX_QUESTION:
+            raise gr.Error(f"Please ask in at most {MAX_QUESTION} characters.", print_exception=False)
+        return "", None, [*history, user_turn(text, image)]
+
+    def add_voice(self, recording: str | None, image: str | None, history: History):
+        """Moves what was said, in writing, into the conversation."""
+        if not recording:
+            raise gr.Error("Please record or upload a question first.", print_exception=False)
+        try:
+            question = self.engine.transcribe(recording).text
+        except Exception as error:
+            raise shown_error(error) from error
+        return None, None, [*history, user_turn(question, image)]
+
+    def reply(self, history: History, temperature: float, max_new_tokens: float) -> Iterator[History]:
+        """Streams the answer to the last question into the conversation."""
+        if not history or history[-1]["role"] != "user":  # nothing to answer, as after Retry on an empty page
+            yield history
+            return
+        for text in self.answer(to_messages(history), temperature, max_new_tokens):
+            yield [*history, {"role": "assistant", "content": text}]
+
+    def ask(self, question: str, image: str | None = None) -> Iterator[str]:
+        """Answers one question, about a picture if there is one; each piece is the answer so far."""
+        if len(question or "") > MAX_QUESTION:
+            raise gr.Error(f"Please ask in at most {MAX_QUESTION} characters.", print_exception=False)
+        question = (question or "").strip() or (DEFAULT_QUESTION if image else "")
+        yield from self.answer([Message("user", question, [image] if image else [])])
+
+    def answer(
+        self, messages: list[Message], temperature: float | None = None, max_new_tokens: float | None = None
+    ) -> Iterator[str]:
+        """The engine's answer as it grows; its errors as the page shows them."""
+        text = ""
+        try:
+            given = {"temperature": temperature, "max_new_tokens": max_new_tokens and int(max_new_tokens)}
+            options = SamplingOptions(**{name: value for name, value in given.items() if value is not None})
+            with closing(self.engine.reply(messages, options, notify=gr.Info)) as pieces:
+                for piece in pieces:
+                    text += piece
+                    yield text
+        except Exception as error:
+            raise shown_error(error) from error
+        if not text:
+            raise gr.Error("I have no answer to that. Please ask in other words.", print_exception=False)
+
+
+def drop_reply(history: History, event: gr.RetryData) -> History:
+    """Retry: the conversation up to the question that is asked again."""
+    return history[: event.index + 1]
+
+
+def undo(history: History, event: gr.UndoData) -> tuple[History, str, str | None]:
+    """Undo: the last question goes back into the inputs, its picture with it."""
+    (question,) = to_messages(history[event.index : event.index + 1]) or [Message("user", "")]
+    return history[: event.index], question.text, str(question.images[0]) if question.images else None
+
+
+def read_examples(folder: Path) -> list[list[str]]:
+    """Pairs of question and picture from ``examples.csv``; none if the folder is not there."""
+    import csv
+
+    table = folder / "examples.csv"
+    if not table.is_file():
+        return []
+    with table.open(newline="", encoding="utf-8") as lines:
+        return [[row["question"], str(folder / row["image"])] for row in csv.DictReader(lines)]
+
+
+def build(engine: Engine, examples: Path) -> gr.Blocks:
+    """The page around an engine."""
+    page = Page(engine)
+    defaults = SamplingOptions()
+    with gr.Blocks(title="mmchat", fill_height=True, delete_cache=(KEEP_UPLOADS, KEEP_UPLOADS)) as demo:
+        gr.Markdown("# mmchat\nAsk by typing or speaking. Add a picture to talk about it.")
+        with gr.Row(scale=1):
+            with gr.Column(scale=2, min_width=320):
+                chat = gr.Chatbot(
+                    label="Conversation",
+                    elem_id="chat",
+                    height="65vh",
+                    placeholder="Add a picture or just ask.",
+                    buttons=["copy", "copy_all"],
+                    feedback_options=None,
+                    allow_tags=False,
+                    allow_file_downloads=False,
+                )
+            with gr.Column(scale=1, min_width=300):
+                image = SafeImage(
+                    type="filepath",
+                    sources=["upload", "webcam", "clipboard"],
+                    label="Picture (optional)",
+                    height=220,
+                    elem_id="image",
+                )
+                with gr.Tabs():
+                    with gr.Tab("Text", id="text"):
+                        text = gr.Textbox(
+                            label="Your question",
+                            lines=1,
+                            max_lines=6,
+                            max_length=MAX_QUESTION,
+                            submit_btn="Send",
+                            autofocus=True,
+                        )
+                    with gr.Tab("Voice", id="voice"):
+                        recording = gr.Audio(
+                            type="filepath",
+                            sources=["microphone", "upload"],
+                            label="Speak your question",
+                            elem_id="mic",
+                            waveform_options=gr.WaveformOptions(sample_rate=16000),
+                            buttons=[],
+                        )
+                        send_recording = gr.Button("Send recording", variant="primary")
+                with gr.Row():
+                    stop, clear, save = (gr.Button(name, size="sm", min_width=80) for name in ("Stop", "Clear", "Save"))
+                with gr.Accordion("Options", open=False):
+                    temperature = gr.Slider(
+                        0, 1.5, defaults.temperature, step=0.1, label="Temperature", info="0 is the likeliest answer"
+                    )
+                    max_new_tokens = gr.Slider(
+                        16, 1024, defaults.max_new_tokens, step=16, label="Longest answer", info="in tokens"
+                    )
+                if rows := read_examples(examples):
+                    gr.Examples(rows, inputs=[text, image], label="Examples")
+        gr.Markdown(f"{engine.preset.description}. Running on {engine.device.type.upper()}: {engine.device.reason}.")
+
+        # The Stop button takes the place of the conversation as the thing that shows progress and errors: an error
+        # there would cover the whole conversation.
+        private = {"api_visibility": "private", "show_progress_on": stop}
+        quick = {**private, "show_progress": "hidden"}
+        run = {
+            "fn": page.reply,
+            "inputs": [chat, temperature, max_new_tokens],
+            "outputs": chat,
+            "concurrency_id": "engine",
+            "concurrency_limit": 1,
+            "show_progress": "minimal",
+            **private,
+        }
+        running = [
+            text.submit(page.add_text, [text, image, chat], [text, image, chat], **quick).success(**run),
+            send_recording.click(page.add_voice, [recording, image, chat], [recording, image, chat], **quick).success(
+                **run
+            ),
+            chat.retry(drop_reply, chat, chat, queue=False, **quick).success(**run),
+        ]
+        chat.undo(undo, chat, [chat, text, image], queue=False, **quick)
+        gr.on(
+            [clear.click, chat.clear],
+            lambda: ("", None, None, []),
+            None,
+            [text, image, recording, chat],
+            queue=False,
+            **quick,
+        )
+        # Whatever a person does next ends the answer that is being written: its next words would overwrite the rest.
+        interrupts = [stop.click, clear.click, chat.clear, chat.undo, chat.retry, text.submit, send_recording.click]
+        gr.on(interrupts, None, cancels=running, **quick)
+        save.click(None, chat, None, js=SAVE_SCRIPT, queue=False, **quick)
+        _add_endpoint(page)
+    return demo.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+
+
+def _add_endpoint(page: Page) -> None:
+    """The public API: ``ask(question, image) -> answer``, streamed. Hidden components check what is uploaded."""
+    with gr.Group(visible=False):
+        question, picture = gr.Textbox(label="question"), SafeImage(type="filepath", label="image")
+        answer = gr.Textbox(label="answer")
+        gr.Button().click(
+            page.ask, [question, picture], answer, api_name="ask", concurrency_id="engine", concurrency_limit=1
+        )
+
+
+def launch(demo: gr.Blocks, **options: Any):
+    """Serves the page; ``options`` go to gradio's launch, as server_name and server_port."""
+    return demo.launch(
+        theme=gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"]),
+        css=STYLE,
+        head=CONTENT_SECURITY,
+        max_file_size=MAX_UPLOAD,
+        show_error=False,
+        enable_monitoring=False,
+        run_history=False,
+        ssr_mode=False,
+        footer_links=["api", "settings"],
+        **options,
+    )

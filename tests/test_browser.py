@@ -1,0 +1,254 @@
+"""What a person does, in a real browser, with the real models."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import wave
+
+import pytest
+
+from mmchat import ui
+from mmchat.speech import SAMPLE_RATE, read_audio
+from tests.conftest import ROOT, SPEECH
+
+pytestmark = pytest.mark.browser
+
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
+]
+PATIENCE = 60_000  # milliseconds; two cores may be busy
+
+
+def find_chromium() -> str:
+    """The path of a Chromium: found, or installed where this may be done; else the tests are skipped aloud."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if not found and shutil.which("apt-get") and os.geteuid() == 0:
+        print("No Chromium found: installing it with apt-get")
+        subprocess.run(["apt-get", "update", "-qq"], check=False)
+        subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"], check=False)
+        found = shutil.which("chromium")
+    if not found:
+        complain = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        complain("no Chromium on this machine: install it to run the browser tests")
+    return found
+
+
+@pytest.fixture(scope="module")
+def address(engine):
+    engine.warm_up()
+    demo = ui.build(engine, ROOT / "examples")
+    ui.launch(demo, prevent_thread_lock=True, quiet=True)
+    yield demo.local_url
+    demo.close()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Chromium whose microphone hears the recorded speech."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    microphone = tmp_path_factory.mktemp("microphone") / "speech.wav"
+    with wave.open(str(microphone), "wb") as sink:
+        sink.setnchannels(1)
+        sink.setsampwidth(2)
+        sink.setframerate(SAMPLE_RATE)
+        sink.writeframes((read_audio(SPEECH) * 32767).astype("<i2").tobytes())
+    flags = [*FLAGS, f"--use-file-for-fake-audio-capture={microphone}"]
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=find_chromium(), args=flags)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    """A fresh visit; requests that leave this machine are counted, and there must be none."""
+    context = browser.new_context(permissions=["microphone"], viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    strangers = []
+    page.on("request", lambda r: strangers.append(r.url) if not r.url.startswith((address, "data:", "blob:")) else None)
+    page.goto(address)
+    question(page).wait_for()
+    yield page
+    context.close()
+    assert strangers == []
+
+
+def question(page):
+    return page.get_by_label("Your question")
+
+
+def answers(page):
+    return page.locator("#chat .bot .prose")
+
+
+def ask(page, text):
+    question(page).fill(text)
+    page.get_by_role("button", name="Send", exact=True).click()
+
+
+def show(page, path):
+    page.locator("#image input[type=file]").set_input_files(str(path))
+    page.locator("#image img").wait_for()
+
+
+def finished(page):
+    """Waits until the last answer has not grown for two seconds."""
+    answers(page).last.wait_for()
+    text = None
+    while text != (text := answers(page).last.inner_text()) or not text:
+        page.wait_for_timeout(2_000)
+
+
+def expect(locator):
+    from playwright.sync_api import expect as playwright_expect
+
+    playwright_expect.set_options(timeout=PATIENCE)
+    return playwright_expect(locator)
+
+
+def test_a_typed_question_is_answered_as_it_is_written(page):
+    page.evaluate("""() => { window.lengths = new Set();
+        new MutationObserver(() => { const all = document.querySelectorAll('#chat .bot .prose');
+            if (all.length) window.lengths.add(all[all.length - 1].textContent.length); })
+        .observe(document.querySelector('#chat'), {childList: true, subtree: true, characterData: true}); }""")
+    ask(page, "Write two sentences about the sea.")
+    finished(page)
+    assert len(answers(page).last.inner_text()) > 20
+    assert len(page.evaluate("[...window.lengths]")) > 5  # it grew
+    expect(question(page)).to_have_value("")
+
+
+def test_a_photo_is_asked_about_and_a_follow_up_follows(page, photo):
+    show(page, photo)
+    ask(page, "Describe the image.")
+    finished(page)
+    expect(page.locator("#chat .user img")).to_have_count(1)
+    expect(page.locator("#image img")).to_have_count(0)  # the picture moved into the conversation
+    ask(page, "Is there a person?")
+    expect(answers(page)).to_have_count(2)
+    finished(page)
+    expect(answers(page).last).to_contain_text(re.compile(r"\w+"))
+
+
+def test_a_spoken_question_is_shown_and_answered(page):
+    page.get_by_role("tab", name="Voice").click()
+    microphone = page.locator("#mic")
+    microphone.get_by_role("button", name="Record", exact=True).click()
+    page.wait_for_timeout(11_500)  # the length of the speech
+    microphone.get_by_role("button", name="Stop").first.click()
+    page.wait_for_timeout(1_000)
+    page.get_by_role("button", name="Send recording").click()
+    expect(page.locator("#chat .user").last).to_contain_text("your country")
+    finished(page)
+    expect(answers(page).last).to_contain_text(re.compile(r"\w+"))
+
+
+def test_stop_halts_and_the_page_goes_on(page):
+    ask(page, "Tell me a very long story about a dragon.")
+    expect(answers(page).last).to_contain_text(re.compile(r"\w+ \w+ \w+"))
+    page.get_by_role("button", name="Stop", exact=True).click()
+    page.wait_for_timeout(1_500)
+    length = len(answers(page).last.inner_text())
+    page.wait_for_timeout(2_000)
+    assert len(answers(page).last.inner_text()) == length > 0
+    expect(page.locator(".toast-body")).to_have_count(0)
+    ask(page, "What is the capital of France?")
+    expect(answers(page).last).to_contain_text("Paris")
+
+
+def test_a_new_question_ends_the_answer_before_it(page):
+    ask(page, "Tell me a very long story about a dragon.")
+    expect(answers(page).last).to_contain_text(re.compile(r"\w+ \w+ \w+"))
+    ask(page, "What is the capital of France?")
+    expect(answers(page)).to_have_count(2)
+    finished(page)
+    expect(answers(page).last).to_contain_text("Paris")
+    expect(page.locator("#chat .user .prose")).to_have_count(2)
+
+
+def test_clear_empties_everything(page, photo):
+    ask(page, "What is the capital of France?")
+    finished(page)
+    show(page, photo)
+    question(page).fill("half a question")
+    page.get_by_role("button", name="Clear", exact=True).last.click()
+    expect(page.locator("#chat .user")).to_have_count(0)
+    expect(question(page)).to_have_value("")
+    expect(page.locator("#image img")).to_have_count(0)
+
+
+def test_retry_answers_again_and_undo_gives_the_question_back(page, photo):
+    show(page, photo)
+    ask(page, "Describe the image.")
+    finished(page)
+    page.get_by_role("button", name="Retry").click()
+    page.wait_for_timeout(1_000)
+    finished(page)
+    expect(answers(page)).to_have_count(1)
+    page.get_by_role("button", name="Undo").click()
+    expect(question(page)).to_have_value("Describe the image.")
+    expect(page.locator("#image img")).to_have_count(1)
+    expect(page.locator("#chat .user")).to_have_count(0)
+
+
+def test_an_example_fills_the_inputs_and_can_be_sent(page):
+    text, _ = ui.read_examples(ROOT / "examples")[0]
+    page.get_by_text(text).first.click()
+    expect(question(page)).to_have_value(text)
+    page.locator("#image img").wait_for()
+    page.get_by_role("button", name="Send", exact=True).click()
+    finished(page)
+    expect(page.locator("#chat .user img")).to_have_count(1)
+
+
+def test_a_text_file_that_says_it_is_a_picture_gets_a_toast(page, tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_text("This is text.")
+    page.locator("#image input[type=file]").set_input_files(str(path))
+    page.wait_for_timeout(1_000)
+    ask(page, "What is it?")
+    expect(page.locator(".toast-body")).to_contain_text("not a picture I can read")
+    expect(question(page)).to_have_value("What is it?")  # nothing is lost
+
+
+def test_save_downloads_the_conversation(page):
+    ask(page, "What is the capital of France?")
+    finished(page)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save", exact=True).click()
+    saved = download.value.path().read_text()
+    assert download.value.suggested_filename == "conversation.md"
+    assert "**user**: What is the capital of France?" in saved and "Paris" in saved
+
+
+def test_an_empty_question_gets_a_toast(page):
+    page.get_by_role("button", name="Send", exact=True).click()
+    expect(page.locator(".toast-body")).to_contain_text("Please type a question")
+
+
+def test_it_fits_on_a_phone(page):
+    page.set_viewport_size({"width": 390, "height": 844})
+    ask(page, "What is the capital of France?")
+    finished(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_picture_on_the_web_is_not_fetched_because_an_answer_names_one(page):
+    blocked = page.evaluate("""() => new Promise(resolve => {
+        document.addEventListener('securitypolicyviolation', event => resolve(event.blockedURI));
+        const image = new Image();
+        image.onload = image.onerror = () => setTimeout(() => resolve("not blocked"), 1000);
+        image.src = "https://example.com/spy.png"; })""")
+    assert blocked == "https://example.com/spy.png"
