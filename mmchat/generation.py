@@ -27,7 +27,7 @@ class SamplingOptions:
         seed: makes a sampled answer repeatable.
     """
 
-    temperature: float = 0.0
+    temperature: float = 0.2
     top_p: float = 0.9
     max_new_tokens: int = 256
     repetition_penalty: float = 1.1

@@ -98,38 +98,61 @@ def user_turn(text: str, image: str | None) -> dict[str, Any]:
     return {"role": "user", "content": [*picture, text]}
 
 
+class Visit:
+    """One person's visit to the page. Each request gets a number, and only the latest may write into the page.
+
+    That ends a reply on Stop, Clear, Undo and a new question alike. Gradio's own ``cancels`` would let the old reply
+    overwrite the new question, and forgets how to cancel after a cancelled reply is followed by another.
+    """
+
+    def __init__(self):
+        self.latest = 0
+
+    def request(self) -> int:
+        """Begins a request, which ends the one before it."""
+        self.latest += 1
+        return self.latest
+
+
 class Page:
     """The handlers of the page's events, around one engine."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
 
-    def add_text(self, text: str, image: str | None, history: History):
+    def add_text(self, text: str, image: str | None, history: History, visit: Visit):
         """Moves a typed question and its picture into the conversation, and empties both inputs."""
         text = (text or "").strip() or (DEFAULT_QUESTION if image else "")
         if not text:
             raise gr.Error("Please type a question first.", print_exception=False)
         if len(text) > MAX_QUESTION:
             raise gr.Error(f"Please ask in at most {MAX_QUESTION} characters.", print_exception=False)
-        return "", None, [*history, user_turn(text, image)]
+        return "", None, [*history, user_turn(text, image)], visit.request()
 
-    def add_voice(self, recording: str | None, image: str | None, history: History):
+    def add_voice(self, recording: str | None, image: str | None, history: History, visit: Visit):
         """Moves what was said, in writing, into the conversation."""
         if not recording:
             raise gr.Error("Please record or upload a question first.", print_exception=False)
+        number = visit.request()  # before the work: what is being written would overwrite this question
         try:
             question = self.engine.transcribe(recording).text
         except Exception as error:
             raise shown_error(error) from error
-        return None, None, [*history, user_turn(question, image)]
+        return None, None, [*history, user_turn(question, image)], number
 
-    def reply(self, history: History, temperature: float, max_new_tokens: float) -> Iterator[History]:
-        """Streams the answer to the last question into the conversation."""
-        if not history or history[-1]["role"] != "user":  # nothing to answer, as after Retry on an empty page
-            yield history
+    def reply(
+        self, history: History, visit: Visit, asked: int, temperature: float, max_new_tokens: float
+    ) -> Iterator[History]:
+        """Streams the answer to the last question into the conversation, until another request comes."""
+        if visit.latest != asked:  # it came while this one waited for its turn
+            yield gr.skip()
             return
-        for text in self.answer(to_messages(history), temperature, max_new_tokens):
-            yield [*history, {"role": "assistant", "content": text}]
+        with closing(self.answer(to_messages(history), temperature, max_new_tokens)) as texts:
+            for text in texts:
+                if visit.latest != asked:
+                    yield gr.skip()  # gradio sends a generator's last value once more when it ends
+                    return
+                yield [*history, {"role": "assistant", "content": text}]
 
     def ask(self, question: str, image: str | None = None) -> Iterator[str]:
         """Answers one question, about a picture if there is one; each piece is the answer so far."""
@@ -156,15 +179,22 @@ class Page:
             raise gr.Error("I have no answer to that. Please ask in other words.", print_exception=False)
 
 
-def drop_reply(history: History, event: gr.RetryData) -> History:
+def drop_reply(history: History, visit: Visit, event: gr.RetryData) -> tuple[History, int]:
     """Retry: the conversation up to the question that is asked again."""
-    return history[: event.index + 1]
+    return history[: event.index + 1], visit.request()
 
 
-def undo(history: History, event: gr.UndoData) -> tuple[History, str, str | None]:
+def undo(history: History, visit: Visit, event: gr.UndoData) -> tuple[History, str, str | None]:
     """Undo: the last question goes back into the inputs, its picture with it."""
+    visit.request()
     (question,) = to_messages(history[event.index : event.index + 1]) or [Message("user", "")]
     return history[: event.index], question.text, str(question.images[0]) if question.images else None
+
+
+def empty(visit: Visit) -> tuple[str, None, None, History]:
+    """Clear: text, picture, recording and conversation as on arrival."""
+    visit.request()
+    return "", None, None, []
 
 
 def read_examples(folder: Path) -> list[list[str]]:
@@ -241,34 +271,26 @@ def build(engine: Engine, examples: Path) -> gr.Blocks:
         # there would cover the whole conversation.
         private = {"api_visibility": "private", "show_progress_on": stop}
         quick = {**private, "show_progress": "hidden"}
+        visit = gr.State(Visit())
+        asked = gr.Number(visible=False)  # in the browser, so that a reply knows which request it belongs to
         run = {
             "fn": page.reply,
-            "inputs": [chat, temperature, max_new_tokens],
+            "inputs": [chat, visit, asked, temperature, max_new_tokens],
             "outputs": chat,
             "concurrency_id": "engine",
             "concurrency_limit": 1,
+            "trigger_mode": "multiple",  # a new question does not wait for the reply it ends
             "show_progress": "minimal",
             **private,
         }
-        running = [
-            text.submit(page.add_text, [text, image, chat], [text, image, chat], **quick).success(**run),
-            send_recording.click(page.add_voice, [recording, image, chat], [recording, image, chat], **quick).success(
-                **run
-            ),
-            chat.retry(drop_reply, chat, chat, queue=False, **quick).success(**run),
-        ]
-        chat.undo(undo, chat, [chat, text, image], queue=False, **quick)
-        gr.on(
-            [clear.click, chat.clear],
-            lambda: ("", None, None, []),
-            None,
-            [text, image, recording, chat],
-            queue=False,
-            **quick,
-        )
-        # Whatever a person does next ends the answer that is being written: its next words would overwrite the rest.
-        interrupts = [stop.click, clear.click, chat.clear, chat.undo, chat.retry, text.submit, send_recording.click]
-        gr.on(interrupts, None, cancels=running, **quick)
+        typed, spoken = [text, image, chat, visit], [recording, image, chat, visit]
+        text.submit(page.add_text, typed, [text, image, chat, asked], **quick).success(**run)
+        send_recording.click(page.add_voice, spoken, [recording, image, chat, asked], **quick).success(**run)
+        chat.retry(drop_reply, [chat, visit], [chat, asked], **quick).success(**run)
+        chat.undo(undo, [chat, visit], [chat, text, image], queue=False, **quick)
+        stop.click(Visit.request, visit, asked, queue=False, **quick)
+        everything = [text, image, recording, chat]
+        gr.on([clear.click, chat.clear], empty, visit, everything, queue=False, **quick)
         save.click(None, chat, None, js=SAVE_SCRIPT, queue=False, **quick)
         _add_endpoint(page)
     return demo.queue(max_size=MAX_WAITING, default_concurrency_limit=1)

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_captions_become_sentences():
 
 
 def test_questions_ask_only_what_two_captions_agree_on():
-    seen = {"dog": 50, "boy": 20, "car": 10, "girl": 5}
+    seen = Counter(dog=50, boy=20, car=10, girl=5)
     asked = {
         (question.kind, question.subject): question.answer
         for seed in range(20)
