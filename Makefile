@@ -1,8 +1,8 @@
-# What `make` does, in two commands: `make run` serves the page, `make test` runs the tests.
+# `make run` serves the page, `make test` runs the tests. Each sets up what it needs the first time.
 
 PYTHON ?= python3
 BIN := .venv/bin
-TEST_OPTIONS ?=
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .PHONY: run test lint benchmark clean
 
@@ -10,10 +10,11 @@ run: .venv/installed-run
 	$(BIN)/python app.py $(OPTIONS)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest $(TEST_OPTIONS)
+	$(BIN)/python -m pytest $(OPTIONS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 benchmark: .venv/installed-dev
 	$(BIN)/python benchmarks/chat.py
@@ -21,16 +22,17 @@ benchmark: .venv/installed-dev
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
 
-$(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit("mmchat needs Python 3.11 or newer; name one with PYTHON=…" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv .venv
+.venv/created:
+	@$(PYTHON) -c 'import sys; sys.exit("mmchat needs Python 3.11 or newer: name one with PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv --clear .venv
+	@touch $@
 
-.venv/installed-run: $(BIN)/python requirements.txt constraints.txt
+.venv/installed-run: .venv/created requirements.txt constraints.txt
 	@echo "Installing what the app needs; the first time this takes a few minutes"
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -r requirements.txt
+	$(PIP_INSTALL) -r requirements.txt
 	@touch $@
 
 .venv/installed-dev: .venv/installed-run pyproject.toml
 	@echo "Installing what the tests need"
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@

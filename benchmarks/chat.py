@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """How fast `smol` answers on this machine: start, first token, tokens per second, speech, memory.
 
+The cache should be warm: run the app once before.
+
 python benchmarks/chat.py
 """
 

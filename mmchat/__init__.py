@@ -13,10 +13,26 @@ import importlib
 from .errors import AssetError, BadInput, MmchatError, WeightsError
 
 __version__ = "0.1.0"
-__all__ = ["AssetError", "BadInput", "Engine", "Message", "MmchatError", "SamplingOptions", "WeightsError", "load"]
+__all__ = [
+    "AssetError",
+    "BadInput",
+    "Engine",
+    "Message",
+    "MmchatError",
+    "SamplingOptions",
+    "WeightsError",
+    "load",
+    "open_image",
+]
 
 # Loaded when first used: torch takes seconds to import, and `--help` should not wait for it.
-_LAZY = {"Engine": ".engine", "load": ".engine", "Message": ".prompt", "SamplingOptions": ".generation"}
+_LAZY = {
+    "Engine": ".engine",
+    "Message": ".prompt",
+    "SamplingOptions": ".generation",
+    "load": ".engine",
+    "open_image": ".image_encoder",
+}
 
 
 def __getattr__(name: str):

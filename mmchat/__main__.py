@@ -55,12 +55,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         command.add_argument("--weights", help="a folder that training wrote (default: the preset's own)")
         command.add_argument("--temperature", type=float, help="0 takes the likeliest word every time")
         command.add_argument("--max-new-tokens", type=int, help="the longest answer, in tokens")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.run is ask and options.question and options.audio:
+        parser.error("ask either in writing or with --audio, not both")
+    return options
 
 
 def ask(options: argparse.Namespace) -> int:
     """Prints the answer to one question as it is written."""
-    from .engine import DEFAULT_QUESTION
     from .prompt import Message
 
     engine, sampling = _start(options)
@@ -68,7 +70,6 @@ def ask(options: argparse.Namespace) -> int:
     if options.audio:
         question = engine.transcribe(options.audio).text
         print(f"> {question}", file=sys.stderr)
-    question = question or (DEFAULT_QUESTION if options.image else "")
     for piece in engine.reply([Message("user", question, options.image)], sampling):
         print(piece, end="", flush=True)
     print()
@@ -80,22 +81,24 @@ def batch(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     lines = _read_lines(options.questions)
-    done = _finished_lines(options.out)
-    if done > len(lines):
-        raise BadInput(f"{options.out} has more lines than {options.questions}; it answers another file.")
+    done = _finished(options.out, lines)
+    try:
+        sink = options.out.open("a", encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"{options.out} cannot be written.") from error
     engine, sampling = _start(options)
     failed = 0
-    with options.out.open("a", encoding="utf-8") as sink:
-        for number, line in enumerate(tqdm(lines[done:], initial=done, total=len(lines), unit="question"), done + 1):
+    with sink:
+        for number, line in tqdm(lines[done:], initial=done, total=len(lines), unit="question"):
             try:
                 answered = _answer_line(engine, sampling, line)
-            except MmchatError as error:
+            except BadInput as error:
                 failed += 1
                 tqdm.write(f"Line {number} skipped: {error}", file=sys.stderr)
-                answered = {**_parsed_or_raw(line), "answer": None, "error": str(error)}
+                answered = {**_entry(line), "answer": None, "error": str(error)}
             sink.write(json.dumps(answered, ensure_ascii=False) + "\n")
             sink.flush()
-    return 1 if lines and failed == len(lines) else 0
+    return 1 if failed == len(lines) else 0
 
 
 def _start(options: argparse.Namespace):
@@ -107,22 +110,35 @@ def _start(options: argparse.Namespace):
     return load(options.preset, options.weights), sampling
 
 
-def _read_lines(path: Path) -> list[str]:
+def _read_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a file that are not blank, with their numbers."""
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read as a text file.") from error
+    # str.splitlines would also split at characters that may stand inside a JSON string.
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def _finished_lines(path: Path) -> int:
-    """How many answers are there already; a last line that an interruption cut short is taken off the file."""
+def _finished(path: Path, questions: list[tuple[int, str]]) -> int:
+    """How many answers are there already; a last line that an interruption cut short is taken off the file.
+
+    Raises:
+        BadInput: they answer other questions.
+    """
     if not path.exists():
         return 0
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
+    answers = [_entry(line) for line in whole.decode("utf-8", "replace").split("\n")[:-1]]
+    asked = [_entry(line) for _, line in questions[: len(answers)]]
+    if len(asked) < len(answers) or any(
+        entry != {key: answer.get(key) for key in entry} for entry, answer in zip(asked, answers, strict=False)
+    ):
+        raise BadInput(f"{path} answers other questions. Name another file with --out, or remove it.")
     if len(whole) < len(content):
         path.write_bytes(whole)
-    return whole.count(b"\n")
+    return len(answers)
 
 
 def _answer_line(engine, sampling, line: str) -> dict:
@@ -138,12 +154,13 @@ def _answer_line(engine, sampling, line: str) -> dict:
     return {**entry, "answer": "".join(engine.reply([Message("user", question, [image] if image else [])], sampling))}
 
 
-def _parsed_or_raw(line: str) -> dict:
+def _entry(line: str) -> dict:
+    """A line's JSON object; the bare line in one if it is none."""
     try:
         entry = json.loads(line)
     except ValueError:
-        entry = line
-    return entry if isinstance(entry, dict) else {"line": entry}
+        entry = None
+    return entry if isinstance(entry, dict) else {"line": line}
 
 
 if __name__ == "__main__":

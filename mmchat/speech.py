@@ -13,6 +13,7 @@ from .presets import SpeechPreset
 
 SAMPLE_RATE = 16_000  # Hz, what Whisper was trained on
 MIN_SECONDS = 0.1
+MAX_SECONDS = 600
 SILENT_LEVEL = 1e-3  # peak of a full scale of 1; a quiet voice peaks fifty times higher
 
 
@@ -65,11 +66,13 @@ class SpeechRecognizer:
         """What is said in a recording.
 
         Raises:
-            BadInput: it cannot be read, or there is no speech in it.
+            BadInput: it cannot be read, is too long, or there is no speech in it.
         """
         samples = read_audio(path)
         if len(samples) < MIN_SECONDS * SAMPLE_RATE or np.abs(samples).max() < SILENT_LEVEL:
             raise _no_speech()
+        if len(samples) > MAX_SECONDS * SAMPLE_RATE:
+            raise BadInput(f"That recording is too long. Please send at most {MAX_SECONDS // 60} minutes.")
         # The voice filter drops silence first: on silence Whisper makes words up.
         found, info = self.model.transcribe(
             samples, language=self.preset.language, vad_filter=True, condition_on_previous_text=False

@@ -14,11 +14,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 import gradio as gr
 from gradio.utils import get_upload_folder
 
-from .engine import DEFAULT_QUESTION, Engine
-from .errors import BadInput, MmchatError
-from .generation import SamplingOptions
-from .image_encoder import open_image
-from .prompt import Message
+from . import BadInput, Engine, Message, MmchatError, SamplingOptions, open_image
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +76,10 @@ def _is_uploaded(path: Path) -> bool:
 
 
 def to_messages(history: History) -> list[Message]:
-    """The page's conversation → the engine's. Roles and parts that are not ours are left out: a browser sent them."""
+    """The page's conversation → the engine's.
+
+    Roles and parts that are not ours are left out, since a browser sent them, and so are pictures whose time is up.
+    """
     messages = []
     for turn in history:
         if turn.get("role") not in ("user", "assistant"):
@@ -88,14 +87,26 @@ def to_messages(history: History) -> list[Message]:
         parts = turn["content"] if isinstance(turn["content"], list) else [{"type": "text", "text": turn["content"]}]
         text = "\n".join(part["text"] for part in parts if part.get("type") == "text")
         files = [Path(part["file"]["path"]) for part in parts if part.get("type") == "file"]
-        messages.append(Message(turn["role"], text, [path for path in files if _is_uploaded(path.resolve())]))
+        messages.append(
+            Message(turn["role"], text, [path for path in files if _is_uploaded(path.resolve()) and path.is_file()])
+        )
     return messages
 
 
 def user_turn(text: str, image: str | None) -> dict[str, Any]:
     """A question as the page shows it: the picture above the words."""
     picture = [{"path": image, "alt_text": "Uploaded picture"}] if image else []
-    return {"role": "user", "content": [*picture, text]}
+    return {"role": "user", "content": [*picture, *([text] if text else [])]}
+
+
+def checked_question(text: str | None, image: str | None) -> str:
+    """A typed question without the space around it; none is needed with a picture."""
+    text = (text or "").strip()
+    if not text and not image:
+        raise gr.Error("Please type a question first.", print_exception=False)
+    if len(text) > MAX_QUESTION:
+        raise gr.Error(f"Please ask in at most {MAX_QUESTION} characters.", print_exception=False)
+    return text
 
 
 class Visit:
@@ -122,12 +133,8 @@ class Page:
 
     def add_text(self, text: str, image: str | None, history: History, visit: Visit):
         """Moves a typed question and its picture into the conversation, and empties both inputs."""
-        text = (text or "").strip() or (DEFAULT_QUESTION if image else "")
-        if not text:
-            raise gr.Error("Please type a question first.", print_exception=False)
-        if len(text) > MAX_QUESTION:
-            raise gr.Error(f"Please ask in at most {MAX_QUESTION} characters.", print_exception=False)
-        return "", None, [*history, user_turn(text, image)], visit.request()
+        question = checked_question(text, image)
+        return "", None, [*history, user_turn(question, image)], visit.request()
 
     def add_voice(self, recording: str | None, image: str | None, history: History, visit: Visit):
         """Moves what was said, in writing, into the conversation."""
@@ -138,27 +145,25 @@ class Page:
             question = self.engine.transcribe(recording).text
         except Exception as error:
             raise shown_error(error) from error
+        if visit.latest != number:  # the person went on while this was being heard
+            return gr.skip(), gr.skip(), gr.skip(), gr.skip()
         return None, None, [*history, user_turn(question, image)], number
 
     def reply(
         self, history: History, visit: Visit, asked: int, temperature: float, max_new_tokens: float
     ) -> Iterator[History]:
         """Streams the answer to the last question into the conversation, until another request comes."""
-        if visit.latest != asked:  # it came while this one waited for its turn
-            yield gr.skip()
-            return
-        with closing(self.answer(to_messages(history), temperature, max_new_tokens)) as texts:
-            for text in texts:
-                if visit.latest != asked:
-                    yield gr.skip()  # gradio sends a generator's last value once more when it ends
-                    return
-                yield [*history, {"role": "assistant", "content": text}]
+        if visit.latest == asked:  # else it came while this one waited for its turn
+            with closing(self.answer(to_messages(history), temperature, max_new_tokens)) as texts:
+                for text in texts:
+                    if visit.latest != asked:
+                        break
+                    yield [*history, {"role": "assistant", "content": text}]
+        yield gr.skip()  # gradio sends the last value once more at the end, when the page may have moved on
 
     def ask(self, question: str, image: str | None = None) -> Iterator[str]:
         """Answers one question, about a picture if there is one; each piece is the answer so far."""
-        if len(question or "") > MAX_QUESTION:
-            raise gr.Error(f"Please ask in at most {MAX_QUESTION} characters.", print_exception=False)
-        question = (question or "").strip() or (DEFAULT_QUESTION if image else "")
+        question = checked_question(question, image)
         yield from self.answer([Message("user", question, [image] if image else [])])
 
     def answer(
@@ -189,6 +194,11 @@ def undo(history: History, visit: Visit, event: gr.UndoData) -> tuple[History, s
     visit.request()
     (question,) = to_messages(history[event.index : event.index + 1]) or [Message("user", "")]
     return history[: event.index], question.text, str(question.images[0]) if question.images else None
+
+
+def stop_reply(visit: Visit) -> None:
+    """Stop: a request for nothing, which ends the reply."""
+    visit.request()
 
 
 def empty(visit: Visit) -> tuple[str, None, None, History]:
@@ -288,7 +298,7 @@ def build(engine: Engine, examples: Path) -> gr.Blocks:
         send_recording.click(page.add_voice, spoken, [recording, image, chat, asked], **quick).success(**run)
         chat.retry(drop_reply, [chat, visit], [chat, asked], **quick).success(**run)
         chat.undo(undo, [chat, visit], [chat, text, image], queue=False, **quick)
-        stop.click(Visit.request, visit, asked, queue=False, **quick)
+        stop.click(stop_reply, visit, None, queue=False, **quick)
         everything = [text, image, recording, chat]
         gr.on([clear.click, chat.clear], empty, visit, everything, queue=False, **quick)
         save.click(None, chat, None, js=SAVE_SCRIPT, queue=False, **quick)

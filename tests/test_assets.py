@@ -153,3 +153,12 @@ def test_an_interrupted_conversion_leaves_nothing(cache):
     with pytest.raises(KeyboardInterrupt):
         assets.convert_once("tiny-1", convert)
     assert leftovers(cache) == []
+
+
+def test_what_a_killed_process_left_is_removed(cache, member):
+    make_wheel(cache / "wheels")
+    rubbish = cache / ".tiny-weights-1.0.unfinished" / "half.bin"
+    rubbish.parent.mkdir()
+    rubbish.write_bytes(b"half")
+    assets.fetch([member])
+    assert not rubbish.parent.exists()

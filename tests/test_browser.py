@@ -104,11 +104,11 @@ def show(page, path):
 
 
 def finished(page):
-    """Waits until the last answer has not grown for two seconds."""
+    """Waits until the last answer has not grown for three seconds."""
     answers(page).last.wait_for()
     text = None
     while text != (text := answers(page).last.inner_text()) or not text:
-        page.wait_for_timeout(2_000)
+        page.wait_for_timeout(3_000)
 
 
 def expect(locator):
@@ -130,7 +130,11 @@ def test_a_typed_question_is_answered_as_it_is_written(page):
     expect(question(page)).to_have_value("")
 
 
-def test_a_photo_is_asked_about_and_a_follow_up_follows(page, photo):
+def test_a_photo_is_asked_about_and_a_follow_up_follows(page, photo, engine, monkeypatch):
+    asked, reply = [], engine.reply
+    monkeypatch.setattr(
+        engine, "reply", lambda messages, *a, **k: (asked.append(messages), reply(messages, *a, **k))[1]
+    )
     show(page, photo)
     ask(page, "Describe the image.")
     finished(page)
@@ -139,7 +143,11 @@ def test_a_photo_is_asked_about_and_a_follow_up_follows(page, photo):
     ask(page, "Is there a person?")
     expect(answers(page)).to_have_count(2)
     finished(page)
-    expect(answers(page).last).to_contain_text(re.compile(r"\w+"))
+    first_answer = answers(page).first.inner_text()
+    (question_then, answer_then, follow_up) = asked[-1]
+    assert len(question_then.images) == 1 and question_then.images[0].read_bytes() == photo.read_bytes()
+    assert answer_then.text.strip() == first_answer.strip()
+    assert follow_up.text == "Is there a person?" and not follow_up.images
 
 
 def test_a_spoken_question_is_shown_and_answered(page):
@@ -154,7 +162,18 @@ def test_a_spoken_question_is_shown_and_answered(page):
     expect(answers(page).last).to_contain_text(re.compile(r"\w+"))
 
 
-def test_stop_halts_and_the_page_goes_on(page):
+def test_stop_halts_and_the_page_goes_on(page, engine, monkeypatch):
+    ended, reply = [], engine.reply
+
+    def watched(*arguments, **options):
+        try:
+            yield from reply(*arguments, **options)
+            ended.append("by itself")
+        except GeneratorExit:
+            ended.append("stopped")
+            raise
+
+    monkeypatch.setattr(engine, "reply", watched)
     ask(page, "Tell me a very long story about a dragon.")
     expect(answers(page).last).to_contain_text(re.compile(r"\w+ \w+ \w+"))
     page.get_by_role("button", name="Stop", exact=True).click()
@@ -162,6 +181,7 @@ def test_stop_halts_and_the_page_goes_on(page):
     length = len(answers(page).last.inner_text())
     page.wait_for_timeout(2_000)
     assert len(answers(page).last.inner_text()) == length > 0
+    assert ended == ["stopped"]
     expect(page.locator(".toast-body")).to_have_count(0)
     ask(page, "What is the capital of France?")
     expect(answers(page).last).to_contain_text("Paris")
@@ -199,14 +219,19 @@ def test_clear_empties_everything_even_while_an_answer_is_written(page, photo):
     expect(page.locator("#image img")).to_have_count(0)
 
 
-def test_retry_answers_again_and_undo_gives_the_question_back(page, photo):
+def test_retry_answers_again_and_undo_gives_the_question_back(page, photo, engine, monkeypatch):
     show(page, photo)
     ask(page, "Describe the image.")
     finished(page)
+    replies, reply = [], engine.reply
+    monkeypatch.setattr(
+        engine, "reply", lambda messages, *a, **k: (replies.append(messages), reply(messages, *a, **k))[1]
+    )
     page.get_by_role("button", name="Retry").click()
     page.wait_for_timeout(1_000)
     finished(page)
     expect(answers(page)).to_have_count(1)
+    assert [message.text for message in replies[0]] == ["Describe the image."] and len(replies) == 1
     page.get_by_role("button", name="Undo").click()
     expect(question(page)).to_have_value("Describe the image.")
     expect(page.locator("#image img")).to_have_count(1)

@@ -76,7 +76,7 @@ def test_a_follow_up_reaches_the_model_with_the_earlier_picture_and_answer(engin
     torch.testing.assert_close(shown, engine.model.projector(features))
 
 
-def test_what_was_shown_earlier_changes_the_answer(engine, photo, read_by_model):
+def test_what_was_shown_earlier_changes_what_the_model_reads(engine, photo, read_by_model):
     """The same words after another picture lead to other numbers."""
     reply, follow_up = Message("assistant", "A person."), Message("user", "What color is it?")
     for name in ("astronaut.jpg", "coffee.jpg"):
@@ -97,6 +97,12 @@ def test_pictures_keep_the_order_in_which_they_were_shown(engine, photo, small_p
     shown = embeddings[0, torch.tensor(token_ids) == IMAGE_TOKEN_ID]
     expected = [engine.model.projector(engine._image_features(image)) for image in (photo, small_picture)]
     torch.testing.assert_close(shown, torch.cat(expected))
+
+
+def test_a_picture_without_words_is_described(engine, photo):
+    assert answer(engine, Message("user", "", [photo])) == answer(
+        engine, Message("user", "Describe the image.", [photo])
+    )
 
 
 def test_a_picture_is_encoded_once(engine, small_picture, monkeypatch):

@@ -11,6 +11,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from mmchat import ui
+from mmchat.speech import Transcript
 from tests.conftest import ROOT
 
 
@@ -54,6 +55,10 @@ def test_a_file_that_is_no_picture_is_refused_in_words(client, tmp_path):
         client.predict("What is it?", handle_file(path), api_name="/ask")
 
 
+def test_a_picture_alone_is_described(client, photo):
+    assert client.predict("", handle_file(photo), api_name="/ask")
+
+
 @pytest.mark.parametrize("question", ["", "  ", "x" * 5000])
 def test_questions_that_are_none_are_refused_in_words(client, question):
     with pytest.raises(AppError, match="Please"):
@@ -87,6 +92,26 @@ def test_no_file_of_the_server_can_be_named(address, file):
 def test_uploads_have_a_limit(address):
     files = {"files": ("large.png", b"\0" * (11 << 20), "image/png")}
     assert httpx.post(f"{address}gradio_api/upload", files=files, timeout=60).status_code == 413
+
+
+def test_pictures_whose_time_is_up_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(ui, "get_upload_folder", lambda: str(tmp_path))
+    (tmp_path / "here.png").write_bytes(b"picture")
+    for name, count in (("here.png", 1), ("gone.png", 0)):
+        file = {"type": "file", "file": {"path": str(tmp_path / name)}}
+        (message,) = ui.to_messages([{"role": "user", "content": [file, {"type": "text", "text": "Hi"}]}])
+        assert len(message.images) == count and message.text == "Hi"
+
+
+def test_a_late_transcript_does_not_overwrite_what_came_after(engine, monkeypatch):
+    page, visit = ui.Page(engine), ui.Visit()
+
+    def transcribe(_):
+        visit.request()  # the person pressed Clear meanwhile
+        return Transcript("Too late", "en", ())
+
+    monkeypatch.setattr(engine, "transcribe", transcribe)
+    assert page.add_voice("recording.wav", None, [], visit) == (ui.gr.skip(),) * 4
 
 
 def test_what_a_browser_claims_is_not_believed():

@@ -108,6 +108,12 @@ def test_broken_files_get_one_clear_sentence(engine, tmp_path, content):
     assert str(tmp_path) not in str(caught.value)
 
 
+def test_a_recording_that_is_too_long_is_refused(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmchat.speech.MAX_SECONDS", 5)
+    with pytest.raises(BadInput, match="too long"):
+        engine.transcribe(SPEECH)
+
+
 def test_a_picture_is_no_recording(engine, photo):
     with pytest.raises(BadInput, match="not a recording"):
         engine.transcribe(photo)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from mmchat import AssetError
 from mmchat import __main__ as terminal
 from tests.conftest import ROOT, SPEECH
 
@@ -30,12 +31,12 @@ def test_help_does_not_wait_for_torch():
     assert "ask" in shown and "batch" in shown and shown.endswith("False\n")
 
 
-def test_ask_as_a_person_runs_it(photo):
+def test_ask_as_a_person_runs_it():
     """The whole way, in a process of its own: stdout is the answer and nothing else."""
     command = [sys.executable, "-m", "mmchat", "ask", "What is the capital of France?", "--temperature", "0"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout == "The capital of France is Paris.\n"
-    assert result.stderr == ""
+    assert "Traceback" not in result.stderr
 
 
 def test_ask_about_a_picture(photo, capsys):
@@ -108,8 +109,32 @@ class TestBatch:
         assert out.read_text() == whole.read_text()
         assert len(asked) == 4 and "Describe" in asked[0]
 
-    def test_answers_of_another_file_are_not_overwritten(self, questions, tmp_path, capsys):
+    @pytest.mark.parametrize("lines", [1, 9])
+    def test_answers_to_other_questions_are_not_mixed_in(self, questions, tmp_path, capsys, lines):
         out = tmp_path / "answers.jsonl"
-        out.write_text('{"answer": "x"}\n' * 9)
+        out.write_text('{"image": null, "question": "Another?", "answer": "x"}\n' * lines)
         assert self.batch(questions, out) == 1
-        assert "another file" in capsys.readouterr().err and out.read_text().count("\n") == 9
+        assert "answers other questions" in capsys.readouterr().err and out.read_text().count("\n") == lines
+
+    def test_missing_weights_end_the_run_instead_of_spoiling_the_answers(
+        self, questions, tmp_path, monkeypatch, engine
+    ):
+        def missing(*_):
+            raise AssetError("The image encoder is missing.")
+
+        monkeypatch.setattr(engine, "reply", missing)
+        out = tmp_path / "answers.jsonl"
+        assert self.batch(questions, out) == 1
+        assert out.read_text() == ""
+
+    def test_unusual_characters_and_blank_lines_keep_the_count(self, tmp_path, capsys):
+        path, out = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+        path.write_text('\ufeff{"image": null, "question": "One\u2028two?"}\n\nnot json\n', encoding="utf-8")
+        self.batch(path, out)
+        assert "Line 3 skipped" in capsys.readouterr().err
+        assert len([json.loads(line) for line in out.read_text(encoding="utf-8").split("\n")[:-1]]) == 2
+        assert self.batch(path, out) == 0  # nothing left to do
+
+    def test_a_file_that_cannot_be_written_is_named(self, questions, tmp_path, capsys):
+        assert self.batch(questions, tmp_path / "nowhere" / "answers.jsonl") == 1
+        assert "cannot be written" in capsys.readouterr().err

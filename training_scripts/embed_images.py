@@ -21,21 +21,29 @@ def main():
 
     from tqdm import tqdm
 
+    from mmchat.errors import BadInput
     from mmchat.image_encoder import load_image_encoder, open_image
     from mmchat.presets import get_preset
     from mmchat.training.data import FeatureStore
 
+    def readable(path):
+        try:
+            open_image(path)
+        except BadInput as error:
+            print(f"{path.name} skipped: {error}")
+            return False
+        return True
+
     preset = get_preset(options.preset).image_encoder
     encoder = load_image_encoder(preset)
-    names = sorted(path.name for path in Path(options.images).iterdir() if path.is_file())
+    paths = [path for path in sorted(Path(options.images).iterdir()) if readable(path)]
 
     def batches():
-        for start in tqdm(range(0, len(names), options.batch_size), unit="batch"):
-            chosen = names[start : start + options.batch_size]
-            images = [open_image(Path(options.images) / name) for name in chosen]
-            yield encoder.encode(images).half().numpy()
+        for start in tqdm(range(0, len(paths), options.batch_size), unit="batch"):
+            chosen = paths[start : start + options.batch_size]
+            yield encoder.encode([open_image(path) for path in chosen]).half().numpy()
 
-    FeatureStore.write(options.out, preset.name, names, batches())
+    FeatureStore.write(options.out, preset.name, [path.name for path in paths], batches())
 
 
 if __name__ == "__main__":

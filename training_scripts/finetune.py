@@ -24,7 +24,7 @@ def parse():
     model = parser.add_argument_group("model")
     model.add_argument("--preset", default="smol", help="which models to train (default: smol)")
     model.add_argument("--start-from", help="a weights folder to go on from (default: fresh weights)")
-    model.add_argument("--rank", type=int, default=16, help="LoRA rank (default: 16)")
+    model.add_argument("--rank", type=int, default=16, help="rank of a fresh LoRA adapter (default: 16)")
     model.add_argument("--alpha", type=int, default=32, help="LoRA alpha: the update is scaled by alpha/rank")
     model.add_argument("--dropout", type=float, default=0.0, help="LoRA dropout (default: 0)")
     schedule = parser.add_argument_group("schedule")
@@ -35,6 +35,7 @@ def parse():
     schedule.add_argument("--projector-lr", type=float, default=1e-3, help="of the projector (default: 1e-3)")
     schedule.add_argument("--warmup", type=float, default=30, help="steps until the full rate (default: 30)")
     schedule.add_argument("--save-steps", type=int, default=200, help="steps between checkpoints (default: 200)")
+    schedule.add_argument("--log-steps", type=int, default=10, help="steps between lines of the log (default: 10)")
     schedule.add_argument("--seed", type=int, default=0, help="of weights and order (default: 0)")
     return parser.parse_args()
 
@@ -57,7 +58,7 @@ def main():
         learning_rate=options.lr,
         lr_scheduler_type="cosine",
         warmup_steps=options.warmup,
-        logging_steps=10,
+        logging_steps=options.log_steps,
         eval_strategy="steps" if options.eval else "no",
         eval_steps=options.save_steps,
         save_steps=options.save_steps,

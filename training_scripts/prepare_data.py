@@ -28,7 +28,7 @@ def parse():
     parser.add_argument("--questions", action="store_true", help='write "Describe the image." for each picture')
     parser.add_argument("--images", default="", help="with --questions: the folder of the pictures")
     parser.add_argument(
-        "--shuffle", action="store_true", help="with --questions: show each time another picture, as a baseline"
+        "--shuffle", action="store_true", help="with --questions: show another picture each time, as a baseline"
     )
     parser.add_argument("--out", required=True, help="the file to write")
     return parser.parse_args()
@@ -41,16 +41,15 @@ def main():
 
     captions = {entry["image"]: entry for entry in json.loads(Path(options.captions).read_text())}
     names = json.loads(Path(options.splits).read_text())[options.split][: options.limit]
-    rng = random.Random(options.seed)
     if options.questions:
-        shown = rng.sample(names, len(names)) if options.shuffle else names
+        shown = names[1:] + names[:1] if options.shuffle else names  # splits are in no order, so the next is any other
         lines = [
             json.dumps({"id": name, "image": str(Path(options.images) / other), "question": "Describe the image."})
             for name, other in zip(names, shown, strict=True)
         ]
         Path(options.out).write_text("\n".join(lines) + "\n")
     else:
-        lines = list(conversations([captions[name] for name in names], rng))
+        lines = list(conversations([captions[name] for name in names], random.Random(options.seed)))
         Path(options.out).write_text(json.dumps(lines, indent=1))
     print(f"{len(lines)} {'questions' if options.questions else 'conversations'} on {len(names)} pictures")
 

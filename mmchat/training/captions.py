@@ -17,7 +17,7 @@ DESCRIBE = (
     "Write a short caption for this photo.",
 )
 COLORS = "black white brown red blue green yellow orange pink purple gray tan".split()
-COLOR_SPELLINGS = {"grey": "gray", "blond": "blonde"}
+COLOR_SPELLINGS = {"grey": "gray"}
 NUMBERS = {"two": "Two", "three": "Three", "four": "Four", "five": "Five"}
 
 # Groups of words that captions use for one another: that nobody wrote "girl" shows that there is no girl only where
@@ -73,7 +73,7 @@ ALIASES = {
     "fence": "gate railing obstacle".split(),
     "toy": "ball frisbee".split(),
     "swing": "playground swinging swings".split(),
-    "stick": "branch stick".split(),
+    "stick": ["branch"],
 }
 COLORED_NOUNS = set(
     "dog dogs shirt dress jacket coat car ball bike shorts hat shirts pants cap helmet horse cat bird truck boat puppy "

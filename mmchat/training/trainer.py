@@ -72,15 +72,14 @@ def finetune(
     alpha: int,
     dropout: float,
     start_from: str | Path | None = None,
-    eval_limit: int = 500,
 ) -> None:
     """Trains, and leaves a folder that chats in ``arguments.output_dir``.
 
     Args:
         train_file, eval_file: LLaVA-Instruct JSON.
         features: a folder written by ``FeatureStore.write`` with the preset's image encoder.
+        rank, alpha, dropout: of a fresh adapter.
         start_from: a weights folder to go on from; fresh weights if None.
-        eval_limit: evaluate on the first so many conversations.
 
     Raises:
         BadInput: the features come from another image encoder.
@@ -94,8 +93,8 @@ def finetune(
         model, tokenizer = fresh_model(preset, rank=rank, alpha=alpha, dropout=dropout)
     chat_format = CHAT_FORMATS[preset.language_model.chat_format]
 
-    def dataset(path, limit=None):
-        return ConversationDataset(read_conversations(path)[:limit], store, tokenizer, chat_format)
+    def dataset(path):
+        return ConversationDataset(read_conversations(path), store, tokenizer, chat_format)
 
     trainer = MultimodalTrainer(
         preset=preset,
@@ -103,7 +102,7 @@ def finetune(
         model=model,
         args=arguments,
         train_dataset=dataset(train_file),
-        eval_dataset=dataset(eval_file, eval_limit) if eval_file else None,
+        eval_dataset=dataset(eval_file) if eval_file else None,
     )
     trainer.train()
     trainer.model.save(arguments.output_dir, preset, torch.float16)  # checkpoints beside it keep full precision
