@@ -109,6 +109,9 @@ def checked_question(text: str | None, image: str | None) -> str:
     return text
 
 
+NO_REQUEST = -1  # the number of no request: a reply to it writes nothing
+
+
 class Visit:
     """One person's visit to the page. Each request gets a number, and only the latest may write into the page.
 
@@ -146,7 +149,7 @@ class Page:
         except Exception as error:
             raise shown_error(error) from error
         if visit.latest != number:  # the person went on while this was being heard
-            return gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            return gr.skip(), gr.skip(), gr.skip(), NO_REQUEST
         return None, None, [*history, user_turn(question, image)], number
 
     def reply(

@@ -114,9 +114,25 @@ def test_a_picture_is_encoded_once(engine, small_picture, monkeypatch):
 
 
 def test_pictures_differ_even_where_their_words_do_not(engine, photo):
-    names = ("astronaut.jpg", "camera.jpg", "coffee.jpg", "chelsea.jpg")
+    names = ("astronaut.jpg", "camera.jpg", "coffee.jpg", "boat.jpg")
     answers = [answer(engine, Message("user", "Describe the image.", images=[photo.with_name(n)])) for n in names]
     assert len(set(answers)) >= 3, answers
+
+
+@pytest.mark.parametrize(
+    ("name", "question", "word"),
+    [
+        ("camera.jpg", "What is the man holding?", "camera"),
+        ("coffee.jpg", "What color is the cup?", "Red"),
+        ("astronaut.jpg", "Is there a woman in the picture?", "Yes"),
+        ("boat.jpg", "Is there a boat?", "Yes"),
+        ("boat.jpg", "Is there a dog?", "No"),
+        ("ball.jpg", "What color is the ball?", "Red"),
+    ],
+)
+def test_the_shipped_weights_see(engine, photo, name, question, word):
+    """Every example of the page, and a no among the yeses."""
+    assert word in answer(engine, Message("user", question, images=[photo.with_name(name)]))
 
 
 class TestLongConversations:
