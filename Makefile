@@ -27,12 +27,12 @@ clean:
 	$(PYTHON) -m venv --clear .venv
 	@touch $@
 
-.venv/installed-run: .venv/created requirements.txt constraints.txt
+.venv/installed-run: .venv/created requirements.txt constraints.txt pyproject.toml
 	@echo "Installing what the app needs; the first time this takes a few minutes"
-	$(PIP_INSTALL) -r requirements.txt
+	$(PIP_INSTALL) -e .
 	@touch $@
 
-.venv/installed-dev: .venv/installed-run pyproject.toml
+.venv/installed-dev: .venv/installed-run
 	@echo "Installing what the tests need"
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@

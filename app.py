@@ -39,7 +39,11 @@ def main() -> None:
         engine.warm_up()
     except MmchatError as error:
         sys.exit(str(error))
-    ui.launch(ui.build(engine, EXAMPLES), server_name=options.host, server_port=options.port)
+    try:
+        ui.launch(ui.build(engine, EXAMPLES), server_name=options.host, server_port=options.port)
+    except OSError as error:
+        logging.debug("launch", exc_info=error)
+        sys.exit("That address or port cannot be used, perhaps because it is taken. Name another with --port.")
 
 
 if __name__ == "__main__":

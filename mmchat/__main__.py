@@ -82,6 +82,9 @@ def batch(options: argparse.Namespace) -> int:
 
     lines = _read_lines(options.questions)
     done = _finished(options.out, lines)
+    if done == len(lines):
+        print(f"All {done} lines are answered in {options.out} already.", file=sys.stderr)
+        return 0
     try:
         sink = options.out.open("a", encoding="utf-8")
     except OSError as error:
@@ -114,8 +117,10 @@ def _read_lines(path: Path) -> list[tuple[int, str]]:
     """The lines of a file that are not blank, with their numbers."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read as a text file.") from error
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not a text file.") from error
     # str.splitlines would also split at characters that may stand inside a JSON string.
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 

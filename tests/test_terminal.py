@@ -135,6 +135,13 @@ class TestBatch:
         assert len([json.loads(line) for line in out.read_text(encoding="utf-8").split("\n")[:-1]]) == 2
         assert self.batch(path, out) == 0  # nothing left to do
 
+    def test_a_finished_file_is_left_alone(self, questions, tmp_path, capsys):
+        out = tmp_path / "answers.jsonl"
+        self.batch(questions, out)
+        before = out.read_text()
+        assert self.batch(questions, out) == 0
+        assert "answered" in capsys.readouterr().err and out.read_text() == before
+
     def test_a_file_that_cannot_be_written_is_named(self, questions, tmp_path, capsys):
         assert self.batch(questions, tmp_path / "nowhere" / "answers.jsonl") == 1
         assert "cannot be written" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from mmchat.errors import BadInput
 from mmchat.model import IGNORED
 from mmchat.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID
 from mmchat.training.captions import conversations, questions, seen_objects, tidy_caption
-from mmchat.training.data import ConversationDataset, FeatureStore, collate, read_conversations
+from mmchat.training.data import Conversation, ConversationDataset, FeatureStore, collate, read_conversations
 from mmchat.training.metrics import corpus_bleu4
 from tests.conftest import ROOT
 
@@ -120,6 +120,14 @@ def test_batches_are_padded_and_labelled(prepared, engine):
     torch.testing.assert_close(
         batch["image_features"][0], engine._image_features(prepared / "photos" / "coffee.jpg"), atol=2e-2, rtol=2e-2
     )
+
+
+def test_a_picture_without_features_is_named_before_training(prepared, engine):
+    conversation = Conversation("x-1", (Message("user", "What?", ["x.jpg"]), Message("assistant", "A dog.")))
+    with pytest.raises(BadInput, match=r"x-1 shows 'x\.jpg'"):
+        ConversationDataset(
+            [conversation], FeatureStore(prepared / "features"), engine.tokenizer, CHAT_FORMATS["smollm2"]
+        )
 
 
 @pytest.mark.slow

@@ -44,8 +44,10 @@ def main():
     options = parse()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
+    import torch
     from transformers import TrainingArguments, set_seed
 
+    from mmchat.errors import MmchatError
     from mmchat.presets import get_preset
     from mmchat.training.trainer import finetune
 
@@ -66,20 +68,25 @@ def main():
         remove_unused_columns=False,
         label_names=["labels"],
         report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
         seed=options.seed,
     )
-    finetune(
-        get_preset(options.preset),
-        arguments,
-        train_file=options.train,
-        eval_file=options.eval,
-        features=options.features,
-        projector_learning_rate=options.projector_lr,
-        rank=options.rank,
-        alpha=options.alpha,
-        dropout=options.dropout,
-        start_from=options.start_from,
-    )
+    try:
+        finetune(
+            get_preset(options.preset),
+            arguments,
+            train_file=options.train,
+            eval_file=options.eval,
+            features=options.features,
+            projector_learning_rate=options.projector_lr,
+            rank=options.rank,
+            alpha=options.alpha,
+            dropout=options.dropout,
+            start_from=options.start_from,
+        )
+    except MmchatError as error:
+        sys.exit(str(error))
+    print(f"Chat with the weights: python app.py --weights {options.out}")
 
 
 if __name__ == "__main__":

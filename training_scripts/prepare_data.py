@@ -40,7 +40,10 @@ def main():
     from mmchat.training.captions import conversations
 
     captions = {entry["image"]: entry for entry in json.loads(Path(options.captions).read_text())}
-    names = json.loads(Path(options.splits).read_text())[options.split][: options.limit]
+    splits = json.loads(Path(options.splits).read_text())
+    if options.split not in splits:
+        sys.exit(f"{options.splits} has no split '{options.split}', only {', '.join(splits)}.")
+    names = splits[options.split][: options.limit]
     if options.questions:
         shown = names[1:] + names[:1] if options.shuffle else names  # splits are in no order, so the next is any other
         lines = [

@@ -42,8 +42,10 @@ def read_conversations(path: str | Path) -> list[Conversation]:
     path = Path(path)
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path.name} cannot be read as JSON: {error}") from error
+    except OSError as error:
+        raise BadInput(f"{path.name} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise BadInput(f"{path.name} cannot be read as JSON: {error}.") from error
     if not isinstance(entries, list):
         raise BadInput(f"{path.name} is not a list of conversations.")
     return [_conversation(entry, f"{path.name}, entry {number}") for number, entry in enumerate(entries)]
@@ -98,12 +100,21 @@ class FeatureStore:
 
 
 class ConversationDataset(Dataset):
-    """Tokenised conversations with the features of their pictures."""
+    """Tokenised conversations with the features of their pictures.
+
+    Raises:
+        BadInput: a picture has no features.
+    """
 
     def __init__(
         self, conversations: Sequence[Conversation], store: FeatureStore, tokenizer: Any, chat_format: ChatFormat
     ):
         self.store = store
+        for conversation in conversations:
+            for message in conversation.messages:
+                for name in message.images:
+                    if name not in store.rows:
+                        raise BadInput(f"Conversation {conversation.id} shows '{name}', which has no features.")
         tokens_per_image = store.features.shape[1]
         self.encoded = [
             encode(conversation.messages, tokenizer, chat_format, tokens_per_image) for conversation in conversations
