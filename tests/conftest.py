@@ -23,6 +23,18 @@ def engine():
     return mmchat.load("smol")
 
 
+@pytest.fixture(scope="module")
+def address(engine):
+    """Where the real page is served."""
+    from mmchat import ui
+
+    engine.warm_up()
+    demo = ui.build(engine, ROOT / "examples")
+    ui.launch(demo, prevent_thread_lock=True, quiet=True)
+    yield demo.local_url
+    demo.close()
+
+
 @pytest.fixture(scope="session")
 def photo() -> Path:
     """A real photo: a woman in an orange space suit."""

@@ -45,15 +45,6 @@ def find_chromium() -> str:
 
 
 @pytest.fixture(scope="module")
-def address(engine):
-    engine.warm_up()
-    demo = ui.build(engine, ROOT / "examples")
-    ui.launch(demo, prevent_thread_lock=True, quiet=True)
-    yield demo.local_url
-    demo.close()
-
-
-@pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     """Chromium whose microphone hears the recorded speech."""
     sync_api = pytest.importorskip("playwright.sync_api")

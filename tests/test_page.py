@@ -16,14 +16,6 @@ from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
-def address(engine):
-    demo = ui.build(engine, ROOT / "examples")
-    ui.launch(demo, prevent_thread_lock=True, quiet=True)
-    yield demo.local_url
-    demo.close()
-
-
-@pytest.fixture(scope="module")
 def client(address):
     return Client(address, verbose=False)
 
