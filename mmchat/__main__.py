@@ -54,6 +54,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         command.add_argument("--preset", default=DEFAULT_PRESET, choices=PRESETS, help="which models to use")
         command.add_argument("--weights", help="a folder that training wrote (default: the preset's own)")
         command.add_argument("--temperature", type=float, help="0 takes the likeliest word every time")
+        command.add_argument("--beams", type=int, help="above 1: search for the likeliest whole answer (slower)")
         command.add_argument("--max-new-tokens", type=int, help="the longest answer, in tokens")
     options = parser.parse_args(arguments)
     if options.run is ask and options.question and options.audio:
@@ -108,7 +109,7 @@ def _start(options: argparse.Namespace):
     from .engine import load
     from .generation import SamplingOptions
 
-    given = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens}
+    given = {name: getattr(options, name) for name in ("temperature", "beams", "max_new_tokens")}
     sampling = SamplingOptions(**{name: value for name, value in given.items() if value is not None})
     return load(options.preset, options.weights), sampling
 

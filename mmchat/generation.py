@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,8 @@ class SamplingOptions:
         max_new_tokens: the longest answer.
         repetition_penalty: above 1, tokens already in the answer become less likely (Keskar et al. 2019,
             arXiv 1909.05858).
+        beams: above 1, the likeliest whole answer is searched for among so many at a time; it comes in one piece, and
+            temperature and top_p do not count.
         seed: makes a sampled answer repeatable.
     """
 
@@ -31,6 +33,7 @@ class SamplingOptions:
     top_p: float = 0.9
     max_new_tokens: int = 256
     repetition_penalty: float = 1.1
+    beams: int = 1
     seed: int | None = None
 
     def __post_init__(self):
@@ -42,6 +45,8 @@ class SamplingOptions:
             raise BadInput("The longest answer must have between 1 and 4096 tokens.")
         if not 0.5 <= self.repetition_penalty <= 3:
             raise BadInput("The repetition penalty must lie between 0.5 and 3.")
+        if not 1 <= self.beams <= 16:
+            raise BadInput("The number of beams must lie between 1 and 16.")
 
 
 def stop_token_ids(model: nn.Module, tokenizer: Any) -> set[int]:
@@ -61,6 +66,9 @@ def stream_text(model: nn.Module, tokenizer: Any, embeddings: torch.Tensor, opti
     """
     from tokenizers.decoders import DecodeStream
 
+    if options.beams > 1:
+        yield from generate_texts(model, tokenizer, [embeddings[0]], options)
+        return
     decoder = DecodeStream(skip_special_tokens=True)
     with closing(stream_token_ids(model, embeddings, options, stop_token_ids(model, tokenizer))) as token_ids:
         for token_id in token_ids:
@@ -92,6 +100,42 @@ def stream_token_ids(
         yield token_id
         written = torch.cat([written, token], dim=1)
         inputs = {"input_ids": token}
+
+
+@torch.inference_mode()
+def generate_texts(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[torch.Tensor], options: SamplingOptions
+) -> list[str]:
+    """The answers to several prompts at once, each as it would be by itself: greedily, or by beam search.
+
+    Args:
+        prompts: [length, token_width] each; they may differ in length.
+        options: of which temperature, top_p and seed do not count.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    # Padded on the left, so that every answer begins at the right end of its row.
+    embeddings = torch.stack([nn.functional.pad(prompt, (0, 0, longest - len(prompt), 0)) for prompt in prompts])
+    is_token = torch.arange(longest) >= torch.tensor([[longest - len(prompt)] for prompt in prompts])
+    stop_ids = sorted(stop_token_ids(model, tokenizer))
+    token_ids = model.generate(
+        inputs_embeds=embeddings,  # [prompts, longest, token_width]
+        attention_mask=is_token.long().to(embeddings.device),  # [prompts, longest]
+        generation_config=_beam_settings(options, stop_ids),
+    )  # [prompts, tokens]: what is new only
+    return [text.strip() for text in tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
+
+
+def _beam_settings(options: SamplingOptions, stop_ids: list[int]) -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=options.beams,
+        max_new_tokens=options.max_new_tokens,
+        repetition_penalty=options.repetition_penalty,
+        eos_token_id=stop_ids,
+        pad_token_id=stop_ids[0],
+    )
 
 
 def _logits_processors(options: SamplingOptions):

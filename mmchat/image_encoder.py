@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from math import isqrt
 from pathlib import Path
 from typing import BinaryIO
 
@@ -60,46 +61,77 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite (Tan & Le 2019, arXiv 1905.11946) trained on ImageNet, as a feature extractor.
+class ImageEncoder(nn.Module):
+    """A frozen network: pixels [batch, 3, resolution, resolution] → features [batch, feature_count, width]."""
 
-    Gives the last convolution's map averaged to ``grid`` × ``grid`` cells, row by row, then its average over the
-    whole picture: [batch, grid² + 1, width].
-    """
-
-    MEAN, DEVIATION = 127.0, 128.0  # of pixel values 0 to 255, as the TensorFlow originals were trained
+    MEAN: tuple[float, ...]  # of the pixel values 0 to 255 it was trained on, for red, green and blue
+    DEVIATION: tuple[float, ...]
 
     def __init__(self, preset: ImageEncoderPreset):
         super().__init__()
-        from efficientnet_lite_pytorch import EfficientNet
-
-        (path,) = fetch([preset.source])
         self.preset = preset
-        self.network = EfficientNet.from_name(preset.name)
-        self.network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-        self.requires_grad_(False).eval()
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """A decoded picture → [3, resolution, resolution]: shorter side scaled, centre cut out, as CLIP does it."""
         size = self.preset.resolution
         square = ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
         values = torch.from_numpy(np.array(square)).permute(2, 0, 1)  # [3, size, size]
-        return (values.float() - self.MEAN) / self.DEVIATION
+        mean, deviation = torch.tensor(self.MEAN), torch.tensor(self.DEVIATION)
+        return (values - mean[:, None, None]) / deviation[:, None, None]
 
     @torch.inference_mode()
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[batch, 3, resolution, resolution] → [batch, feature_count, width]."""
-        maps = self.network.extract_features(pixels)  # [batch, width, 7, 7]
-        cells = nn.functional.adaptive_avg_pool2d(maps, self.preset.grid).flatten(2)  # [batch, width, grid²]
-        whole = maps.mean(dim=(2, 3)).unsqueeze(2)  # [batch, width, 1]
-        return torch.cat([cells, whole], dim=2).transpose(1, 2)  # [batch, feature_count, width]
-
     def encode(self, images: list[Image.Image]) -> torch.Tensor:
         """Decoded pictures → features [len(images), feature_count, width]."""
         device = next(self.parameters()).device
         return self(torch.stack([self.pixels(image) for image in images]).to(device))
 
 
-def load_image_encoder(preset: ImageEncoderPreset) -> EfficientNetLite:
+class EfficientNetLite(ImageEncoder):
+    """EfficientNet-Lite (Tan & Le 2019, arXiv 1905.11946) trained on ImageNet.
+
+    Gives the last convolution's map averaged to n × n cells, row by row, then its average over the whole picture.
+    """
+
+    MEAN, DEVIATION = (127.0,) * 3, (128.0,) * 3  # as the TensorFlow originals were trained
+
+    def __init__(self, preset: ImageEncoderPreset):
+        from efficientnet_lite_pytorch import EfficientNet
+
+        super().__init__(preset)
+        (path,) = fetch([preset.source])
+        self.network = EfficientNet.from_name(preset.name)
+        self.network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        self.requires_grad_(False).eval()
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        maps = self.network.extract_features(pixels)  # [batch, width, resolution / 32, resolution / 32]
+        side = isqrt(self.preset.feature_count - 1)
+        cells = nn.functional.adaptive_avg_pool2d(maps, side).flatten(2)  # [batch, width, side²]
+        whole = maps.mean(dim=(2, 3)).unsqueeze(2)  # [batch, width, 1]
+        return torch.cat([cells, whole], dim=2).transpose(1, 2)  # [batch, feature_count, width]
+
+
+class Clip(ImageEncoder):
+    """The image half of CLIP (Radford et al. 2021, arXiv 2103.00020)."""
+
+    MEAN = (122.7709, 116.7460, 104.0937)
+    DEVIATION = (68.5005, 66.6322, 70.3232)
+    LAYER = -2  # whose patches are taken: the last one's only serve the pooled embedding (LLaVA, arXiv 2304.08485)
+
+    def __init__(self, preset: ImageEncoderPreset):
+        from transformers import CLIPVisionModelWithProjection
+
+        super().__init__(preset)
+        self.network = CLIPVisionModelWithProjection.from_pretrained(preset.source, dtype=torch.float32)
+        self.requires_grad_(False).eval()
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self.preset.features == "pooled":
+            return self.network(pixels).image_embeds[:, None]  # [batch, 1, width]
+        states = self.network(pixels, output_hidden_states=True).hidden_states
+        return states[self.LAYER][:, 1:]  # [batch, patches, width]: without the class token
+
+
+def load_image_encoder(preset: ImageEncoderPreset) -> ImageEncoder:
     """The image encoder of a preset, frozen, in evaluation mode."""
-    return EfficientNetLite(preset)
+    return EfficientNetLite(preset) if preset.features == "grid" else Clip(preset)

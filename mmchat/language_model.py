@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from .assets import convert_once, fetch
@@ -23,17 +23,35 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def load_language_model(preset: LanguageModelPreset, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    """The frozen base model in evaluation mode, and its tokenizer."""
+def load_language_model(
+    preset: LanguageModelPreset, dtype: torch.dtype, quantization: str = "none"
+) -> tuple[nn.Module, Any]:
+    """The frozen base model in evaluation mode, and its tokenizer.
+
+    Args:
+        quantization: "none", or "4bit": weights in NF4, computed with in ``dtype`` (Dettmers et al. 2023, QLoRA,
+            arXiv 2305.14314).
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # it would run for a tenth of a second
-    # "-1" is the version of the conversion below: raise it when what it writes changes.
-    folder = convert_once(f"{preset.name}-1", lambda target: _convert_gguf(preset, target))
+    if isinstance(preset.source, str):
+        folder = preset.source
+    else:  # "-1" is the version of the conversion below: raise it when what it writes changes
+        folder = convert_once(f"{preset.name}-1", lambda target: _convert_gguf(preset, target))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    options = {"quantization_config": _four_bits(dtype)} if quantization == "4bit" else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def _four_bits(dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+    )
 
 
 def _convert_gguf(preset: LanguageModelPreset, target: Path) -> None:
@@ -72,16 +90,15 @@ def _attach(model: nn.Module, config: Any) -> nn.Module:
         return get_peft_model(model, config)
 
 
-def save_adapter(model: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes the adapter in PEFT's own layout; ``dtype`` is the number format on disk, the tensors' own if None."""
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's tensors, under the names that PEFT's own files have."""
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in state.items()},
-        folder / ADAPTER_WEIGHTS,
-    )
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def save_adapter_config(model: nn.Module, folder: Path) -> None:
+    """Writes what the adapter is built from, as PEFT does."""
     config = model.peft_config["default"].to_dict()
     config["inference_mode"] = True
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, default=_jsonable, sort_keys=True))
@@ -97,19 +114,32 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
     Raises:
         WeightsError: the adapter is missing or was made for a model of another shape.
     """
-    from peft import LoraConfig, set_peft_model_state_dict
+    from peft import LoraConfig
 
     try:
         config = LoraConfig.from_pretrained(folder)
-        state = load_file(folder / ADAPTER_WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise WeightsError(f"The adapter in '{folder.name}' is missing or cannot be read.") from error
     config.inference_mode = not trainable
     base_name, config.base_model_name_or_path = config.base_model_name_or_path, None  # nothing for PEFT to compare
     adapted = _attach(model, config)
     config.base_model_name_or_path = base_name
+    load_adapter_weights(adapted, folder)
+    return adapted if trainable else adapted.eval()
+
+
+def load_adapter_weights(model: nn.Module, folder: Path) -> None:
+    """Puts saved weights into the adapter a model already has.
+
+    Raises:
+        WeightsError: they are missing, damaged, or of another shape.
+    """
+    from peft import set_peft_model_state_dict
+
     try:
-        result = set_peft_model_state_dict(adapted, state)
+        result = set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"The adapter in '{folder.name}' is missing or cannot be read.") from error
     except RuntimeError as error:
         raise WeightsError(f"The adapter in '{folder.name}' was made for a model of another shape.") from error
     missing = [key for key in result.missing_keys if "lora_" in key]
@@ -118,4 +148,3 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
             f"The adapter in '{folder.name}' does not fit: {len(missing)} tensors are missing and "
             f"{len(result.unexpected_keys)} have no place."
         )
-    return adapted if trainable else adapted.eval()

@@ -14,7 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .errors import WeightsError
-from .language_model import load_adapter, load_language_model, save_adapter
+from .language_model import (
+    ADAPTER_WEIGHTS,
+    adapter_state,
+    load_adapter,
+    load_adapter_weights,
+    load_language_model,
+    save_adapter_config,
+)
 from .presets import Preset
 from .projector import ProjectorConfig, build_projector
 from .prompt import IMAGE_TOKEN_ID
@@ -24,7 +31,7 @@ logger = logging.getLogger(__name__)
 CONFIG = "mmchat.json"
 PROJECTOR = "projector.safetensors"
 ADAPTER = "adapter"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 IGNORED = -100  # the label that transformers' losses leave out
 
 
@@ -34,11 +41,22 @@ class MultimodalModel(nn.Module):
     The projector is a plain module outside PEFT, which freezes what it does not know.
     """
 
+    accepts_loss_kwargs = True  # tells transformers' Trainer to pass num_items_in_batch
+
     def __init__(self, language_model: nn.Module, projector: nn.Module, projector_config: ProjectorConfig):
         super().__init__()
         self.language_model = language_model
         self.projector = projector
         self.projector_config = projector_config
+
+    @property
+    def has_adapter(self) -> bool:
+        return hasattr(self.language_model, "peft_config")
+
+    @property
+    def tokens_per_image(self) -> int:
+        """How many tokens a picture takes in a row."""
+        return self.projector_config.tokens_per_image
 
     @property
     def device(self) -> torch.device:
@@ -54,7 +72,8 @@ class MultimodalModel(nn.Module):
 
         Args:
             token_ids: [batch, length], IMAGE_TOKEN_ID where a picture's feature goes.
-            image_features: [images, features, image_width] in reading order, or None where there is no picture.
+            image_features: [images, features, image_width] in reading order, or None where there is no picture; a
+                projector with a marker makes one token more than there are features.
 
         Returns:
             [batch, length, token_width] in the language model's number format.
@@ -64,13 +83,14 @@ class MultimodalModel(nn.Module):
         """
         is_image = token_ids == IMAGE_TOKEN_ID  # [batch, length]
         embeddings = self.language_model.get_input_embeddings()(token_ids.masked_fill(is_image, 0))
-        feature_count = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
-        if int(is_image.sum()) != feature_count:
-            raise ValueError(f"{int(is_image.sum())} places for picture features, but {feature_count} features")
-        if feature_count == 0:
-            return embeddings
-        projector_dtype = next(self.projector.parameters()).dtype
-        image_tokens = self.projector(image_features.to(projector_dtype))  # [images, features, token_width]
+        if image_features is None:
+            image_tokens = embeddings.new_empty(0, 0, embeddings.shape[-1])
+        else:
+            projector_dtype = next(self.projector.parameters()).dtype
+            image_tokens = self.projector(image_features.to(projector_dtype))  # [images, tokens, token_width]
+        count = image_tokens.shape[0] * image_tokens.shape[1]
+        if int(is_image.sum()) != count:
+            raise ValueError(f"{int(is_image.sum())} places for picture tokens, but {count} tokens")
         return embeddings.masked_scatter(is_image.unsqueeze(-1), image_tokens.to(embeddings.dtype))
 
     def forward(
@@ -78,45 +98,103 @@ class MultimodalModel(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         labels: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        previous: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
-        **loss_options,
-    ):
-        """The training loss. ``labels`` stand where their tokens stand: the language model's own loss shifts them.
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The training loss: cross-entropy of each labelled token, predicted from the token before it.
 
         Args:
-            input_ids, attention_mask, labels: [batch, length], padded on the right.
+            input_ids, labels: [batch, length]; a label stands where its token stands, IGNORED elsewhere.
+            attention_mask: [batch, length], 1 for tokens; or [batch, 1, length, length], true where the row's token
+                reads the column's.
+            position_ids: [batch, length]; 0, 1, 2, … if None.
+            previous: [batch, length], the place of the token before each one; one place to the left if None.
             image_features: [images, features, image_width], or None.
+            num_items_in_batch: what the sum of losses is divided by; the number of labels if None.
         """
-        # Logits are the costliest part of a small model: compute them only from one token before the first label on.
-        first_label = int((labels != IGNORED).any(dim=0).nonzero()[0])
-        kept = labels.shape[1] - max(first_label - 1, 0)
-        return self.language_model(
+        logits, expected = self.label_logits(input_ids, attention_mask, labels, position_ids, previous, image_features)
+        loss = nn.functional.cross_entropy(logits.float(), expected, reduction="sum")
+        return {"loss": loss / (len(expected) if num_items_in_batch is None else num_items_in_batch)}
+
+    def label_logits(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        previous: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is predicted where a label stands, [labels, vocabulary], and the labels, [labels]; see ``forward``.
+
+        Logits are the costliest part of a small model, so no others are computed.
+        """
+        decoder = self.causal_language_model.get_decoder()
+        hidden = decoder(
             inputs_embeds=self.splice(input_ids, image_features),
-            attention_mask=attention_mask,
-            labels=labels[:, -kept:],
-            logits_to_keep=kept,
-            **loss_options,
-        )
+            attention_mask=self._readable(attention_mask),
+            position_ids=position_ids,
+            use_cache=False,
+        ).last_hidden_state  # [batch, length, token_width]
+        if previous is None:
+            previous = torch.arange(-1, labels.shape[1] - 1, device=labels.device).expand_as(labels)
+        row, place = (labels != IGNORED).nonzero(as_tuple=True)  # [labels] each
+        logits = self.causal_language_model.get_output_embeddings()(hidden[row, previous[row, place]])
+        return logits, labels[row, place]
+
+    @property
+    def causal_language_model(self) -> nn.Module:
+        """The language model with its adapter, without PEFT's wrapper."""
+        model = self.language_model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _readable(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        """A mask of four dimensions as the attention function wants it: truth values for sdpa, else addends."""
+        if attention_mask.dim() == 2 or self.causal_language_model.config._attn_implementation == "sdpa":
+            return attention_mask
+        dtype = self.causal_language_model.dtype
+        return torch.zeros_like(attention_mask, dtype=dtype).masked_fill(~attention_mask, torch.finfo(dtype).min)
+
+    def trained_state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The tensors that a weights folder holds, file by file (the adapter's only where there is one)."""
+        state = {PROJECTOR: self.projector.state_dict()}
+        if self.has_adapter:
+            state[f"{ADAPTER}/{ADAPTER_WEIGHTS}"] = adapter_state(self.language_model)
+        return state
 
     def save(self, folder: str | Path, preset: Preset, dtype: torch.dtype | None = None) -> None:
-        """Writes a folder that chats: mmchat.json, projector.safetensors, adapter/.
+        """Writes a folder that chats: mmchat.json, projector.safetensors, and adapter/ where there is one.
 
         Args:
             dtype: the number format on disk; the weights' own if None.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = self.projector.state_dict()
-        save_file(
-            {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in state.items()}, folder / PROJECTOR
-        )
-        save_adapter(self.language_model, folder / ADAPTER, dtype)
+        for name, tensors in self.trained_state().items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({key: tensor.to(dtype or tensor.dtype).contiguous() for key, tensor in tensors.items()}, path)
+        if self.has_adapter:
+            save_adapter_config(self.language_model, folder / ADAPTER)
         config = {
             "format_version": FORMAT_VERSION,
             **_identity(preset),
             "projector": asdict(self.projector_config),
+            "adapter": self.has_adapter,
         }
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+    def load_trained(self, folder: str | Path) -> None:
+        """Puts the weights of a folder into this model, which has to be of the same shape.
+
+        Raises:
+            WeightsError: the folder's weights are missing, damaged or of another shape.
+        """
+        folder = Path(folder)
+        _load_projector(self.projector, folder)
+        if self.has_adapter:
+            load_adapter_weights(self.language_model, folder / ADAPTER)
 
 
 def _identity(preset: Preset) -> dict:
@@ -131,7 +209,7 @@ def _identity(preset: Preset) -> dict:
 
 
 def load_model(
-    preset: Preset, weights: str | Path, dtype: torch.dtype, *, trainable: bool = False
+    preset: Preset, weights: str | Path, dtype: torch.dtype, *, quantization: str = "none", trainable: bool = False
 ) -> tuple[MultimodalModel, object]:
     """The multimodal model of a preset with the projector and adapter of a weights folder, and its tokenizer.
 
@@ -143,16 +221,21 @@ def load_model(
     config = _read_config(folder, preset)
     projector_config = ProjectorConfig(**config["projector"])
     projector = build_projector(projector_config)
+    _load_projector(projector, folder)
+    language_model, tokenizer = load_language_model(preset.language_model, dtype, quantization)
+    if projector_config.token_width != language_model.config.hidden_size:
+        raise WeightsError(f"The projector in '{folder.name}' makes tokens of another width than the model reads.")
+    if config["adapter"]:
+        language_model = load_adapter(language_model, folder / ADAPTER, trainable=trainable)
+    model = MultimodalModel(language_model, projector.float().requires_grad_(trainable), projector_config)
+    return model.train(trainable), tokenizer
+
+
+def _load_projector(projector: nn.Module, folder: Path) -> None:
     try:
         projector.load_state_dict(load_file(folder / PROJECTOR))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise WeightsError(f"The projector in '{folder.name}' is missing, damaged or of another size.") from error
-    language_model, tokenizer = load_language_model(preset.language_model, dtype)
-    if projector_config.token_width != language_model.config.hidden_size:
-        raise WeightsError(f"The projector in '{folder.name}' makes tokens of another width than the model reads.")
-    language_model = load_adapter(language_model, folder / ADAPTER, trainable=trainable)
-    model = MultimodalModel(language_model, projector.float().requires_grad_(trainable), projector_config)
-    return model.train(trainable), tokenizer
 
 
 def _read_config(folder: Path, preset: Preset) -> dict:

@@ -30,7 +30,7 @@ class LanguageModelPreset:
     """A causal language model: where its weights are and how it is talked to."""
 
     name: str
-    source: WheelMember  # a GGUF file, converted once into the cache
+    source: WheelMember | str  # a GGUF file, converted once into the cache; or a folder or a name on the Hub
     chat_format: str  # a key of prompt.CHAT_FORMATS
 
 
@@ -38,18 +38,18 @@ class LanguageModelPreset:
 class ImageEncoderPreset:
     """A frozen image encoder and the features taken from it.
 
-    ``grid`` × ``grid`` averaged patches and one average over the whole picture: ``grid``² + 1 features.
+    Features:
+        grid: of an EfficientNet-Lite, n × n averaged cells and one average over the whole picture.
+        pooled: of a CLIP model, its one embedding of the picture.
+        patches: of a CLIP model, its patches after the last layer but one, as LLaVA takes them.
     """
 
     name: str
-    source: WheelMember
+    source: WheelMember | str  # the weights of an EfficientNet; of a CLIP model, a folder or a name on the Hub
     resolution: int  # pixels, both sides
+    features: str
+    feature_count: int
     width: int  # numbers in one feature
-    grid: int
-
-    @property
-    def feature_count(self) -> int:
-        return self.grid**2 + 1
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,10 @@ SMOL = Preset(
             sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
             size=18_826_032,
         ),
-        resolution=224,
+        resolution=256,
+        features="grid",
+        feature_count=6 * 6 + 1,
         width=1280,
-        grid=4,
     ),
     speech=SpeechPreset(
         sources=(

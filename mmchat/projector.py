@@ -22,6 +22,12 @@ class ProjectorConfig:
     image_width: int
     hidden_width: int  # inside the mlp; not used by ``linear``
     token_width: int
+    feature_count: int  # of one picture
+    marker: bool = False  # one more token, learnt, that ends every picture
+
+    @property
+    def tokens_per_image(self) -> int:
+        return self.feature_count + self.marker
 
 
 class Mlp(nn.Module):
@@ -51,17 +57,32 @@ class ResidualBlock(nn.Module):
         return tokens + self.mlp(tokens)
 
 
+class Marked(nn.Module):
+    """A projector whose pictures end with a token of their own: [images, n, …] → [images, n + 1, token_width]."""
+
+    def __init__(self, projector: nn.Module, token_width: int):
+        super().__init__()
+        self.projector = projector
+        self.marker = nn.Parameter(torch.zeros(token_width))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        tokens = self.projector(features)
+        return torch.cat([tokens, self.marker.expand(len(tokens), 1, -1)], dim=1)
+
+
 def build_projector(config: ProjectorConfig) -> nn.Module:
-    """A projector with fresh weights: [..., image_width] → [..., token_width].
+    """A projector with fresh weights: [images, features, image_width] → [images, tokens_per_image, token_width].
 
     Raises:
         ValueError: the config names a kind that does not exist.
     """
     widths = config.image_width, config.hidden_width, config.token_width
     if config.kind == "linear":
-        return nn.Linear(config.image_width, config.token_width)
-    if config.kind == "mlp":
-        return Mlp(*widths)
-    if config.kind == "resblock":
-        return ResidualBlock(*widths)
-    raise ValueError(f"'{config.kind}' is no kind of projector; the kinds are linear, mlp and resblock")
+        projector = nn.Linear(config.image_width, config.token_width)
+    elif config.kind == "mlp":
+        projector = Mlp(*widths)
+    elif config.kind == "resblock":
+        projector = ResidualBlock(*widths)
+    else:
+        raise ValueError(f"'{config.kind}' is no kind of projector; the kinds are linear, mlp and resblock")
+    return Marked(projector, config.token_width) if config.marker else projector

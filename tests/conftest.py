@@ -45,3 +45,21 @@ def photo() -> Path:
 def small_picture() -> Image.Image:
     """A decoded picture that is not in any file."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Small models, pictures, their features, and conversations about them; the presets are known while tests run."""
+    from mmchat.image_encoder import load_image_encoder
+    from mmchat.presets import PRESETS
+    from mmchat.training.features import embed_folder
+    from tests import tiny
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.make(folder)
+    tiny.make_data(folder)
+    PRESETS.update(tiny.presets(folder))
+    for name in ("patches", "pooled"):
+        preset = PRESETS[f"phi3-{name}"].image_encoder
+        embed_folder(folder / "pictures", folder / f"features-{name}", preset, load_image_encoder(preset))
+    return folder

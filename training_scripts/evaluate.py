@@ -1,30 +1,183 @@
 #!/usr/bin/env python
-"""Measure the descriptions that `python -m mmchat batch` wrote against what people wrote.
+"""Measure weights on questions, each figure with its 95% interval, beside what they reach without seeing the picture.
 
-python training_scripts/evaluate.py --answers answers.jsonl --captions captions.json
+    python training_scripts/evaluate.py --weights weights/smol --questions dev-captions.json --features features/
+    python training_scripts/evaluate.py --weights runs/a runs/b --questions dev.json --images photos/ --beams 3
+    python training_scripts/evaluate.py --speech recordings.json
+
+Questions are LLaVA-Instruct JSON, as prepare_data.py makes them with --make descriptions or questions; the last answer
+of each conversation is the right one. "shuffled" shows every question with another picture, "blank" with a gray one.
+Recordings are a JSON list of {"audio": path, "text": what is said}.
 """
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-def main():
+def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--answers", required=True, help='lines with "id" (a picture\'s file name) and "answer"')
-    parser.add_argument("--captions", required=True, help='a list of {"image": file name, "captions": [text, …]}')
+    data = parser.add_argument_group("data")
+    data.add_argument("--weights", nargs="+", help="weights folders or checkpoints (default: the preset's own)")
+    data.add_argument("--questions", nargs="+", default=[], help="files of questions with their right answers")
+    data.add_argument("--features", help="the folder embed_images.py wrote")
+    data.add_argument("--images", help="in place of --features: the folder of the pictures")
+    data.add_argument("--speech", help="recordings with what is said in them, for the word error rate")
+    data.add_argument("--limit", type=int, help="only the first so many questions of each file")
+    data.add_argument("--preset", default="smol", help="whose models to use (default: smol)")
+    answers = parser.add_argument_group("answers")
+    answers.add_argument("--beams", type=int, default=1, help="1: greedy; more: beam search (default: 1)")
+    answers.add_argument("--max-new-tokens", type=int, default=32, help="the longest answer (default: 32)")
+    answers.add_argument("--batch-size", type=int, default=32, help="questions answered at a time (default: 32)")
+    answers.add_argument(
+        "--conditions",
+        nargs="+",
+        choices=("real", "shuffled", "blank"),
+        default=["real", "shuffled", "blank"],
+        help="which pictures to show (default: all three in turn)",
+    )
+    answers.add_argument("--no-perplexity", action="store_true", help="leave the perplexity out")
+    answers.add_argument("--out", help="write every figure and answer to this JSON file, too")
     options = parser.parse_args()
+    if not options.questions and not options.speech:
+        parser.error("name --questions, --speech or both")
+    if options.questions and bool(options.features) == bool(options.images):
+        parser.error("name either --features or --images")
+    return options
 
-    from mmchat.training.metrics import corpus_bleu4
 
-    references = {entry["image"]: entry["captions"] for entry in json.loads(Path(options.captions).read_text())}
-    answered = [json.loads(line) for line in Path(options.answers).read_text().splitlines()]
-    answers = [line["answer"] or "" for line in answered]
-    score = corpus_bleu4(answers, [references[line["id"]] for line in answered])
-    print(f"BLEU-4 {score:.3f} on {len(answers)} pictures, {len(set(answers))} different answers")
+def main():
+    options = parse()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+
+    from mmchat.errors import MmchatError
+
+    results = []
+    try:
+        if options.speech:
+            results += evaluate_speech(options)
+        if options.questions:
+            results += evaluate_questions(options)
+    except MmchatError as error:
+        sys.exit(str(error))
+    print_table(results)
+    if options.out:
+        Path(options.out).write_text(json.dumps(results, indent=1, ensure_ascii=False))
+
+
+def evaluate_questions(options):
+    from functools import cache
+
+    from tqdm import tqdm
+
+    from mmchat.device import choose_device
+    from mmchat.generation import SamplingOptions
+    from mmchat.image_encoder import load_image_encoder
+    from mmchat.model import load_model
+    from mmchat.presets import get_preset
+    from mmchat.prompt import CHAT_FORMATS
+    from mmchat.training.evaluation import Evaluator, condition_features, flatten, measure, read_items
+    from mmchat.training.features import FeatureStore, PictureFolder
+
+    preset, device = get_preset(options.preset), choose_device()
+    encoder = cache(lambda: load_image_encoder(preset.image_encoder).to(device.type))
+    if options.features:
+        features = FeatureStore(options.features)
+        features.check(preset.image_encoder)
+    else:
+        features = PictureFolder(options.images, encoder())
+    files = {path: read_items(path, options.limit) for path in options.questions}
+    sampling = SamplingOptions(
+        temperature=0, repetition_penalty=1.0, beams=options.beams, max_new_tokens=options.max_new_tokens
+    )
+    results = []
+    for weights in options.weights or [preset.weights]:
+        model, tokenizer = load_model(preset, weights, device.dtype)
+        evaluator = Evaluator(
+            model.to(device.type),
+            tokenizer,
+            CHAT_FORMATS[preset.language_model.chat_format],
+            batch_size=options.batch_size,
+            progress=lambda batches, doing: tqdm(batches, desc=doing, leave=False),
+        )
+        for path, items in files.items():
+            for condition in options.conditions:
+                shown = condition_features(condition, features, items, encoder)
+                answers = evaluator.answers(items, shown, sampling)
+                metrics = measure(items, answers)
+                if not options.no_perplexity:
+                    metrics["all"] = {"perplexity": evaluator.perplexity(items, shown)}
+                results.append(
+                    {
+                        "weights": str(weights),
+                        "file": Path(path).name,
+                        "condition": condition,
+                        "beams": options.beams,
+                        "metrics": [entry(*found) for found in flatten(metrics)],
+                        "answers": [
+                            {"id": item.conversation.id, "kind": item.kind, "answer": answer, "expected": item.answer}
+                            for item, answer in zip(items, answers, strict=True)
+                        ],
+                    }
+                )
+    return results
+
+
+def evaluate_speech(options):
+    from mmchat.presets import get_preset
+    from mmchat.speech import SpeechRecognizer
+    from mmchat.training.metrics import word_error_rate
+
+    recordings = json.loads(Path(options.speech).read_text())
+    recognizer = SpeechRecognizer(get_preset(options.preset).speech)
+    folder = Path(options.speech).parent
+    heard = [recognizer.transcribe(folder / recording["audio"]).text for recording in recordings]
+    rate = word_error_rate(heard, [recording["text"] for recording in recordings])
+    return [
+        {
+            "weights": options.preset,
+            "file": Path(options.speech).name,
+            "condition": "real",
+            "metrics": [entry("speech", "word error rate", rate)],
+            "answers": [
+                {"id": one["audio"], "answer": text, "expected": one["text"]}
+                for one, text in zip(recordings, heard, strict=True)
+            ],
+        }
+    ]
+
+
+def entry(kind, metric, estimate):
+    from dataclasses import asdict
+
+    return {"kind": kind, "metric": metric, **asdict(estimate)}
+
+
+def print_table(results):
+    """A line for each metric, a column for each of the weights and conditions."""
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = list(dict.fromkeys((result["weights"], result["condition"]) for result in results))
+    table = Table(title="95% intervals by bootstrap in brackets")
+    for heading in ("file", "kind", "metric", "n"):
+        table.add_column(heading)
+    for weights, condition in columns:
+        table.add_column(f"{Path(weights).name}\n{condition}")
+    figures, counts = {}, {}
+    for result in results:
+        for found in result["metrics"]:
+            line = (result["file"], found["kind"], found["metric"])
+            shown = f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+            figures.setdefault(line, {})[result["weights"], result["condition"]] = shown
+            counts[line] = found["count"]
+    for line, shown in figures.items():
+        table.add_row(*line, str(counts[line]), *(shown.get(column, "") for column in columns))
+    Console(width=max(100, 60 + 24 * len(columns))).print(table)
 
 
 if __name__ == "__main__":

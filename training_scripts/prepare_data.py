@@ -1,12 +1,15 @@
 #!/usr/bin/env python
-"""Turn captions into conversations to train on, or into questions to evaluate on.
+"""Turn captions or easy-VQA into conversations to train on, or into questions to evaluate on.
 
-    python training_scripts/prepare_data.py --captions captions.json --splits splits.json --split train --out train.json
-    python training_scripts/prepare_data.py --captions captions.json --splits splits.json --split dev --limit 200 \\
-        --questions --images photos/ --out questions.jsonl
+    python training_scripts/prepare_data.py captions --captions captions.json --splits splits.json --split train \\
+        --out train.json
+    python training_scripts/prepare_data.py captions --captions captions.json --splits splits.json --split dev \\
+        --make descriptions --out dev-captions.json
+    python training_scripts/prepare_data.py easy-vqa --split train --images pictures/easy-vqa --out easy.json
+    python training_scripts/prepare_data.py split llava_instruct_150k.json --share 0.02 --out train.json --rest dev.json
 
-captions.json is a list of {"image": file name, "captions": [text, …]}; splits.json maps a split to its file names.
-Conversations are LLaVA-Instruct JSON; questions are lines for `python -m mmchat batch`.
+What is written is LLaVA-Instruct JSON. Pictures are always split as pictures: no question about a picture of one side
+is on the other.
 """
 
 import argparse
@@ -20,41 +23,112 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--captions", required=True, help="captions of each picture")
-    parser.add_argument("--splits", required=True, help="which picture belongs to which split")
-    parser.add_argument("--split", default="train", help="the split to convert (default: train)")
-    parser.add_argument("--limit", type=int, help="only the first so many pictures of the split")
-    parser.add_argument("--seed", type=int, default=0, help="of everything drawn by chance (default: 0)")
-    parser.add_argument("--questions", action="store_true", help='write "Describe the image." for each picture')
-    parser.add_argument("--images", default="", help="with --questions: the folder of the pictures")
-    parser.add_argument(
-        "--shuffle", action="store_true", help="with --questions: show another picture each time, as a baseline"
+    commands = parser.add_subparsers(dest="command", required=True, metavar="captions | easy-vqa | split")
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--out", required=True, help="the file to write")
+    common.add_argument("--seed", type=int, default=0, help="of everything drawn by chance (default: 0)")
+    common.add_argument("--clean-answers", action="store_true", help="take punctuation and stop words out of answers")
+
+    captions = commands.add_parser("captions", parents=[common], help="files of captions, each with its picture's name")
+    captions.add_argument("--captions", required=True, help="COCO or Karpathy JSON, a JSON list, or Flickr8k's list")
+    captions.add_argument("--splits", help="JSON: name of a split -> file names (default: what the captions say)")
+    captions.add_argument("--split", help="convert this split only (default: every picture)")
+    captions.add_argument("--limit", type=int, help="only the first so many pictures")
+    captions.add_argument("--folder", default="", help="of the pictures, below the folder that is embedded")
+    captions.add_argument(
+        "--make",
+        choices=("conversations", "captions", "descriptions", "questions"),
+        default="conversations",
+        help="conversations: captions and questions, to train on; captions: no questions; descriptions or questions: "
+        "one in each conversation, to evaluate on (default: conversations)",
     )
-    parser.add_argument("--out", required=True, help="the file to write")
+
+    easy = commands.add_parser("easy-vqa", parents=[common], help="easy-VQA, fetched from the Python package index")
+    easy.add_argument("--split", choices=("train", "test"), default="train", help="(default: train)")
+    easy.add_argument("--images", help="also write the pictures to this folder")
+    easy.add_argument("--limit", type=int, help="only the first so many pictures")
+    easy.add_argument("--folder", default="", help="of the pictures, below the folder that is embedded")
+    easy.add_argument("--turns", type=int, default=3, help="questions in a conversation (default: 3)")
+    easy.add_argument("--per-image", type=int, help="only so many questions about a picture, drawn by chance")
+    easy.add_argument("--make", choices=("conversations", "questions"), default="conversations", help="as for captions")
+
+    split = commands.add_parser("split", parents=[common], help="divide a file of conversations by its pictures")
+    split.add_argument("conversations", help="LLaVA-Instruct JSON")
+    split.add_argument("--share", type=float, required=True, help="of the pictures that go to --rest, 0 to 1")
+    split.add_argument("--rest", required=True, help="the other file to write")
     return parser.parse_args()
 
 
 def main():
     options = parse()
 
-    from mmchat.training.captions import conversations
+    from mmchat.errors import MmchatError
+    from mmchat.training.conversations import write_conversations
 
-    captions = {entry["image"]: entry for entry in json.loads(Path(options.captions).read_text())}
-    splits = json.loads(Path(options.splits).read_text())
-    if options.split not in splits:
-        sys.exit(f"{options.splits} has no split '{options.split}', only {', '.join(splits)}.")
-    names = splits[options.split][: options.limit]
-    if options.questions:
-        shown = names[1:] + names[:1] if options.shuffle else names  # splits are in no order, so the next is any other
-        lines = [
-            json.dumps({"id": name, "image": str(Path(options.images) / other), "question": "Describe the image."})
-            for name, other in zip(names, shown, strict=True)
-        ]
-        Path(options.out).write_text("\n".join(lines) + "\n")
+    try:
+        if options.command == "split":
+            from mmchat.training.conversations import split_by_image
+
+            train, rest = split_by_image(options.conversations, options.share, random.Random(options.seed))
+            print(f"{write_conversations(options.rest, rest)} conversations in {options.rest}")
+            entries = train
+        else:
+            entries = {"captions": from_captions, "easy-vqa": from_easy_vqa}[options.command](options)
+        if options.clean_answers:
+            from mmchat.text import clean_answers
+
+            entries = map(clean_answers, entries)
+        print(f"{write_conversations(options.out, entries)} conversations in {options.out}")
+    except MmchatError as error:
+        sys.exit(str(error))
+
+
+def from_captions(options):
+    from mmchat.errors import BadInput
+    from mmchat.training import captions
+
+    pictures = captions.read_captions(options.captions)
+    if options.splits:
+        splits = json.loads(Path(options.splits).read_text())
+        if options.split not in splits:
+            raise BadInput(f"{options.splits} has no split '{options.split}', only {', '.join(splits)}.")
+        by_name = {picture["image"]: picture for picture in pictures}
+        pictures = [by_name[name] for name in splits[options.split] if name in by_name]
+    elif options.split:
+        pictures = [picture for picture in pictures if picture["split"] == options.split]
+    if not pictures:
+        raise BadInput(f"There are no pictures in the split '{options.split}'.")
+    pictures = [in_folder(options.folder, picture) for picture in pictures[: options.limit]]
+    random_numbers = random.Random(options.seed)
+    if options.make == "descriptions":
+        return captions.descriptions(pictures)
+    if options.make == "questions":
+        return captions.questions_only(pictures, random_numbers)
+    return captions.conversations(pictures, random_numbers, with_questions=options.make == "conversations")
+
+
+def from_easy_vqa(options):
+    from mmchat.training import easy_vqa
+
+    if options.images:
+        count = easy_vqa.extract_pictures(options.images, options.split, options.limit)
+        print(f"{count} pictures in {options.images}")
+    if options.make == "questions":
+        entries = easy_vqa.questions_only(options.split, limit=options.limit)
     else:
-        lines = list(conversations([captions[name] for name in names], random.Random(options.seed)))
-        Path(options.out).write_text(json.dumps(lines, indent=1))
-    print(f"{len(lines)} {'questions' if options.questions else 'conversations'} on {len(names)} pictures")
+        entries = easy_vqa.conversations(
+            options.split,
+            random.Random(options.seed),
+            limit=options.limit,
+            turns=options.turns,
+            per_image=options.per_image,
+        )
+    return (in_folder(options.folder, entry) for entry in entries)
+
+
+def in_folder(folder, entry):
+    return {**entry, "image": f"{folder.strip('/')}/{entry['image']}"} if folder else entry
 
 
 if __name__ == "__main__":

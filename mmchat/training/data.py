@@ -1,150 +1,178 @@
-"""Training data: conversations in LLaVA-Instruct JSON, picture features on disk, batches.
-
-The JSON is LLaVA's own (Liu et al. 2023, arXiv 2304.08485): a list of
-``{"id", "image", "conversations": [{"from": "human" | "gpt", "value": text}, …]}`` with ``<image>`` in the human text
-where the picture is shown.
-"""
+"""Conversations → batches: tokenised, with the features of their pictures, common beginnings laid out only once."""
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from ..errors import BadInput
 from ..model import IGNORED
-from ..prompt import ChatFormat, Message, encode
+from ..prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, encode
+from .conversations import Conversation
 
-IMAGE_MARK = "<image>"
-SPEAKERS = {"human": "user", "gpt": "assistant"}
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """One training example: messages whose pictures are file names."""
-
-    id: str
-    messages: tuple[Message, ...]
+logger = logging.getLogger(__name__)
 
 
-def read_conversations(path: str | Path) -> list[Conversation]:
-    """Reads LLaVA-Instruct JSON.
+class Features(Protocol):
+    """Features of pictures by name: a ``FeatureStore``, or a ``PictureFolder``."""
 
-    Raises:
-        BadInput: it is no such file; the message names the entry.
+    def __contains__(self, name: str) -> bool: ...
+
+    def __getitem__(self, name: str) -> torch.Tensor: ...
+
+
+@dataclass
+class Row:
+    """Conversations about the same pictures, laid out as one row of tokens.
+
+    Their tokens form a tree: the picture and the words that several conversations begin with stand in the row once,
+    and each goes on from there. A token reads those on its own way from the root and no others, so the model computes
+    for each conversation exactly what it would compute for it alone. A single conversation is a tree of one branch.
     """
-    path = Path(path)
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"{path.name} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise BadInput(f"{path.name} cannot be read as JSON: {error}.") from error
-    if not isinstance(entries, list):
-        raise BadInput(f"{path.name} is not a list of conversations.")
-    return [_conversation(entry, f"{path.name}, entry {number}") for number, entry in enumerate(entries)]
+
+    token_ids: list[int] = field(default_factory=list)  # depth first: a branch is whole before the next one begins
+    is_answer: list[bool] = field(default_factory=list)
+    previous: list[int] = field(default_factory=list)  # place of the token before it in its conversation; -1 for none
+    position: list[int] = field(default_factory=list)  # how many tokens come before it in its conversation
+    end: list[int] = field(default_factory=list)  # place after the last token that reads this one
+    images: list[str] = field(default_factory=list)  # in the order of their IMAGE_TOKEN_IDs
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def is_branched(self) -> bool:
+        return any(place != index - 1 for index, place in enumerate(self.previous))
 
 
-def _conversation(entry: Any, place: str) -> Conversation:
-    try:
-        image, turns = entry.get("image"), entry["conversations"]
-        messages = []
-        for turn in turns:
-            text = turn["value"]
-            shows = IMAGE_MARK in text and turn["from"] == "human"
-            text = text.replace(IMAGE_MARK, "").strip() if shows else text.strip()
-            messages.append(Message(SPEAKERS[turn["from"]], text, [image] if shows else []))
-    except (AttributeError, KeyError, TypeError) as error:
-        raise BadInput(f"{place} is not a LLaVA-Instruct conversation ({error!r}).") from error
-    if not any(message.role == "assistant" for message in messages):
-        raise BadInput(f"{place} has no answer to learn from.")
-    return Conversation(str(entry.get("id", place)), tuple(messages))
+def lay_out(conversations: Sequence[EncodedConversation], max_length: int) -> list[Row]:
+    """Conversations about the same pictures → rows of at most ``max_length`` tokens.
+
+    Sorted, those that begin alike are neighbours, so each has to be compared with the one before it only. Answers are
+    never shared: each of their tokens is learnt once for each conversation that has it.
+    """
+    rows: list[Row] = []
+    path: list[int] = []  # places in the row of the tokens of the conversation laid out last
+    last: EncodedConversation | None = None
+    for conversation in sorted(conversations, key=lambda conversation: conversation.token_ids):
+        shared = _shared_length(last, conversation) if last else 0
+        if not rows or len(rows[-1]) + len(conversation.token_ids) - shared > max_length:
+            rows.append(Row())
+            path, shared = [], 0
+        row = rows[-1]
+        shown = sum(token_id == IMAGE_TOKEN_ID for token_id in conversation.token_ids[:shared])
+        shown_images = shown * len(conversation.images) // max(conversation.token_ids.count(IMAGE_TOKEN_ID), 1)
+        row.images += conversation.images[shown_images:]
+        path = path[:shared]
+        for position in range(shared, len(conversation.token_ids)):
+            row.token_ids.append(conversation.token_ids[position])
+            row.is_answer.append(conversation.is_answer[position])
+            row.previous.append(path[-1] if path else -1)
+            row.position.append(position)
+            row.end.append(0)
+            path.append(len(row) - 1)
+        for place in path:
+            row.end[place] = len(row)
+        last = conversation
+    return rows
 
 
-class FeatureStore:
-    """Features of a folder of pictures, computed once: ``features.npy`` [pictures, features, width] in half precision
-    and ``index.json`` with the encoder's name and the file names, row by row."""
-
-    def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        index = json.loads((folder / "index.json").read_text())
-        self.encoder: str = index["encoder"]
-        self.rows = {name: row for row, name in enumerate(index["images"])}
-        self.features = np.load(folder / "features.npy", mmap_mode="r")
-
-    @staticmethod
-    def write(folder: str | Path, encoder: str, names: Sequence[str], batches: Iterable[np.ndarray]) -> None:
-        """Writes the store; ``batches`` are arrays [n, features, width] in the order of ``names``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        features, row = None, 0
-        for batch in batches:
-            if features is None:
-                shape = (len(names), *batch.shape[1:])
-                features = np.lib.format.open_memmap(folder / "features.npy", "w+", np.float16, shape)
-            features[row : row + len(batch)] = batch
-            row += len(batch)
-        if features is not None:
-            features.flush()
-        (folder / "index.json").write_text(json.dumps({"encoder": encoder, "images": list(names)}))
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        """[features, width] of one picture."""
-        return torch.from_numpy(self.features[self.rows[name]].copy())
+def _shared_length(first: EncodedConversation, second: EncodedConversation) -> int:
+    """How many tokens two conversations begin with alike, before either answers."""
+    pairs = zip(first.token_ids, second.token_ids, first.is_answer, second.is_answer, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1] and not (pair[2] or pair[3]), pairs))
 
 
 class ConversationDataset(Dataset):
-    """Tokenised conversations with the features of their pictures.
+    """Rows of conversations with the features of their pictures.
+
+    Args:
+        conversations: of one or many pictures; neighbours that show the same pictures share a row.
+        features: of every picture that is shown.
+        tokens_per_image: how many tokens the projector makes of one picture.
+        max_length: in tokens; what is longer is cut off at its end.
+        share: whether conversations about the same pictures share a row.
 
     Raises:
-        BadInput: a picture has no features.
+        BadInput: a picture has no features, or nothing is left to learn from.
     """
 
     def __init__(
-        self, conversations: Sequence[Conversation], store: FeatureStore, tokenizer: Any, chat_format: ChatFormat
+        self,
+        conversations: Iterable[Conversation],
+        features: Features,
+        tokenizer: Any,
+        chat_format: ChatFormat,
+        tokens_per_image: int,
+        *,
+        max_length: int = 1024,
+        share: bool = True,
     ):
-        self.store = store
-        for conversation in conversations:
-            for message in conversation.messages:
-                for name in message.images:
-                    if name not in store.rows:
-                        raise BadInput(f"Conversation {conversation.id} shows '{name}', which has no features.")
-        tokens_per_image = store.features.shape[1]
-        self.encoded = [
-            encode(conversation.messages, tokenizer, chat_format, tokens_per_image) for conversation in conversations
-        ]
+        self.features = features
+        groups: dict[Any, list[EncodedConversation]] = {}
+        self.count = cut = 0
+        for number, conversation in enumerate(conversations):
+            for name in conversation.images:
+                if name not in features:
+                    raise BadInput(f"Conversation {conversation.id} shows '{name}', which has no features.")
+            encoded = encode(conversation.messages, tokenizer, chat_format, tokens_per_image)
+            if len(encoded.token_ids) > max_length:
+                encoded, cut = _cut(encoded, max_length), cut + 1
+            if any(encoded.is_answer):
+                groups.setdefault(conversation.images if share and conversation.images else number, []).append(encoded)
+                self.count += 1
+        if cut:
+            logger.warning("%d conversations were longer than %d tokens and were cut off there", cut, max_length)
+        if not groups:
+            raise BadInput(f"No conversation has an answer within its first {max_length} tokens.")
+        self.rows = [row for group in groups.values() for row in lay_out(group, max_length)]
 
     def __len__(self) -> int:
-        return len(self.encoded)
+        return len(self.rows)
 
-    def length(self, index: int) -> int:
-        """In tokens."""
-        return len(self.encoded[index].token_ids)
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        features = [self.features[name] for name in row.images]
+        return {"row": row, "features": torch.stack(features) if features else None}
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        encoded = self.encoded[index]
-        token_ids = torch.tensor(encoded.token_ids)  # [length]
-        labels = token_ids.where(torch.tensor(encoded.is_answer), IGNORED)
-        features = [self.store[name] for name in encoded.images]
-        return {"input_ids": token_ids, "labels": labels, "features": torch.stack(features) if features else None}
+
+def _cut(encoded: EncodedConversation, length: int) -> EncodedConversation:
+    if IMAGE_TOKEN_ID in encoded.token_ids[length:]:
+        return EncodedConversation([], [], [])  # part of a picture would be left
+    return EncodedConversation(encoded.token_ids[:length], encoded.is_answer[:length], encoded.images)
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Pads on the right and joins the pictures in reading order."""
+    """Rows → what ``MultimodalModel.forward`` takes, padded on the right."""
+    rows = [example["row"] for example in examples]
 
-    def pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+    def pad(name: str, value: int) -> torch.Tensor:
+        columns = [torch.tensor(getattr(row, name), dtype=torch.long) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=value)
 
-    features = [example["features"] for example in examples if example["features"] is not None]
-    return {
-        "input_ids": pad([example["input_ids"] for example in examples], 0),
-        "attention_mask": pad([torch.ones_like(example["input_ids"]) for example in examples], 0),
-        "labels": pad([example["labels"] for example in examples], IGNORED),
-        "image_features": torch.cat(features).float() if features else None,
+    token_ids = pad("token_ids", 0)  # [batch, length]
+    place = torch.arange(token_ids.shape[1])  # [length]
+    is_token = place < torch.tensor([[len(row)] for row in rows])  # [batch, length]
+    batch = {
+        "input_ids": token_ids,
+        "labels": token_ids.where(pad("is_answer", 0).bool(), IGNORED),
+        "attention_mask": is_token.long(),
     }
+    if any(row.is_branched for row in rows):
+        end = pad("end", 0).where(is_token, place + 1)  # padding reads itself: a row of zeros would become NaN
+        reads = (place <= place[:, None]) & (place[:, None] < end[:, None, :])  # [batch, length, length]
+        batch |= {
+            "attention_mask": reads[:, None],
+            "position_ids": pad("position", 0),
+            "previous": pad("previous", 0),
+        }
+    features = [example["features"] for example in examples if example["features"] is not None]
+    if features:
+        batch["image_features"] = torch.cat(features).float()  # [images, features, image_width]
+    return batch

@@ -1,108 +1,259 @@
-"""Fine-tunes the projector and a LoRA adapter on transformers' Trainer."""
+"""Trains the projector and a LoRA adapter on transformers' Trainer, whose checkpoints become folders that chat."""
 
 from __future__ import annotations
 
+import logging
+import math
+import os
+import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..errors import BadInput
-from ..language_model import add_adapter, load_language_model
-from ..model import MultimodalModel, load_model
+from ..device import choose_device
+from ..errors import WeightsError
+from ..model import IGNORED
 from ..presets import Preset
-from ..projector import ProjectorConfig, build_projector
-from ..prompt import CHAT_FORMATS
-from .data import ConversationDataset, FeatureStore, collate, read_conversations
+from .data import collate
+from .recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+STAGING = ".unfinished"  # checkpoints are written here, and renamed when they are whole
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """A recipe in the Trainer's words."""
+    evaluates = "steps" if recipe.eval else "no"
+    return TrainingArguments(
+        output_dir=recipe.out,
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulate,
+        learning_rate=recipe.lr or recipe.projector_lr,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(recipe.decay, recipe.decay),
+        warmup_steps=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        use_cpu=choose_device().type == "cpu",
+        bf16=recipe.precision == "bf16",
+        fp16=recipe.precision == "fp16",
+        logging_steps=recipe.log_steps,
+        logging_first_step=True,
+        eval_strategy=evaluates,
+        eval_steps=recipe.eval_steps,
+        save_steps=recipe.save_steps,
+        save_total_limit=recipe.keep,
+        metric_for_best_model="loss" if recipe.eval else None,
+        greater_is_better=False if recipe.eval else None,
+        load_best_model_at_end=recipe.patience > 0,
+        remove_unused_columns=False,  # they are the model's, whose forward takes other names than the datasets' rows
+        label_names=["labels"],
+        prediction_loss_only=True,
+        report_to=[] if recipe.report_to == ["none"] else recipe.report_to,
+        dataloader_num_workers=recipe.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=recipe.seed,
+    )
+
+
+class EpochSampler(LengthGroupedSampler):
+    """Rows of like length together, in an order that depends on the seed and the epoch alone.
+
+    transformers' own draws from the global generator, whose state a resumed run does not have at an epoch's start.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 class MultimodalTrainer(Trainer):
-    """A Trainer with one learning rate for the projector and one for the adapter, whose checkpoints chat."""
+    """A Trainer with a rate for the projector and one for the adapter, that says what each of them does.
 
-    def __init__(self, *, preset: Preset, projector_learning_rate: float, **options):
-        super().__init__(data_collator=collate, **options)
+    A checkpoint is written under a temporary name, read back, compared, and renamed: whatever is called
+    ``checkpoint-N`` is whole.
+    """
+
+    def __init__(self, *, recipe: Recipe, preset: Preset, **options: Any):
+        super().__init__(args=training_arguments(recipe), data_collator=collate, **options)
+        self.recipe = recipe
         self.preset = preset
-        self.projector_learning_rate = projector_learning_rate
+        self.parts = {
+            "projector": [weight for weight in self.model.projector.parameters() if weight.requires_grad],
+            "adapter": [weight for weight in self.model.language_model.parameters() if weight.requires_grad],
+        }
+        self.parts = {name: weights for name, weights in self.parts.items() if weights}
+        self._start = {name: [weight.detach().clone() for weight in part] for name, part in self.parts.items()}
+        self._gradient_norms: dict[str, torch.Tensor] = {}
+        self._checked_gradients = False
+        self._answer_tokens = 0
+        self._logged_at = time.monotonic()
 
-    def create_optimizer(self, model=None):
-        """AdamW on what is trained, in two groups: the projector starts from nothing and needs larger steps."""
+    # What is trained, and how fast
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            adapter = [weight for weight in self.model.language_model.parameters() if weight.requires_grad]
-            groups = [
-                {"params": list(self.model.projector.parameters()), "lr": self.projector_learning_rate},
-                {"params": adapter, "lr": self.args.learning_rate},
-            ]
+            rates = {"projector": self.recipe.projector_lr, "adapter": self.recipe.lr}
+            groups = [{"params": weights, "lr": rates[name], "name": name} for name, weights in self.parts.items()]
             self.optimizer = torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
         return self.optimizer
 
-    def _get_train_sampler(self, train_dataset=None):
-        """Batches of similar length, so that little is padding."""
-        dataset = train_dataset or self.train_dataset
-        lengths = [dataset.length(index) for index in range(len(dataset))]
-        return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths)
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        lengths = [len(row) for row in (train_dataset or self.train_dataset).rows]
+        # Batches that are accumulated, or spread over devices, make one step together: they are of like length, too.
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return EpochSampler(step, lengths, self.args.seed)
 
-    def _save(self, output_dir=None, state_dict=None):
-        self.model.save(output_dir or self.args.output_dir, self.preset)
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        if model.training:
+            self._answer_tokens += int((inputs["labels"] != IGNORED).sum())
+            share = own_token_share(self.state.global_step, self.recipe)
+            if share > 0:
+                inputs = self._with_own_tokens(inputs, share)
+        return super().compute_loss(model, inputs, *arguments, **options)
+
+    @torch.no_grad()
+    def _with_own_tokens(self, inputs: dict[str, Any], share: float) -> dict[str, Any]:
+        """Replaces a share of the answers' tokens by what the model predicts in their place; labels stay."""
+        logits, _ = self.accelerator.unwrap_model(self.model).label_logits(**inputs)
+        is_label = inputs["labels"] != IGNORED  # [batch, length]
+        predicted = torch.zeros_like(inputs["input_ids"]).masked_scatter(is_label, logits.argmax(dim=-1))
+        is_replaced = is_label & (torch.rand(is_label.shape, device=is_label.device) < share)
+        return {**inputs, "input_ids": inputs["input_ids"].where(~is_replaced, predicted)}
+
+    # What the log says
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self._gradient_norms = {name: _norm([weight.grad for weight in part]) for name, part in self.parts.items()}
+        if not self._checked_gradients:
+            self._check_gradients()
+            self._checked_gradients = True
+        return super()._clip_grad_norm(model)
+
+    def _check_gradients(self) -> None:
+        """Raises unless exactly the parameters that are to be trained have gradients."""
+        trained = {id(weight) for part in self.parts.values() for weight in part}
+        named = list(self.accelerator.unwrap_model(self.model).named_parameters())
+        without = [name for name, weight in named if id(weight) in trained and weight.grad is None]
+        frozen = [name for name, weight in named if id(weight) not in trained and weight.grad is not None]
+        if without or frozen:
+            raise WeightsError(
+                f"After the first step {len(without)} parameters that are to be trained have no gradient "
+                f"({', '.join(without[:3])}), and {len(frozen)} frozen ones have ({', '.join(frozen[:3])})."
+            )
+        for name, part in self.parts.items():
+            if not self._gradient_norms[name] > 0:
+                raise WeightsError(f"After the first step the gradient of the {name} is {self._gradient_norms[name]}.")
+            count = sum(weight.numel() for weight in part)
+            logger.info("%s: all %d tensors (%s parameters) have gradients", name, len(part), f"{count:,}")
+        logger.info("%d other tensors are frozen, without gradients", len(named) - len(trained))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            seconds = time.monotonic() - self._logged_at
+            logs["answer_tokens_per_second"] = round(self._answer_tokens / max(seconds, 1e-9), 1)
+            self._answer_tokens, self._logged_at = 0, time.monotonic()
+            logs.pop("learning_rate", None)
+            for group in self.optimizer.param_groups:
+                name = group["name"]
+                logs[f"{name}_learning_rate"] = group["lr"]
+                logs[f"{name}_gradient_norm"] = float(self._gradient_norms[name])
+                logs[f"{name}_change"] = self._change(name)
+            share = own_token_share(self.state.global_step, self.recipe)
+            if self.recipe.own_tokens:
+                logs["own_tokens"] = share
+        super().log(logs, start_time)
+
+    def _change(self, name: str) -> float:
+        """How far a part has moved since the start, relative to its size then."""
+        moved = [
+            now.detach() - then.to(now.device) for now, then in zip(self.parts[name], self._start[name], strict=True)
+        ]
+        return float(_norm(moved) / _norm(self._start[name]).to(moved[0].device).clamp(min=1e-12))
+
+    # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        model.save(output_dir or self.args.output_dir, self.preset)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return os.path.join(super()._get_output_dir(trial), STAGING)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        out = Path(self.args.output_dir)
+        best = self.state.best_global_step
+        if best:  # the Trainer looks for it in the staging folder, where it is not any more
+            self.state.best_model_checkpoint = str(out / f"{PREFIX_CHECKPOINT_DIR}-{best}")
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            staged = out / STAGING / name
+            self._compare_with_disk(staged)
+            shutil.rmtree(out / name, ignore_errors=True)
+            staged.rename(out / name)
+            shutil.rmtree(out / STAGING, ignore_errors=True)
+            self._prune(out)
+        self.accelerator.wait_for_everyone()
+
+    def _compare_with_disk(self, folder: Path) -> None:
+        """Raises WeightsError unless what was written is what is in memory."""
+        for name, tensors in self.accelerator.unwrap_model(self.model).trained_state().items():
+            written = load_file(folder / name)
+            same = written.keys() == tensors.keys() and all(
+                torch.equal(written[key], tensor.cpu()) for key, tensor in tensors.items()
+            )
+            if not same:
+                raise WeightsError(f"{name} of {folder.name} was not written as it is in memory; is the disk sound?")
+
+    def _prune(self, out: Path) -> None:
+        """Removes the oldest checkpoints beyond ``keep``, never the best one."""
+        best = Path(self.state.best_model_checkpoint).name if self.state.best_model_checkpoint else None
+        others = [folder for folder in checkpoints(out) if folder.name != best]
+        for folder in others[: -self.recipe.keep or None]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.accelerator.unwrap_model(model or self.model).load_trained(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        logger.info("The best weights are those of %s", Path(self.state.best_model_checkpoint).name)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def fresh_model(preset: Preset, *, rank: int, alpha: int, dropout: float) -> tuple[MultimodalModel, object]:
-    """A model with an untrained projector and adapter, and its tokenizer."""
-    language_model, tokenizer = load_language_model(preset.language_model, torch.float32)
-    config = ProjectorConfig(
-        kind=preset.projector.kind,
-        image_width=preset.image_encoder.width,
-        hidden_width=preset.projector.hidden_width,
-        token_width=language_model.config.hidden_size,
-    )
-    base_name = preset.language_model.name
-    adapted = add_adapter(language_model, rank=rank, alpha=alpha, dropout=dropout, base_name=base_name)
-    return MultimodalModel(adapted, build_projector(config), config), tokenizer
+def checkpoints(folder: str | Path) -> list[Path]:
+    """Whole checkpoints in the output folder of a run, the newest last."""
+    found = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")
+    return sorted((path.parent for path in found), key=lambda path: int(path.name.rsplit("-", 1)[1]))
 
 
-def finetune(
-    preset: Preset,
-    arguments: TrainingArguments,
-    *,
-    train_file: str | Path,
-    eval_file: str | Path | None,
-    features: str | Path,
-    projector_learning_rate: float,
-    rank: int,
-    alpha: int,
-    dropout: float,
-    start_from: str | Path | None = None,
-) -> None:
-    """Trains, and leaves a folder that chats in ``arguments.output_dir``.
+def own_token_share(step: int, recipe: Recipe) -> float:
+    """The share of answer tokens that are the model's own at a step: 0, up to ``own_tokens``, back to 0, and again.
 
-    Args:
-        train_file, eval_file: LLaVA-Instruct JSON.
-        features: a folder written by ``FeatureStore.write`` with the preset's image encoder.
-        rank, alpha, dropout: of a fresh adapter.
-        start_from: a weights folder to go on from; fresh weights if None.
-
-    Raises:
-        BadInput: the features come from another image encoder.
+    Scheduled sampling (Bengio et al. 2015, arXiv 1506.03099) with a share that cycles.
     """
-    store = FeatureStore(features)
-    if store.encoder != preset.image_encoder.name:
-        raise BadInput(f"The features were made by {store.encoder}; {preset.name} uses {preset.image_encoder.name}.")
-    if start_from:
-        model, tokenizer = load_model(preset, start_from, torch.float32, trainable=True)
-    else:
-        model, tokenizer = fresh_model(preset, rank=rank, alpha=alpha, dropout=dropout)
-    chat_format = CHAT_FORMATS[preset.language_model.chat_format]
+    return recipe.own_tokens * 0.5 * (1 - math.cos(2 * math.pi * step / recipe.own_tokens_cycle))
 
-    def dataset(path):
-        return ConversationDataset(read_conversations(path), store, tokenizer, chat_format)
 
-    trainer = MultimodalTrainer(
-        preset=preset,
-        projector_learning_rate=projector_learning_rate,
-        model=model,
-        args=arguments,
-        train_dataset=dataset(train_file),
-        eval_dataset=dataset(eval_file) if eval_file else None,
-    )
-    trainer.train()
-    trainer.model.save(arguments.output_dir, preset, torch.float16)  # checkpoints beside it keep full precision
+def _norm(tensors: list[torch.Tensor | None]) -> torch.Tensor:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present)).float()) if present else torch.zeros(())

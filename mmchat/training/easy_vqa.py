@@ -1,0 +1,68 @@
+"""easy-VQA (Zhou 2019): questions about one colored shape on a plain background, a first test of any recipe.
+
+4,000 pictures with 38,575 questions to train on, 1,000 with 9,673 to test on, in the package ``easy-vqa`` of the Python
+package index under the MIT licence.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..assets import fetch_wheel
+from .conversations import entry_of
+
+PACKAGE, VERSION = "easy-vqa", "1.0"
+SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"
+SPLITS = ("train", "test")
+
+
+def extract_pictures(folder: str | Path, split: str, limit: int | None = None) -> int:
+    """Writes the pictures of a split as ``<number>.png`` and returns how many.
+
+    Raises:
+        AssetError: the package could not be had.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = f"easy_vqa/data/{split}/images/"
+    with zipfile.ZipFile(fetch_wheel(PACKAGE, VERSION, SHA256)) as archive:
+        names = [name for name in archive.namelist() if name.startswith(prefix) and name.endswith(".png")]
+        names = sorted(names, key=lambda name: int(Path(name).stem))[:limit]
+        for name in names:
+            with archive.open(name) as source, (folder / Path(name).name).open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+    return len(names)
+
+
+def questions(split: str, limit: int | None = None) -> dict[str, list[tuple[str, str]]]:
+    """Picture file name → its questions and answers as sentences, of the first ``limit`` pictures."""
+    with zipfile.ZipFile(fetch_wheel(PACKAGE, VERSION, SHA256)) as archive:
+        entries = json.loads(archive.read(f"easy_vqa/data/{split}/questions.json"))
+    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for question, answer, picture in entries:
+        if limit is None or picture < limit:
+            found[f"{picture}.png"].append((question[:1].upper() + question[1:], f"{answer.capitalize()}."))
+    return found
+
+
+def conversations(
+    split: str, rng: random.Random, *, limit: int | None = None, turns: int = 3, per_image: int | None = None
+) -> Iterator[dict]:
+    """LLaVA-Instruct entries of at most ``turns`` questions each, ``per_image`` of them about one picture."""
+    for picture, asked in questions(split, limit).items():
+        chosen = rng.sample(asked, min(per_image or len(asked), len(asked)))
+        for number, start in enumerate(range(0, len(chosen), turns)):
+            yield entry_of(f"easy-vqa-{picture}-{number}", picture, chosen[start : start + turns])
+
+
+def questions_only(split: str, *, limit: int | None = None) -> Iterator[dict]:
+    """Each question as a conversation of its own, with its kind, to evaluate on."""
+    for picture, asked in questions(split, limit).items():
+        for number, turn in enumerate(asked):
+            yield entry_of(f"easy-vqa-{picture}-{number}", picture, [turn], kind="easy-vqa")

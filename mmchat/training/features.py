@@ -1,0 +1,235 @@
+"""Picture features on disk: computed once, then read by every epoch of every run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import BadInput
+from ..image_encoder import FORMATS, open_image
+from ..presets import ImageEncoderPreset
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+PICTURES_PER_SHARD = 512
+SUFFIXES = {".jpg", ".jpeg", ".tif"} | {f".{name.lower()}" for name in FORMATS}
+
+
+def encoder_identity(preset: ImageEncoderPreset) -> dict[str, Any]:
+    """What features depend on: the encoder, the revision of its weights, and how a picture is prepared for it."""
+    return {
+        "name": preset.name,
+        "revision": getattr(preset.source, "sha256", preset.source),
+        "resolution": preset.resolution,
+        "features": f"{preset.features} {preset.feature_count}",
+        "width": preset.width,
+    }
+
+
+class FeatureStore:
+    """The features of a folder of pictures: shards of half-precision numbers, mapped into memory, and a manifest.
+
+    ``store[name]`` is the features of a picture, [features, width]; ``name`` its path below the folder, with slashes.
+
+    Raises:
+        BadInput: the folder holds no feature store, or not all of one.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        manifest = _read_manifest(self.folder)
+        self.encoder: dict[str, Any] = manifest["encoder"]
+        self.pictures = Path(manifest["pictures"])  # where they lay when they were embedded
+        self.unreadable: dict[str, str] = manifest["unreadable"]
+        self._places: dict[str, tuple[np.ndarray, int]] = {}
+        for shard in manifest["shards"]:
+            try:
+                features = np.load(self.folder / shard["file"], mmap_mode="r")
+            except (OSError, ValueError) as error:
+                raise BadInput(f"{shard['file']} in '{self.folder.name}' is missing or damaged; embed anew.") from error
+            for row, name in enumerate(shard["pictures"]):
+                self._places[name] = (features, row)  # of a picture embedded twice, the later shard holds
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        features, row = self._places[name]
+        return torch.from_numpy(features[row].copy())  # [features, width]
+
+    def check(self, preset: ImageEncoderPreset) -> None:
+        """Raises BadInput if the features were made by another encoder, or in another way."""
+        for key, expected in encoder_identity(preset).items():
+            if self.encoder.get(key) != expected:
+                raise BadInput(
+                    f"The features in '{self.folder.name}' were made with {key} '{self.encoder.get(key)}', but "
+                    f"{preset.name} as it is used here has '{expected}'. Run embed_images.py again."
+                )
+
+
+class PictureFolder:
+    """Pictures encoded as they are asked for, in place of a FeatureStore; one picture costs what it costs."""
+
+    def __init__(self, folder: str | Path, encoder: Any):
+        self.pictures = Path(folder)
+        self.encoder = encoder
+
+    def __contains__(self, name: str) -> bool:
+        return (self.pictures / name).is_file()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        features = self.encoder.encode([open_image(self.pictures / name)])[0]
+        return features.half().cpu()  # rounded as a store rounds, so that both train to the same weights
+
+
+@dataclass(frozen=True)
+class EmbedReport:
+    """What ``embed_folder`` did."""
+
+    embedded: int
+    kept: int  # embedded by an earlier run, and unchanged since
+    unreadable: dict[str, str]  # name -> the reason
+
+
+def embed_folder(
+    pictures: str | Path,
+    folder: str | Path,
+    preset: ImageEncoderPreset,
+    encoder: Any,
+    *,
+    batch_size: int = 16,
+    progress: Callable[[Iterator, int], Iterator] = lambda batches, total: batches,
+) -> EmbedReport:
+    """Computes the features of every picture below ``pictures`` and writes them to ``folder``.
+
+    A shard is written under a temporary name and renamed before the manifest names it, so a run that was killed is
+    gone on with, from its last whole shard.
+
+    Args:
+        encoder: as ``load_image_encoder(preset)`` gives it.
+        progress: wraps the iterator of batches, as tqdm does; called with it and the number of batches.
+
+    Raises:
+        BadInput: there are no pictures, or the folder holds features of another encoder.
+    """
+    pictures, folder = Path(pictures), Path(folder)
+    names = sorted(
+        path.relative_to(pictures).as_posix() for path in pictures.rglob("*") if path.suffix.lower() in SUFFIXES
+    )
+    if not names:
+        raise BadInput(f"There are no pictures in '{pictures.name}'.")
+    manifest = _start_manifest(folder, preset)
+    manifest["pictures"] = str(pictures.resolve())
+    known = {name: digest for shard in manifest["shards"] for name, digest in shard["pictures"].items()}
+    with ThreadPoolExecutor() as pool:  # reading and decoding leave Python's lock; the encoder works meanwhile
+        digests = dict(zip(names, pool.map(lambda name: _digest(pictures / name), names), strict=True))
+        waiting = [name for name in names if known.get(name) != digests[name]]
+        writer = _ShardWriter(folder, manifest, digests)
+        batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
+        decoded = _ahead(pool, lambda batch: [_pixels(pictures / name, encoder) for name in batch], batches)
+        for batch, found in progress(zip(batches, decoded, strict=True), len(batches)):
+            readable = [(name, pixels) for name, pixels in zip(batch, found, strict=True) if torch.is_tensor(pixels)]
+            manifest["unreadable"].update(
+                {name: reason for name, reason in zip(batch, found, strict=True) if isinstance(reason, str)}
+            )
+            if readable:
+                device = next(encoder.parameters()).device
+                features = encoder(torch.stack([pixels for _, pixels in readable]).to(device))
+                writer.add([name for name, _ in readable], features.half().cpu().numpy())
+        writer.flush()
+    unreadable = {name: reason for name, reason in manifest["unreadable"].items() if name in digests}
+    return EmbedReport(writer.written, len(names) - len(waiting), unreadable)
+
+
+def _ahead(pool: ThreadPoolExecutor, work: Callable, items: list, depth: int = 2) -> Iterator:
+    """``map`` in other threads, at most ``depth`` items ahead, so that memory stays bounded."""
+    futures = [pool.submit(work, item) for item in items[:depth]]
+    for position in range(len(items)):
+        result = futures.pop(0).result()
+        if position + depth < len(items):
+            futures.append(pool.submit(work, items[position + depth]))
+        yield result
+
+
+def _pixels(path: Path, encoder: Any) -> torch.Tensor | str:
+    """What the encoder reads, [3, height, width], or why there is nothing to read."""
+    try:
+        return encoder.pixels(open_image(path))
+    except BadInput as error:
+        return str(error)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class _ShardWriter:
+    """Gathers features until a shard is full."""
+
+    def __init__(self, folder: Path, manifest: dict, digests: dict[str, str]):
+        self.folder, self.manifest, self.digests = folder, manifest, digests
+        self.names: list[str] = []
+        self.arrays: list[np.ndarray] = []
+        self.written = 0
+
+    def add(self, names: list[str], features: np.ndarray) -> None:
+        self.names += names
+        self.arrays.append(features)
+        if len(self.names) >= PICTURES_PER_SHARD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what was gathered, and the manifest."""
+        if self.names:
+            file = f"features-{len(self.manifest['shards']):05d}.npy"
+            unfinished = self.folder / f".{file}"
+            with unfinished.open("wb") as sink:
+                np.save(sink, np.concatenate(self.arrays))
+            unfinished.replace(self.folder / file)
+            self.manifest["shards"].append({"file": file, "pictures": {n: self.digests[n] for n in self.names}})
+            self.written += len(self.names)
+            self.names, self.arrays = [], []
+        _write_manifest(self.folder, self.manifest)
+
+
+def _start_manifest(folder: Path, preset: ImageEncoderPreset) -> dict:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / MANIFEST).exists():
+        return {
+            "format_version": FORMAT_VERSION,
+            "encoder": encoder_identity(preset),
+            "shards": [],
+            "unreadable": {},
+        }
+    FeatureStore(folder).check(preset)
+    return _read_manifest(folder)
+
+
+def _read_manifest(folder: Path) -> dict:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"'{folder.name}' holds no features: embed_images.py writes them.") from error
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise BadInput(f"The features in '{folder.name}' are of a format this mmchat does not read; embed anew.")
+    return manifest
+
+
+def _write_manifest(folder: Path, manifest: dict) -> None:
+    unfinished = folder / f".{MANIFEST}"
+    unfinished.write_text(json.dumps(manifest, indent=1))
+    unfinished.replace(folder / MANIFEST)

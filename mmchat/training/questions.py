@@ -1,0 +1,296 @@
+"""Questions that captions answer, made by rules: is there …, what color, how many, what is … doing, who, where.
+
+A question is asked only where at least two captions of a picture agree on its answer, and "no" is said only where no
+caption names the thing, or anything that may be another word for it.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+AGREEMENT = 2  # captions that have to say the same
+
+COLORS = set("black white brown red blue green yellow orange pink purple gray tan".split())
+SPELLINGS = {"grey": "gray", "colour": "color", "puppy": "dog", "puppies": "dogs", "bike": "bicycle", "kid": "child"}
+SPELLINGS |= {"bikes": "bicycles", "kids": "children", "lady": "woman", "ladies": "women", "guy": "man", "guys": "men"}
+NUMBERS = ("one", "two", "three", "four", "five", "six")
+
+PEOPLE = {"man": "men", "woman": "women", "boy": "boys", "girl": "girls", "child": "children"}
+THINGS = {
+    word: f"{word}s"
+    for word in "dog cat horse bird ball car bicycle motorcycle boat skateboard tree tent guitar frisbee surfboard hat "
+    "helmet stick toy swing fence building camera table chair umbrella kayak snowboard wave rope slide fountain "
+    "backpack sign rock wall ramp pool mountain".split()
+} | {"bench": "benches", "beach": "beaches", "couch": "couches"}
+ANIMALS = {"dog", "cat", "horse", "bird"}
+PLURALS = PEOPLE | THINGS
+SINGULARS = {plural: single for single, plural in PLURALS.items()}
+
+# Words that may mean a person of any kind: with one of them about, nobody can say that there is no man.
+PEOPLE_WORDS = set(
+    "person people adult adults player players couple group crowd family someone he she his her they their him male "
+    "female rider climber surfer skier snowboarder skateboarder biker cyclist hiker runner skater swimmer teenager "
+    "teenagers friend friends team band teen teens youth youths worker performer dancer dancers athlete bride groom "
+    "mother father toddler toddlers baby child children".split()
+)
+# Other words for a thing, and words that come with it: "no" is not said beside them.
+HINTS = {
+    "dog": "poodle terrier retriever hound collie greyhound greyhounds animal animals labrador lab pet",
+    "cat": "kitten kitty animal",
+    "horse": "pony horseback rodeo bronco animal jockey jockeys",
+    "bird": "seagull duck ducks geese goose pigeon pigeons eagle seagulls parrot animal",
+    "ball": "football soccer basketball baseball tennis volleyball toy rugby",
+    "car": "truck vehicle race racecar van traffic street road",
+    "bicycle": "biker cyclist cyclists bicyclist motorcycle dirtbike rider bmx",
+    "motorcycle": "motorbike bicycle biker dirtbike rider atv",
+    "boat": "canoe kayak ship raft sailboat water",
+    "skateboard": "skateboarder skating skateboarding skater skate board",
+    "tree": "forest woods branch branches wooded leaves log",
+    "surfboard": "surfer surfing surfs board wave",
+    "hat": "cap helmet costume",
+    "helmet": "biker cyclist football hat rider climber bicycle motorcycle hockey",
+    "building": "house city street wall store",
+    "fence": "gate railing obstacle",
+    "toy": "ball frisbee",
+    "swing": "playground swinging",
+    "stick": "branch",
+    "camera": "picture photo pose poses posing photograph",
+    "table": "eating restaurant desk",
+    "chair": "bench seat sits sitting",
+    "wave": "surfer surfing surfs ocean",
+    "rope": "climber climbing climbs swing leash",
+    "fountain": "water",
+    "sign": "store city street",
+    "rock": "rocks rocky mountain cliff climber climbing stone",
+    "wall": "building brick graffiti climbing",
+    "ramp": "skateboarder skateboard trick",
+    "pool": "water swimming swims",
+    "mountain": "hill cliff rocky climber hiker hiking snow",
+    "beach": "sand ocean water shore sandy",
+    "snowboard": "snowboarder snowboarding snow",
+    "kayak": "canoe boat kayaker water",
+    "backpack": "bag hiker hiking",
+    "couch": "sofa",
+}
+COLORED = set(
+    "dog shirt dress jacket coat car ball bicycle shorts hat shirts pants cap helmet horse cat bird truck boat frisbee "
+    "suit sweater uniform uniforms collar toy tent umbrella building couch boots hair flag kayak sweatshirt jeans vest "
+    "swimsuit bikini outfit flowers motorcycle hoodie jersey canoe slide bench surfboard top racecar backpack raft "
+    "socks fence wall shoes snowsuit skirt kite sled wetsuit".split()
+)
+# What somebody is doing: how captions write it -> how the answer says it.
+ACTIONS = {
+    "run": "Running", "jump": "Jumping", "leap": "Jumping", "play": "Playing", "stand": "Standing", "sit": "Sitting",
+    "walk": "Walking", "hold": None, "ride": "Riding", "climb": "Climbing", "swim": "Swimming", "carry": None,
+    "smile": "Smiling", "pose": "Posing", "race": "Racing", "dance": "Dancing", "eat": "Eating", "chase": "Chasing",
+    "swing": "Swinging", "watch": "Watching", "talk": "Talking", "ski": "Skiing", "slide": "Sliding", "fly": None,
+    "surf": "Surfing", "splash": "Splashing", "fish": "Fishing", "read": "Reading", "drink": "Drinking",
+    "skateboard": "Skateboarding", "fight": "Fighting", "throw": "Throwing", "laugh": "Laughing", "skate": "Skating",
+    "hike": "Hiking", "sleep": "Sleeping", "snowboard": "Snowboarding", "dive": "Diving", "sing": "Singing",
+    "kick": "Kicking", "push": "Pushing", "pull": "Pulling", "lie": "Lying down", "lay": "Lying down",
+}  # fmt: skip
+PLACES = {
+    "grass": "On the grass", "water": "In the water", "snow": "In the snow", "field": "In a field",
+    "beach": "On the beach", "pool": "In a pool", "street": "On the street", "sand": "On the sand", "park": "In a park",
+    "sidewalk": "On the sidewalk", "road": "On the road", "ocean": "In the ocean", "lake": "At a lake",
+    "woods": "In the woods", "forest": "In the woods", "playground": "On a playground", "river": "In a river",
+    "mountain": "On a mountain", "bench": "On a bench", "track": "On a track", "ramp": "On a ramp", "bed": "On a bed",
+    "couch": "On a couch", "yard": "In a yard", "mud": "In the mud", "trampoline": "On a trampoline",
+}  # fmt: skip
+LIKE_PLACES = ({"beach", "sand", "ocean", "water"}, {"street", "road", "sidewalk"}, {"grass", "field", "park", "yard"})
+
+WHERE_SHOWN = ("", "", " in the picture", " in the image", " in this photo", " here")
+WORDINGS = {
+    "presence": (
+        "Is there {a} {noun}{shown}?", "Is there {a} {noun}{shown}?", "Is {a} {noun} visible{shown}?",
+        "Can you see {a} {noun}{shown}?", "Do you see {a} {noun}{shown}?", "Does the picture show {a} {noun}?",
+        "Does this image contain {a} {noun}?", "Is {a} {noun} present{shown}?", "Are there any {plural}{shown}?",
+    ),
+    "color": (
+        "What color {is_are} the {noun}?", "What color {is_are} the {noun}?", "Which color {is_are} the {noun}{shown}?",
+        "What is the color of the {noun}?", "What colour {is_are} the {noun}?", "Tell me the color of the {noun}.",
+    ),
+    "count": (
+        "How many {plural} are there{shown}?", "How many {plural} are there{shown}?", "How many {plural} do you see?",
+        "How many {plural} can you see{shown}?", "How many {plural} are{shown_or_here}?",
+        "What is the number of {plural}{shown}?", "Count the {plural}{shown}.",
+    ),
+    "doing": (
+        "What is the {noun} doing?", "What is the {noun} doing{shown}?", "What does the {noun} do?",
+        "What is the {noun} up to?",
+    ),
+    "who": ("Who is in the picture?", "Who is in this photo?", "Who do you see?", "Who can be seen here?"),
+    "where": (
+        "Where is the {noun}?", "Where was this picture taken?", "Where does this take place?", "Where is this?",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a picture and its answer."""
+
+    text: str
+    answer: str
+    kind: str  # a key of WORDINGS
+    subject: str  # the noun it is about, in the singular
+
+
+def words_of(caption: str) -> list[str]:
+    """Lower-case words, in one spelling."""
+    return [SPELLINGS.get(word, word) for word in re.findall(r"[a-z]+", caption.lower())]
+
+
+def ask(pictures: Sequence[dict], rng: random.Random) -> list[list[Question]]:
+    """The questions that the captions of each picture answer, in the order of ``pictures``.
+
+    Presence is balanced object by object over the whole collection: each is affirmed as often as it is denied, so its
+    name alone says nothing about the answer.
+
+    Args:
+        pictures: ``{"image": file name, "captions": [text, …]}``.
+    """
+    captions = [[words_of(caption) for caption in picture["captions"]] for picture in pictures]
+    presence = _presence(captions, rng)
+    rules = (_colors, _counts, _actions, _people, _places)
+    return [
+        presence[number] + [question for rule in rules for question in rule(words, rng)]
+        for number, words in enumerate(captions)
+    ]
+
+
+def _word(kind: str, rng: random.Random, **parts: str) -> str:
+    shown = rng.choice(WHERE_SHOWN)
+    return rng.choice(WORDINGS[kind]).format(shown=shown, shown_or_here=shown or " here", **parts)
+
+
+def _agreed(captions: Iterable[Iterable[str]]) -> Counter:
+    """What is said in at least AGREEMENT captions, and in how many."""
+    counts = Counter(thing for caption in captions for thing in sorted(set(caption)))
+    return Counter({thing: count for thing, count in counts.items() if count >= AGREEMENT})
+
+
+def seen_objects(captions: Sequence[Sequence[str]]) -> list[str]:
+    """Objects, in the singular, that the captions agree on."""
+    return sorted(_agreed([SINGULARS.get(word, word) for word in words] for words in captions).keys() & PLURALS.keys())
+
+
+def _may_deny(single: str, words: set[str]) -> bool:
+    """Whether captions with these words leave no doubt that there is none."""
+    if {single, PLURALS[single], *HINTS.get(single, "").split()} & words:
+        return False
+    return single not in PEOPLE or not PEOPLE_WORDS & words
+
+
+def _presence(captions: Sequence[Sequence[Sequence[str]]], rng: random.Random) -> list[list[Question]]:
+    everything = [{word for caption in words for word in caption} for words in captions]
+    affirmed, denied = defaultdict(list), defaultdict(list)
+    for number, words in enumerate(captions):
+        for single in seen_objects(words):
+            affirmed[single].append(number)
+        for single in PLURALS:
+            if _may_deny(single, everything[number]):
+                denied[single].append(number)
+    result: list[list[Question]] = [[] for _ in captions]
+    for single in PLURALS:
+        count = min(len(affirmed[single]), len(denied[single]))
+        for answer, numbers in (("Yes.", affirmed[single]), ("No.", denied[single])):
+            for number in rng.sample(numbers, count):
+                article = "an" if single[0] in "aeiou" else "a"
+                text = _word("presence", rng, a=article, noun=single, plural=PLURALS[single])
+                result[number].append(Question(text, answer, "presence", single))
+    return result
+
+
+def _colors(captions: Sequence[Sequence[str]], rng: random.Random) -> list[Question]:
+    said: dict[str, Counter] = defaultdict(Counter)
+    for words in captions:
+        found = {
+            (noun, color if before not in ("and", *COLORS) else "")  # "black and white dog" has no single color
+            for before, color, noun in zip(["", *words], words, words[1:], strict=False)
+            if color in COLORS and noun in COLORED
+        }
+        for noun, color in sorted(found):
+            said[noun][color] += 1
+    result = []
+    for noun, colors in said.items():
+        color, count = colors.most_common(1)[0]
+        if color and count >= AGREEMENT and len(colors) == 1:
+            is_are = "are" if noun.endswith("s") and not noun.endswith("ss") else "is"
+            text = _word("color", rng, noun=noun, is_are=is_are)
+            result.append(Question(text, f"{color.capitalize()}.", "color", SINGULARS.get(noun, noun)))
+    return result
+
+
+def _counts(captions: Sequence[Sequence[str]], rng: random.Random) -> list[Question]:
+    said: dict[str, Counter] = defaultdict(Counter)
+    for words in captions:
+        for place, number in enumerate(words):
+            plural = next(
+                (word for word in words[place + 1 : place + 4] if word in SINGULARS or word == "people"), None
+            )
+            if number in NUMBERS[1:] and plural:
+                said[plural][number] += 1
+    mentioned = Counter(word for words in captions for word in set(words))
+    for single, plural in PLURALS.items():  # "one" where nearly everyone writes "a dog", and nobody "dogs"
+        singly = sum(any(f" {one} {single} " in f" {' '.join(words)} " for one in ("a", "one")) for words in captions)
+        if singly >= 3 and not mentioned[plural] and plural not in said and rng.random() < 0.1:
+            said[plural]["one"] = singly
+    result = []
+    for plural, numbers in said.items():
+        number, count = numbers.most_common(1)[0]
+        if count >= AGREEMENT and len(numbers) == 1:
+            text = _word("count", rng, plural=plural)
+            result.append(Question(text, f"{number.capitalize()}.", "count", SINGULARS.get(plural, "person")))
+    return result
+
+
+def _actions(captions: Sequence[Sequence[str]], rng: random.Random) -> list[Question]:
+    mentioned = {word for words in captions for word in words}
+    doers = [single for single in seen_objects(captions) if single in PEOPLE or single in ANIMALS]
+    done = _agreed([answer for word in words if (answer := _action(word))] for words in captions)
+    if len(doers) != 1 or PLURALS[doers[0]] in mentioned or not done:  # of two, who does it is not known
+        return []
+    answer = done.most_common(1)[0][0]
+    return [Question(_word("doing", rng, noun=doers[0]), f"{answer}.", "doing", doers[0])]
+
+
+def _action(word: str) -> str | None:
+    """ "runs", "running" -> "Running"; None where it names no action."""
+    for stem in (word.removesuffix("ing"), word.removesuffix("s"), word.removesuffix("es")):
+        if stem != word:
+            for candidate in (stem, stem[:-1] if stem[-1:] == stem[-2:-1] else f"{stem}e"):
+                if ACTIONS.get(candidate):
+                    return ACTIONS[candidate]
+    return None
+
+
+def _people(captions: Sequence[Sequence[str]], rng: random.Random) -> list[Question]:
+    """ "A man and two boys." where the captions agree on that; nothing where people are named in other ways too."""
+    named = _agreed([pair for pair in zip(words, words[1:], strict=False) if _is_person(*pair)] for words in captions)
+    nouns = Counter(SINGULARS.get(noun, noun) for _, noun in named)
+    if not named or max(nouns.values()) > 1 or len(named) > 2:
+        return []
+    phrases = [f"{number} {noun}" for number, noun in sorted(named, key=lambda pair: -named[pair])]
+    answer = " and ".join(phrases)
+    return [Question(_word("who", rng), f"{answer[0].upper()}{answer[1:]}.", "who", "person")]
+
+
+def _is_person(number: str, noun: str) -> bool:
+    return (number == "a" and noun in PEOPLE) or (number in NUMBERS[1:] and SINGULARS.get(noun) in PEOPLE)
+
+
+def _places(captions: Sequence[Sequence[str]], rng: random.Random) -> list[Question]:
+    said = _agreed([word for word in words if word in PLACES] for words in captions)
+    if not said:
+        return []
+    place, _ = said.most_common(1)[0]
+    rivals = said.keys() - {place} - next((group for group in LIKE_PLACES if place in group), set())
+    seen = [single for single in seen_objects(captions) if single not in PLACES]
+    if rivals or not seen:
+        return []
+    return [Question(_word("where", rng, noun=seen[0]), f"{PLACES[place]}.", "where", seen[0])]

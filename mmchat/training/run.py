@@ -1,0 +1,165 @@
+"""A training run from its recipe: data, model, trainer, and what is left in the folder at the end."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, set_seed
+
+from ..device import choose_device
+from ..errors import BadInput, MmchatError
+from ..image_encoder import load_image_encoder
+from ..language_model import add_adapter, load_language_model
+from ..model import MultimodalModel, load_model
+from ..presets import Preset, get_preset
+from ..projector import ProjectorConfig, build_projector
+from ..prompt import CHAT_FORMATS
+from .callbacks import HistoryCallback, StopOnSignal
+from .conversations import read_conversations
+from .data import ConversationDataset
+from .evaluation import Evaluator
+from .features import FeatureStore, PictureFolder
+from .recipe import Recipe, write_recipe
+from .samples import write_samples
+from .trainer import MultimodalTrainer, checkpoints
+
+logger = logging.getLogger(__name__)
+
+RECIPE_FILE = "recipe.yaml"
+
+
+def train(recipe: Recipe) -> None:
+    """Trains, and leaves in ``recipe.out`` weights that chat, checkpoints, the recipe, and what the log says.
+
+    Raises:
+        BadInput: data or features that cannot be used.
+        WeightsError: weights to start from that do not fit.
+    """
+    set_seed(recipe.seed)
+    preset = get_preset(recipe.preset)
+    features = open_features(recipe, preset)
+    model, tokenizer = build_model(recipe, preset)
+
+    def dataset(paths: list[str]) -> ConversationDataset:
+        return ConversationDataset(
+            chain.from_iterable(read_conversations(path) for path in paths),
+            features,
+            tokenizer,
+            CHAT_FORMATS[preset.language_model.chat_format],
+            model.tokens_per_image,
+            max_length=recipe.max_length,
+            share=recipe.share_rows,
+        )
+
+    train_set = dataset(recipe.train)
+    logger.info("%d conversations in %d rows to learn from", train_set.count, len(train_set))
+    callbacks = [HistoryCallback(), StopOnSignal()]
+    if recipe.patience:
+        callbacks.append(EarlyStoppingCallback(recipe.patience))
+    trainer = MultimodalTrainer(
+        recipe=recipe,
+        preset=preset,
+        model=model,
+        train_dataset=train_set,
+        eval_dataset=dataset(recipe.eval) if recipe.eval else None,
+        callbacks=callbacks,
+    )
+    out = Path(recipe.out)
+    if trainer.is_world_process_zero():
+        out.mkdir(parents=True, exist_ok=True)
+        write_recipe(recipe, out / RECIPE_FILE)
+    trainer.train(resume_from_checkpoint=_newest_checkpoint(recipe))
+    if trainer.is_world_process_zero():
+        model.save(out, preset, torch.float16)  # checkpoints beside it keep full precision
+        if recipe.eval and recipe.samples:
+            evaluator = Evaluator(model, tokenizer, CHAT_FORMATS[preset.language_model.chat_format])
+            write_samples(evaluator, recipe.eval[0], features, recipe.samples, out)
+
+
+def _newest_checkpoint(recipe: Recipe) -> str | None:
+    found = checkpoints(recipe.out)
+    if found and not recipe.resume:
+        raise BadInput(
+            f"{recipe.out} holds checkpoints of an earlier run: add --resume to go on, or name another --out."
+        )
+    if recipe.resume:
+        logger.info("Going on from %s", found[-1].name if found else "the start: there is no checkpoint yet")
+    return str(found[-1]) if found else None
+
+
+def open_features(recipe: Recipe, preset: Preset) -> FeatureStore | PictureFolder:
+    """The features that a recipe names.
+
+    Raises:
+        BadInput: they were made by another image encoder.
+    """
+    if recipe.images:
+        return PictureFolder(recipe.images, load_image_encoder(preset.image_encoder))
+    store = FeatureStore(recipe.features)
+    store.check(preset.image_encoder)
+    return store
+
+
+def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
+    """The model with fresh weights, or with those the recipe starts from, and its tokenizer.
+
+    What has no learning rate is frozen; a fresh adapter without one is left out.
+    """
+    dtype = _base_dtype(recipe)
+    if recipe.start_from:
+        model, tokenizer = load_model(
+            preset, recipe.start_from, dtype, quantization=recipe.quantization, trainable=True
+        )
+    else:
+        language_model, tokenizer = load_language_model(preset.language_model, dtype, recipe.quantization)
+        config = ProjectorConfig(
+            kind=recipe.projector or preset.projector.kind,
+            image_width=preset.image_encoder.width,
+            hidden_width=recipe.hidden_width or preset.projector.hidden_width,
+            token_width=language_model.config.hidden_size,
+            feature_count=preset.image_encoder.feature_count,
+            marker=recipe.marker,
+        )
+        model = MultimodalModel(language_model, build_projector(config), config)
+    if recipe.lr and not model.has_adapter:
+        model.language_model = add_adapter(
+            model.language_model,
+            rank=recipe.rank,
+            alpha=recipe.alpha,
+            dropout=recipe.dropout,
+            base_name=preset.language_model.name,
+        )
+    for weight in model.parameters():  # what is trained is trained in full precision, whatever the base is kept in
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    model.projector.requires_grad_(recipe.projector_lr > 0)
+    if not recipe.lr:
+        model.language_model.requires_grad_(False)
+    if recipe.gradient_checkpointing:
+        model.causal_language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.compile:  # layer by layer: they are alike, so that one compilation serves them all
+        for layer in model.causal_language_model.get_decoder().layers:
+            layer.compile(dynamic=True)
+    return model.train(), tokenizer
+
+
+def _base_dtype(recipe: Recipe) -> torch.dtype:
+    if recipe.precision == "fp32":
+        return torch.float32
+    device = choose_device()
+    return device.dtype if device.type == "cuda" else torch.float32
+
+
+def run_from_terminal(recipe: Recipe) -> None:
+    """``train`` for a script: the log on the terminal, one sentence where something is wrong."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        train(recipe)
+    except MmchatError as error:
+        sys.exit(str(error))
+    print(f"Chat with the weights: python app.py --weights {recipe.out}")

@@ -1,0 +1,62 @@
+"""A few pictures with what the model says about them: the first thing to look at after training."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from itertools import islice
+from pathlib import Path
+
+from ..generation import SamplingOptions
+from ..image_encoder import open_image
+from .conversations import Conversation, read_conversations
+from .evaluation import Evaluator, Item
+from .features import FeatureStore, PictureFolder
+
+WIDTH = 44  # characters in a line under a picture
+
+
+def write_samples(
+    evaluator: Evaluator, path: str | Path, features: FeatureStore | PictureFolder, count: int, folder: Path
+) -> None:
+    """Writes samples.json and samples.png: ``count`` pictures of a file of conversations, with question and answer."""
+    items = list(islice(_first_questions(path), count))
+    answers = evaluator.answers(items, features, SamplingOptions(temperature=0, max_new_tokens=48))
+    samples = [
+        {
+            "image": item.conversation.images[0],
+            "question": item.question[-1].text,
+            "answer": answer,
+            "people": item.answer,
+        }
+        for item, answer in zip(items, answers, strict=True)
+    ]
+    (folder / "samples.json").write_text(json.dumps(samples, indent=1, ensure_ascii=False))
+    if samples:
+        _draw(samples, features.pictures, folder / "samples.png")
+
+
+def _first_questions(path: str | Path):
+    """The first question about each picture."""
+    seen = set()
+    for conversation in read_conversations(path):
+        first = next(place for place, message in enumerate(conversation.messages) if message.role == "assistant")
+        opening = Conversation(conversation.id, conversation.messages[: first + 1])
+        if opening.images and opening.images[0] not in seen:
+            seen.add(opening.images[0])
+            yield Item(opening, "sample", (opening.messages[-1].text,))
+
+
+def _draw(samples: list[dict], pictures: Path, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(samples), 4.8), layout="tight")
+    FigureCanvasAgg(figure)
+    for axes, sample in zip(figure.subplots(1, len(samples), squeeze=False)[0], samples, strict=True):
+        axes.axis("off")
+        if (pictures / sample["image"]).is_file():  # features may outlive the pictures they were made of
+            axes.imshow(open_image(pictures / sample["image"]))
+        lines = textwrap.wrap(sample["question"], WIDTH) + textwrap.wrap(f"→ {sample['answer']}", WIDTH)
+        axes.set_title("\n".join(lines), fontsize=10, loc="left", parse_math=False)
+    figure.savefig(path, dpi=110)

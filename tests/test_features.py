@@ -1,0 +1,91 @@
+"""Features on disk: the encoder's own, kept when a run is stopped, and never another encoder's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from mmchat.errors import BadInput
+from mmchat.image_encoder import load_image_encoder, open_image
+from mmchat.presets import get_preset
+from mmchat.training import features
+from mmchat.training.features import FeatureStore, embed_folder
+
+
+@pytest.fixture
+def preset(tiny):
+    return get_preset("phi3-patches").image_encoder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three pictures, one of them in a folder, and a file that only looks like one."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for number, name in enumerate(("a.png", "b.jpg", "more/c.png")):
+        Image.new("RGB", (50, 40), (90 * number, 100, 200)).save(folder / name)
+    (folder / "broken.jpg").write_bytes(b"not a picture")
+    (folder / "notes.txt").write_text("no picture either")
+    return folder
+
+
+def test_features_are_the_encoders_and_bad_files_are_listed(pictures, preset, tmp_path):
+    encoder = load_image_encoder(preset)
+    report = embed_folder(pictures, tmp_path / "features", preset, encoder, batch_size=2)
+    assert (report.embedded, report.kept) == (3, 0) and list(report.unreadable) == ["broken.jpg"]
+    store = FeatureStore(tmp_path / "features")
+    assert len(store) == 3 and "more/c.png" in store and "broken.jpg" not in store
+    expected = encoder.encode([open_image(pictures / "more" / "c.png")])[0]
+    assert store["more/c.png"].dtype == torch.float16
+    torch.testing.assert_close(store["more/c.png"].float(), expected, atol=2e-2, rtol=2e-3)
+
+
+def test_a_second_run_embeds_only_what_is_new_or_changed(pictures, preset, tmp_path):
+    encoder = load_image_encoder(preset)
+    embed_folder(pictures, tmp_path / "features", preset, encoder)
+    before = FeatureStore(tmp_path / "features")["a.png"]
+    Image.new("RGB", (50, 40), (255, 0, 0)).save(pictures / "a.png")
+    Image.new("RGB", (50, 40), (0, 0, 9)).save(pictures / "d.png")
+    report = embed_folder(pictures, tmp_path / "features", preset, encoder)
+    assert (report.embedded, report.kept) == (2, 2)
+    store = FeatureStore(tmp_path / "features")
+    assert len(store) == 4 and not torch.equal(store["a.png"], before)
+
+
+def test_a_stopped_run_is_gone_on_with(pictures, preset, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "PICTURES_PER_SHARD", 1)
+    encoder, calls = load_image_encoder(preset), []
+
+    def stop_at_the_third(batches, total):
+        for number, batch in enumerate(batches):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        embed_folder(pictures, tmp_path / "features", preset, encoder, batch_size=1, progress=stop_at_the_third)
+    encoder.register_forward_hook(lambda *_: calls.append(1))
+    report = embed_folder(pictures, tmp_path / "features", preset, encoder, batch_size=1)
+    assert (report.kept, report.embedded, len(calls)) == (2, 1, 1)
+    assert len(FeatureStore(tmp_path / "features")) == 3
+
+
+def test_features_of_another_encoder_are_refused(pictures, preset, tmp_path):
+    encoder = load_image_encoder(preset)
+    embed_folder(pictures, tmp_path / "features", preset, encoder)
+    for other, says in ((replace(preset, source="other"), "revision"), (replace(preset, resolution=64), "resolution")):
+        with pytest.raises(BadInput, match=says):
+            FeatureStore(tmp_path / "features").check(other)
+        with pytest.raises(BadInput, match=says):
+            embed_folder(pictures, tmp_path / "features", other, encoder)
+
+
+def test_folders_without_what_is_needed_are_named(preset, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="no pictures in 'empty'"):
+        embed_folder(tmp_path / "empty", tmp_path / "features", preset, load_image_encoder(preset))
+    with pytest.raises(BadInput, match="'empty' holds no features"):
+        FeatureStore(tmp_path / "empty")

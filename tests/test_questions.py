@@ -1,0 +1,144 @@
+"""Captions and easy-VQA → conversations."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+
+import pytest
+from PIL import Image
+
+from mmchat.errors import BadInput
+from mmchat.training import easy_vqa
+from mmchat.training.captions import conversations, descriptions, questions_only, read_captions, tidy_caption
+from mmchat.training.conversations import write_conversations
+from mmchat.training.evaluation import read_items
+from mmchat.training.questions import ask
+
+DOGS = [
+    "A brown dog runs with two boys .",
+    "The brown dog is running on grass",
+    "Two boys and a dog run in the grass",
+    "A dog and children in the park .",
+    "Kids play with their pet",
+]
+CAR = ["A red car on a road ."] * 3 + ["A red car drives .", "The car is fast"]
+
+
+def asked(*pictures: list[str], seed: int = 0):
+    """(kind, subject) -> answer, of the first picture."""
+    described = [{"image": f"{number}.jpg", "captions": captions} for number, captions in enumerate(pictures)]
+    return {(question.kind, question.subject): question.answer for question in ask(described, random.Random(seed))[0]}
+
+
+def test_captions_become_sentences():
+    assert tidy_caption("a dog runs , fast  .") == "A dog runs, fast."
+
+
+def test_questions_ask_only_what_two_captions_agree_on():
+    found = asked(DOGS, CAR)
+    assert found["color", "dog"] == "Brown." and found["count", "boy"] == "Two."
+    assert found["where", "boy"] == "On the grass."
+    assert found["presence", "dog"] == "Yes."
+    assert ("presence", "girl") not in found  # "children" may be girls
+
+
+@pytest.mark.parametrize(
+    ("captions", "key", "answer"),
+    [
+        (["A man in a red and white shirt ."] * 3, ("color", "shirt"), None),  # two colors are no color
+        (["A man in a red shirt .", "A man in a red shirt", "A blue shirt"], ("color", "shirt"), None),  # a dispute
+        (["Two dogs .", "Two dogs play", "Three dogs"], ("count", "dog"), None),
+        (["Three young girls swim in a pool"] * 2, ("count", "girl"), "Three."),
+        (["Three girls swim in a pool"] * 2, ("where", "girl"), "In a pool."),
+        (["A woman climbs a rock"] * 2, ("doing", "woman"), "Climbing."),
+        (["A woman and a dog run"] * 2, ("doing", "woman"), None),  # who runs?
+        (["A woman and two boys sit"] * 2, ("who", "person"), "A woman and two boys."),
+    ],
+)
+def test_rules(captions, key, answer):
+    assert asked(captions, CAR).get(key) == answer
+
+
+def test_yes_and_no_are_balanced_for_every_object():
+    pictures = [{"image": str(number), "captions": captions} for number, captions in enumerate([DOGS, CAR] * 20)]
+    answers = Counter(
+        (question.subject, question.answer)
+        for questions in ask(pictures, random.Random(1))
+        for question in questions
+        if question.kind == "presence"
+    )
+    assert answers["dog", "Yes."] == 20
+    for subject, answer in list(answers):
+        assert answers[subject, answer] == answers[subject, "Yes." if answer == "No." else "No."], subject
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("ours.json", [{"image": "a.jpg", "captions": ["One dog .", "Two dogs ."]}]),
+        (
+            "coco.json",
+            {
+                "images": [{"id": 4, "file_name": "a.jpg"}, {"id": 5, "file_name": "none.jpg"}],
+                "annotations": [{"image_id": 4, "caption": "One dog ."}, {"image_id": 4, "caption": "Two dogs ."}],
+            },
+        ),
+        (
+            "karpathy.json",
+            {
+                "images": [
+                    {"filename": "a.jpg", "split": "val", "sentences": [{"raw": "One dog ."}, {"raw": "Two dogs ."}]}
+                ]
+            },
+        ),
+        ("flickr.token.txt", "a.jpg#0\tOne dog .\na.jpg#1\tTwo dogs .\n"),
+        ("kaggle.txt", 'image,caption\na.jpg,One dog .\na.jpg,"Two dogs ."\n'),
+    ],
+)
+def test_caption_files_of_all_kinds(tmp_path, name, content):
+    (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    (picture,) = read_captions(tmp_path / name)
+    assert picture["image"] == "a.jpg" and picture["captions"] == ["One dog .", "Two dogs ."]
+    assert picture["split"] == ("val" if "karpathy" in name else None)
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", '{"images": [{}]}', "no captions here\nnor here"])
+def test_other_files_are_named(tmp_path, content):
+    (tmp_path / "odd.txt").write_text(content)
+    with pytest.raises(BadInput, match=r"odd\.txt"):
+        read_captions(tmp_path / "odd.txt")
+
+
+def test_every_caption_is_a_description_and_every_question_is_asked():
+    pictures = [{"image": "a.jpg", "captions": DOGS}, {"image": "b.jpg", "captions": CAR}]
+    entries = list(conversations(pictures, random.Random(3)))
+    turns = [turn["value"] for entry in entries for turn in entry["conversations"]]
+    assert all(tidy_caption(caption) in turns for caption in DOGS + CAR)
+    assert all(entry["conversations"][0]["value"].startswith("<image>\n") for entry in entries)
+    described = {entry["conversations"][0]["value"] for entry in entries if tidy_caption(DOGS[0]) in str(entry)}
+    assert len(described) == 1
+    plain = list(conversations(pictures, random.Random(3), with_questions=False))
+    assert len(plain) == 10 and all(len(entry["conversations"]) == 2 for entry in plain)
+
+
+def test_what_is_made_to_evaluate_on_is_read_back(tmp_path):
+    pictures = [{"image": "a.jpg", "captions": DOGS}, {"image": "b.jpg", "captions": CAR}]
+    write_conversations(tmp_path / "captions.json", descriptions(pictures))
+    write_conversations(tmp_path / "questions.json", questions_only(pictures, random.Random(0)))
+    captions = read_items(tmp_path / "captions.json")
+    assert [item.kind for item in captions] == ["caption", "caption"] and len(captions[0].references) == 5
+    assert captions[0].question[0].text == "Describe the image."
+    kinds = {item.kind for item in read_items(tmp_path / "questions.json")}
+    assert {"presence", "color", "count"} <= kinds
+
+
+def test_easy_vqa_comes_with_its_pictures(tmp_path):
+    assert easy_vqa.extract_pictures(tmp_path, "test", limit=3) == 3
+    assert Image.open(tmp_path / "2.png").size == (64, 64)
+    entries = list(easy_vqa.conversations("test", random.Random(0), limit=3, turns=2))
+    assert {entry["image"] for entry in entries} == {"0.png", "1.png", "2.png"}
+    assert all(2 <= len(entry["conversations"]) <= 4 for entry in entries)
+    count = sum(1 for _ in easy_vqa.questions_only("test"))
+    assert count == 9673

@@ -1,0 +1,257 @@
+"""Training on small models of the real classes: what learns, what stays frozen, what a checkpoint holds."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmchat.errors import BadInput, WeightsError
+from mmchat.model import load_model
+from mmchat.presets import get_preset
+from mmchat.training.recipe import Recipe
+from mmchat.training.run import build_model, train
+from mmchat.training.trainer import MultimodalTrainer, checkpoints, own_token_share
+from tests.conftest import ROOT
+
+WEIGHTS = ("projector.safetensors", "adapter/adapter_model.safetensors")
+
+
+def recipe(tiny: Path, out: Path, **settings) -> Recipe:
+    """A run of a second: 24 conversations about twelve pictures."""
+    preset = settings.setdefault("preset", "phi3-patches")
+    if "images" not in settings:
+        settings.setdefault("features", str(tiny / f"features-{preset.split('-')[1]}"))
+    defaults = {
+        "train": [str(tiny / "train.json")],
+        "out": str(out),
+        "max_steps": 6,
+        "batch_size": 4,
+        "lr": 1e-2,
+        "projector_lr": 1e-2,
+        "warmup": 0,
+        "rank": 4,
+        "save_steps": 3,
+        "log_steps": 1,
+        "report_to": ["none"],
+    }
+    return Recipe(**(defaults | settings))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}:{key}": tensor
+        for name in WEIGHTS
+        if (folder / name).exists()
+        for key, tensor in load_file(folder / name).items()
+    }
+
+
+def assert_same(first: Path, second: Path, tolerance: float | None = None) -> None:
+    """Equal to the bit, or within a tolerance."""
+    one, other = weights(first), weights(second)
+    assert one.keys() == other.keys() and one
+    for name, tensor in one.items():
+        if tolerance is None:
+            assert torch.equal(tensor, other[name]), name
+        else:
+            torch.testing.assert_close(tensor, other[name], atol=tolerance, rtol=0)
+
+
+def history(folder: Path) -> list[dict[str, str]]:
+    with (folder / "history.csv").open(newline="") as source:
+        return list(csv.DictReader(source))
+
+
+@pytest.mark.parametrize("preset", ["phi3-patches", "phi-patches", "llama-pooled"])
+def test_it_learns_and_only_what_is_to_be_trained_moves(tiny, tmp_path, preset):
+    settings = recipe(tiny, tmp_path, preset=preset, max_steps=30, save_steps=30)
+    before, _ = build_model(settings, get_preset(preset))
+    base = {name: tensor.clone() for name, tensor in before.state_dict().items() if "lora_" not in name}
+    train(settings)
+    lines = [line for line in history(tmp_path) if line["loss"]]
+    assert float(lines[-1]["loss"]) < 0.5 * float(lines[0]["loss"])
+    assert float(lines[-1]["projector_change"]) > 0.01 and float(lines[-1]["adapter_change"]) > 0.01
+    for column in ("projector_gradient_norm", "adapter_gradient_norm", "answer_tokens_per_second"):
+        assert all(float(line[column]) > 0 for line in lines)
+    after, _ = load_model(get_preset(preset), tmp_path / "checkpoint-30", torch.float32)
+    for name, tensor in after.state_dict().items():
+        if name in base:
+            assert torch.equal(tensor, base[name]) != name.startswith("projector."), name
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_a_rate_of_zero_freezes(tiny, tmp_path):
+    train(recipe(tiny, tmp_path / "first"))
+    start = str(tmp_path / "first" / "checkpoint-6")
+    train(recipe(tiny, tmp_path / "adapter", start_from=start, projector_lr=0))
+    train(recipe(tiny, tmp_path / "projector", start_from=start, lr=0))
+    before = weights(Path(start))
+    for trained, frozen in (("adapter", "projector"), ("projector", "adapter")):
+        after = weights(tmp_path / trained / "checkpoint-6")
+        moved = {name.split(".")[0].split("/")[0] for name in after if not torch.equal(after[name], before[name])}
+        assert moved == {trained}, (trained, frozen)
+
+
+def test_stage_one_has_no_adapter_and_stage_two_goes_on_from_it(tiny, tmp_path):
+    train(recipe(tiny, tmp_path / "one", lr=0, projector="resblock", marker=True))
+    assert not (tmp_path / "one" / "adapter").exists()
+    model, _ = load_model(get_preset("phi3-patches"), tmp_path / "one", torch.float32)
+    assert not model.has_adapter and model.tokens_per_image == 5  # four patches and the marker
+    train(recipe(tiny, tmp_path / "two", start_from=str(tmp_path / "one")))
+    model, _ = load_model(get_preset("phi3-patches"), tmp_path / "two", torch.float32)
+    assert model.has_adapter and model.projector_config.kind == "resblock" and model.tokens_per_image == 5
+
+
+def test_a_frozen_projector_is_noticed_at_the_first_step(tiny, tmp_path, monkeypatch):
+    """PEFT freezes what it does not know; somebody may do it by accident."""
+    settings = recipe(tiny, tmp_path)
+    monkeypatch.setattr(
+        "mmchat.model.MultimodalModel.splice",
+        lambda self, token_ids, features: self.language_model.get_input_embeddings()(token_ids.clamp(min=0)),
+    )
+    with pytest.raises(WeightsError, match="6 parameters that are to be trained have no gradient"):
+        train(settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointing"])
+def test_features_and_pictures_train_to_the_same_weights(tiny, tmp_path, settings):
+    train(recipe(tiny, tmp_path / "features"))
+    train(recipe(tiny, tmp_path / "pictures", images=str(tiny / "pictures"), **settings))
+    assert_same(tmp_path / "features" / "checkpoint-6", tmp_path / "pictures" / "checkpoint-6", tolerance=1e-5)
+
+
+def test_training_with_bf16_and_with_the_models_own_tokens(tiny, tmp_path):
+    train(recipe(tiny, tmp_path / "forced", max_steps=20))
+    train(recipe(tiny, tmp_path / "free", max_steps=20, own_tokens=0.5, own_tokens_cycle=10))
+    train(recipe(tiny, tmp_path / "bf16", max_steps=20, precision="bf16"))
+    forced, free, bf16 = (history(tmp_path / name) for name in ("forced", "free", "bf16"))
+    assert float(free[4]["own_tokens"]) == pytest.approx(0.5)  # at the middle of its cycle
+    assert forced[0]["loss"] == free[0]["loss"] and forced[-2]["loss"] != free[-2]["loss"]
+    for lines in (free, bf16):
+        losses = [float(line["loss"]) for line in lines if line["loss"]]
+        assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_share_of_own_tokens_cycles(tiny, tmp_path):
+    settings = recipe(tiny, tmp_path, own_tokens=0.4, own_tokens_cycle=100)
+    assert [round(own_token_share(step, settings), 3) for step in (0, 25, 50, 75, 100)] == [0, 0.2, 0.4, 0.2, 0]
+
+
+def test_old_checkpoints_go_and_the_best_stays(tiny, tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
+    original = MultimodalTrainer.evaluation_loop
+
+    def evaluation_loop(self, *arguments, **options):
+        output = original(self, *arguments, **options)
+        output.metrics["eval_loss"] = next(losses)
+        return output
+
+    monkeypatch.setattr(MultimodalTrainer, "evaluation_loop", evaluation_loop)
+    evaluates = {"eval": [str(tiny / "eval.json")], "eval_steps": 2, "save_steps": 2, "keep": 1, "samples": 2}
+    train(recipe(tiny, tmp_path, max_steps=40, patience=3, **evaluates))
+    # 2: 3.0, 4: 1.0 and the best, 6 to 10: three times no better, so the run ends there
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-10"]
+    final, best = weights(tmp_path), weights(tmp_path / "checkpoint-4")
+    assert all(torch.equal(final[name], best[name].half()) for name in best)
+    assert (tmp_path / "samples.png").exists() and "Describe" in (tmp_path / "samples.json").read_text()
+
+
+def test_a_checkpoint_that_was_not_written_well_is_not_called_one(tiny, tmp_path, monkeypatch):
+    def save_half(self, folder, preset, dtype=None):
+        original(self, folder, preset, torch.float16)
+
+    from mmchat.model import MultimodalModel
+
+    original = MultimodalModel.save
+    monkeypatch.setattr(MultimodalModel, "save", save_half)
+    with pytest.raises(WeightsError, match="was not written as it is in memory"):
+        train(recipe(tiny, tmp_path))
+    assert checkpoints(tmp_path) == []
+
+
+def test_a_folder_with_checkpoints_is_not_written_over(tiny, tmp_path):
+    train(recipe(tiny, tmp_path))
+    with pytest.raises(BadInput, match="--resume"):
+        train(recipe(tiny, tmp_path))
+
+
+def test_features_of_another_encoder_are_refused(tiny, tmp_path):
+    with pytest.raises(BadInput, match=r"features.* 'pooled 1'.*has 'patches 4'"):
+        train(recipe(tiny, tmp_path, features=str(tiny / "features-pooled")))
+
+
+def start(tiny: Path, settings: Recipe, *launcher: str, extra: str = "") -> subprocess.Popen:
+    """A training script in a process of its own."""
+    from mmchat.training.recipe import write_recipe
+
+    path = Path(settings.out).with_suffix(".yaml")
+    write_recipe(settings, path)
+    command = [*launcher, "-m", "tests.tiny", str(tiny), "training_scripts/finetune_qlora.py", "--recipe", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *extra.split()],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(folder: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not folder.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path, quantization):
+    settings = {"quantization": quantization, "max_steps": 40, "save_steps": 10, "dropout": 0.1, "own_tokens": 0.3}
+    whole = start(tiny, recipe(tiny, tmp_path / "whole", **settings), sys.executable)
+    assert whole.wait(240) == 0, whole.stdout.read()
+    cut = start(tiny, recipe(tiny, tmp_path / "cut", **settings), sys.executable)
+    wait_for(tmp_path / "cut" / "checkpoint-10", cut)
+    os.kill(cut.pid, signal.SIGKILL)
+    cut.wait(60)
+    assert not (tmp_path / "cut" / "checkpoint-40").exists()
+    resumed = start(tiny, recipe(tiny, tmp_path / "cut", **settings), sys.executable, extra="--resume")
+    assert resumed.wait(240) == 0, resumed.stdout.read()
+    one, other = tmp_path / "whole" / "checkpoint-40", tmp_path / "cut" / "checkpoint-40"
+    assert_same(one, other)
+    moments = [torch.load(folder / "optimizer.pt", weights_only=True)["state"] for folder in (one, other)]
+    torch.testing.assert_close(*moments, atol=0, rtol=0)
+    assert (one / "scheduler.pt").read_bytes() == (other / "scheduler.pt").read_bytes()
+    losses = [[line["loss"] for line in history(tmp_path / name)] for name in ("whole", "cut")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_a_checkpoint_and_the_curve(tiny, tmp_path):
+    process = start(tiny, recipe(tiny, tmp_path / "run", max_steps=5000, save_steps=5000), sys.executable)
+    wait_for(tmp_path / "run" / "recipe.yaml", process)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0, process.stdout.read()
+    assert len(checkpoints(tmp_path / "run")) == 1
+    assert (tmp_path / "run" / "curve.png").exists() and history(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_accumulation(tiny, tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    pair = start(tiny, recipe(tiny, tmp_path / "pair", batch_size=3), *launcher)
+    assert pair.wait(240) == 0, pair.stdout.read()
+    train(recipe(tiny, tmp_path / "single", batch_size=3, accumulate=2))
+    assert_same(tmp_path / "pair" / "checkpoint-6", tmp_path / "single" / "checkpoint-6", tolerance=1e-5)

@@ -1,0 +1,112 @@
+"""Small models of the real classes, built from configs, and a preset of each: what runs on them runs on the real ones.
+
+``python -m tests.tiny FOLDER script.py …`` runs a training script that knows these presets.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from mmchat.presets import PRESETS, SMOL, ImageEncoderPreset, LanguageModelPreset, ProjectorPreset
+from mmchat.training.conversations import entry_of, write_conversations
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEXT = ["<image> What is in this picture? Is there a dog? Yes. No. A brown dog runs on the grass. Describe the image."]
+WIDTHS = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,  # large, so that a frozen output head can tell tokens apart
+}
+
+
+def make(folder: Path) -> None:
+    """Writes the models; a few hundred kilobytes."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import (
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Phi3Config,
+        Phi3ForCausalLM,
+        PhiConfig,
+        PhiForCausalLM,
+        PreTrainedTokenizerFast,
+    )
+
+    torch.manual_seed(0)
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(TEXT, vocab_size=400, special_tokens=SPECIAL)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer, eos_token="<|im_end|>", additional_special_tokens=SPECIAL
+    )
+    for name, config_class, model_class in (
+        ("phi3", Phi3Config, Phi3ForCausalLM),
+        ("phi", PhiConfig, PhiForCausalLM),
+        ("llama", LlamaConfig, LlamaForCausalLM),
+    ):
+        model_class(config_class(vocab_size=len(tokenizer), **WIDTHS)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    clip = CLIPVisionConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+        projection_dim=20,
+    )
+    CLIPVisionModelWithProjection(clip).save_pretrained(folder / "clip")
+
+
+def make_data(folder: Path) -> None:
+    """Twelve pictures of one color each, and conversations of several lengths about them."""
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    entries = []
+    for number in range(12):
+        Image.new("RGB", (40, 32), (20 * number, 255 - 20 * number, 90)).save(pictures / f"{number}.png")
+        for turns in range(1, 2 + number % 3):
+            asked = [("Describe the image.", f"A brown dog {'runs ' * (number % 4 + 1)}on grass {number}.")]
+            asked += [("Is there a dog?", "Yes." if number % 2 else "No.")] * (turns - 1)
+            entries.append(entry_of(f"{number}-{turns}", f"{number}.png", asked))
+    write_conversations(folder / "train.json", entries)
+    write_conversations(folder / "eval.json", entries[:6])
+
+
+def presets(folder: Path) -> dict:
+    """Presets on the models in ``folder``: each language model, with CLIP's patches or its pooled embedding."""
+    found = {}
+    encoders = {
+        "patches": ImageEncoderPreset("tiny-clip", str(folder / "clip"), 32, "patches", 4, 24),
+        "pooled": ImageEncoderPreset("tiny-clip", str(folder / "clip"), 32, "pooled", 1, 20),
+    }
+    for name in ("phi3", "phi", "llama"):
+        for kind, encoder in encoders.items():
+            found[f"{name}-{kind}"] = replace(
+                SMOL,
+                name=f"{name}-{kind}",
+                language_model=LanguageModelPreset(f"tiny-{name}", str(folder / name), "smollm2"),
+                image_encoder=encoder,
+                projector=ProjectorPreset("mlp", 40),
+            )
+    return found
+
+
+if __name__ == "__main__":
+    PRESETS.update(presets(Path(sys.argv[1])))
+    sys.argv = sys.argv[2:]
+    runpy.run_path(sys.argv[0], run_name="__main__")

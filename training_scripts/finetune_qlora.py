@@ -1,0 +1,29 @@
+#!/usr/bin/env python
+"""Train a LoRA adapter and the projector on conversations about pictures (stage 2).
+
+    python training_scripts/finetune_qlora.py --recipe training_scripts/recipes/smol.yaml
+    python training_scripts/finetune_qlora.py --train train.json --eval dev.json --features features/ --out runs/mine
+    python training_scripts/finetune_qlora.py --recipe runs/mine/recipe.yaml --resume
+
+The output folder, and every checkpoint in it, chats: python app.py --weights runs/mine
+Ctrl-C ends a run after its step with a checkpoint; --resume goes on from there, to the bit.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def main():
+    from mmchat.training.recipe import parse_recipe
+
+    recipe = parse_recipe(__doc__)
+
+    from mmchat.training.run import run_from_terminal
+
+    run_from_terminal(recipe)
+
+
+if __name__ == "__main__":
+    main()
