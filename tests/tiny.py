@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -73,12 +74,13 @@ def make(folder: Path) -> None:
 
 
 def make_data(folder: Path) -> None:
-    """Twelve pictures of one color each, and conversations of several lengths about them."""
+    """Twelve pictures of four colors each, and conversations of several lengths about them."""
     pictures = folder / "pictures"
     pictures.mkdir()
     entries = []
     for number in range(12):
-        Image.new("RGB", (40, 32), (20 * number, 255 - 20 * number, 90)).save(pictures / f"{number}.png")
+        blocks = Image.fromarray(np.random.default_rng(number).integers(0, 255, (2, 2, 3), dtype=np.uint8))
+        blocks.resize((40, 32), Image.Resampling.NEAREST).save(pictures / f"{number}.png")
         for turns in range(1, 2 + number % 3):
             asked = [("Describe the image.", f"A brown dog {'runs ' * (number % 4 + 1)}on grass {number}.")]
             asked += [("Is there a dog?", "Yes." if number % 2 else "No.")] * (turns - 1)
