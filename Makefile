@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: run test lint benchmark clean
+.PHONY: run test lint benchmark train-demo clean
 
 run: .venv/installed-run
 	$(BIN)/python app.py $(OPTIONS)
@@ -19,6 +19,22 @@ lint: .venv/installed-dev
 benchmark: .venv/installed-dev
 	$(BIN)/python benchmarks/chat.py
 
+# From nothing to a page with weights of your own, on easy-VQA: see training_scripts/recipes/demo.yaml.
+DEMO := runs/demo
+
+train-demo: .venv/installed-train
+	rm -rf $(DEMO)
+	$(BIN)/python training_scripts/prepare_data.py easy-vqa --split train --limit 800 --per-image 8 --turns 1 \
+		--images $(DEMO)/pictures/train --folder train --out $(DEMO)/train.json
+	$(BIN)/python training_scripts/prepare_data.py easy-vqa --split test --limit 60 --make questions \
+		--images $(DEMO)/pictures/test --folder test --out $(DEMO)/test.json
+	$(BIN)/python training_scripts/embed_images.py --images $(DEMO)/pictures --out $(DEMO)/features
+	$(BIN)/python training_scripts/pretrain_projector.py --recipe training_scripts/recipes/demo-projector.yaml
+	$(BIN)/python training_scripts/finetune_qlora.py --recipe training_scripts/recipes/demo.yaml
+	$(BIN)/python training_scripts/evaluate.py --weights $(DEMO)/weights --questions $(DEMO)/test.json \
+		--features $(DEMO)/features --conditions real blank
+	@echo 'Chat with your weights: make run OPTIONS="--weights $(DEMO)/weights"'
+
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
 
@@ -30,6 +46,11 @@ clean:
 .venv/installed-run: .venv/created requirements.txt constraints.txt pyproject.toml
 	@echo "Installing what the app needs; the first time this takes a few minutes"
 	$(PIP_INSTALL) -e .
+	@touch $@
+
+.venv/installed-train: .venv/installed-run
+	@echo "Installing what training needs"
+	$(PIP_INSTALL) -e '.[train]'
 	@touch $@
 
 .venv/installed-dev: .venv/installed-run

@@ -1,0 +1,156 @@
+"""The training scripts as a person runs them, and the recipes they read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mmchat.errors import BadInput
+from mmchat.text import clean_answer, clean_answers
+from mmchat.training.conversations import entry_of
+from mmchat.training.recipe import Recipe, parse_recipe, read_recipe, write_recipe
+from tests.conftest import ROOT
+
+SCRIPTS = sorted((ROOT / "training_scripts").glob("*.py"))
+RECIPES = sorted((ROOT / "training_scripts" / "recipes").glob("*.yaml"))
+
+
+def script(folder, command, **options):
+    name, *arguments = command.split()
+    path = ROOT / "training_scripts" / name
+    return subprocess.run(
+        [sys.executable, str(path), *arguments], cwd=folder, capture_output=True, text=True, **options
+    )
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_help_reads_like_documentation(path):
+    shown = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, check=True).stdout
+    assert f"python training_scripts/{path.name}" in shown  # a command to copy comes first
+    assert "PLACEHOLDER" not in shown and len(shown.splitlines()) > 15
+
+
+def test_help_imports_nothing_heavy():
+    """Which is what keeps it under a second."""
+    check = "import sys; sys.argv=['x', '--help']; import runpy\ntry: runpy.run_path({path!r}, run_name='__main__')\n"
+    check += "except SystemExit: pass\nheavy = {{'torch', 'transformers', 'numpy', 'gradio'}} & set(sys.modules)\n"
+    check += "sys.exit(f'{{heavy}}' if heavy else 0)"
+    for path in SCRIPTS:
+        subprocess.run([sys.executable, "-c", check.format(path=str(path))], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipes_say_only_what_there_is(path):
+    settings = read_recipe(path)
+    Recipe(**settings)
+    assert path.read_text().startswith("# ")
+
+
+def test_flags_go_before_the_file_and_the_file_before_the_defaults(tmp_path):
+    (tmp_path / "r.yaml").write_text("train: a.json\nfeatures: f\nlr: 1e-4\nepochs: 3\ncompile: true\n")
+    recipe = parse_recipe("x", ["--recipe", str(tmp_path / "r.yaml"), "--epochs", "5", "--no-compile"], lr=9.0, rank=2)
+    assert (recipe.train, recipe.lr, recipe.epochs, recipe.rank, recipe.compile) == (["a.json"], 1e-4, 5.0, 2, False)
+    write_recipe(recipe, tmp_path / "again.yaml")
+    assert dataclasses.asdict(Recipe(**read_recipe(tmp_path / "again.yaml"))) == dataclasses.asdict(recipe)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("trian: a.json", "settings there are none of: trian"),
+        ("compile: 3", "compile is true or false, not '3'"),
+        ("rank: many", "rank: 'many' is no int"),
+        ("- a\n- b", "not a list of settings"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_bad_recipes_are_named(tmp_path, content, says):
+    (tmp_path / "r.yaml").write_text(content)
+    with pytest.raises(BadInput, match=says):
+        read_recipe(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], "nothing to learn from"),
+        (["--train", "a.json"], "either --features"),
+        (["--train", "a.json", "--features", "f", "--images", "i"], "either --features"),
+        (["--train", "a.json", "--features", "f", "--lr", "0", "--projector-lr", "0"], "Both learning rates are 0"),
+        (["--train", "a.json", "--features", "f", "--own-tokens", "2"], "share between 0 and 1"),
+    ],
+)
+def test_bad_flags_are_named(capsys, flags, says):
+    with pytest.raises(SystemExit):
+        parse_recipe("x", flags)
+    assert says in capsys.readouterr().err
+
+
+def test_answers_are_cleaned_without_a_network():
+    assert clean_answer("The dog is brown, and it runs fast!") == "dog brown runs fast"
+    assert clean_answer("No.") == "No"
+    entry = clean_answers(entry_of("a", "a.jpg", [("Is it the dog?", "It is the dog.")]))
+    assert [turn["value"] for turn in entry["conversations"]] == ["<image>\nIs it the dog?", "dog"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Two photos with captions, prepared and embedded by the scripts with the real image encoder."""
+    folder = tmp_path_factory.mktemp("training")
+    (folder / "photos").mkdir()
+    for name in ("coffee.jpg", "astronaut.jpg"):
+        (folder / "photos" / name).write_bytes((ROOT / "examples" / name).read_bytes())
+    captions = [
+        {"image": "coffee.jpg", "captions": ["A cup of coffee on a wooden table ."] * 5},
+        {"image": "astronaut.jpg", "captions": ["A woman in an orange suit smiles ."] * 5},
+    ]
+    (folder / "captions.json").write_text(json.dumps(captions))
+    (folder / "splits.json").write_text(json.dumps({"train": ["coffee.jpg", "astronaut.jpg"]}))
+    options = "captions --captions captions.json --splits splits.json --split train"
+    script(folder, f"prepare_data.py {options} --out train.json", check=True)
+    script(folder, f"prepare_data.py {options} --make descriptions --out describe.json", check=True)
+    script(folder, "embed_images.py --images photos --out features", check=True)
+    return folder
+
+
+@pytest.mark.slow
+def test_both_stages_train_the_real_model_to_tell_two_photos_apart(prepared):
+    from mmchat import Message, SamplingOptions, load
+
+    common = "--features features --batch-size 2 --warmup 1 --log-steps 5 --report-to none"
+    script(prepared, f"pretrain_projector.py --train describe.json --out one --max-steps 12 {common}", check=True)
+    second = "--start-from one --train train.json --out two --max-steps 8 --lr 2e-3 --save-steps 4"
+    shown = script(prepared, f"finetune_qlora.py {second} {common}", check=True)
+    assert "python app.py --weights two" in shown.stdout and "adapter: all 420 tensors" in shown.stderr
+    greedy = SamplingOptions(temperature=0, max_new_tokens=16)
+    for weights in ("two", "two/checkpoint-8"):
+        engine = load("smol", prepared / weights)
+        answers = {
+            name: "".join(
+                engine.reply([Message("user", "Describe the image.", images=[prepared / "photos" / name])], greedy)
+            )
+            for name in ("coffee.jpg", "astronaut.jpg")
+        }
+        assert "coffee" in answers["coffee.jpg"] and "orange" in answers["astronaut.jpg"], answers
+    text_only = [Message("user", "What is the capital of France?")]
+    assert "".join(engine.reply(text_only, greedy)) == "".join(load("smol").reply(text_only, greedy))
+
+
+def test_mistakes_end_with_one_sentence(prepared):
+    for command, says in (
+        ("prepare_data.py captions --captions none.json --out x.json", "none.json cannot be read"),
+        (
+            "prepare_data.py captions --captions captions.json --splits splits.json --split test --out x.json",
+            "has no split 'test'",
+        ),
+        ("embed_images.py --images none --out f", "no pictures in 'none'"),
+        ("evaluate.py --questions describe.json --features photos", "holds no features"),
+        ("finetune_qlora.py --train none.json --features features", "none.json cannot be read"),
+    ):
+        result = script(prepared, command)
+        assert result.returncode != 0 and says in result.stderr + result.stdout, result.stderr
+        assert "Traceback" not in result.stderr
