@@ -204,7 +204,7 @@ def _identity(preset: Preset) -> dict:
         "language_model": preset.language_model.name,
         "chat_format": preset.language_model.chat_format,
         "image_encoder": encoder.name,
-        "image_features": f"{encoder.feature_count}x{encoder.width}",
+        "image_features": f"{encoder.features} {encoder.feature_count}x{encoder.width} at {encoder.resolution} pixels",
     }
 
 

@@ -68,7 +68,7 @@ def test_a_follow_up_reaches_the_model_with_the_earlier_picture_and_answer(engin
     reply = Message("assistant", "A zebra in pyjamas.")
     answer(engine, first, reply, Message("user", "What color is it?"))
     (token_ids, embeddings) = read_by_model[-1]
-    assert token_ids.count(IMAGE_TOKEN_ID) == engine.preset.image_encoder.feature_count
+    assert token_ids.count(IMAGE_TOKEN_ID) == engine.model.tokens_per_image
     text = engine.tokenizer.decode([token for token in token_ids if token != IMAGE_TOKEN_ID])
     assert text.index("Describe") < text.index("zebra in pyjamas") < text.index("What color is it?")
     features = engine._image_features(photo)
@@ -159,7 +159,7 @@ class TestLongConversations:
         old = [Message("user", "alpha " * 100), Message("assistant", "beta " * 20)]
         answer(short_context, *old, Message("user", "And this?", images=[small_picture]), notify=lambda _: None)
         token_ids = read_by_model[-1][0]
-        assert token_ids.count(IMAGE_TOKEN_ID) == 17
+        assert token_ids.count(IMAGE_TOKEN_ID) == engine.model.tokens_per_image
         assert "alpha" not in short_context.tokenizer.decode([t for t in token_ids if t != IMAGE_TOKEN_ID])
 
     def test_a_system_message_stays(self, short_context, read_by_model):

@@ -23,7 +23,7 @@ def tiny_model(kind="mlp"):
     config = LlamaConfig(
         vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
     )
-    projector_config = ProjectorConfig(kind, image_width=8, hidden_width=12, token_width=16)
+    projector_config = ProjectorConfig(kind, image_width=8, hidden_width=12, token_width=16, feature_count=3)
     return MultimodalModel(LlamaForCausalLM(config), build_projector(projector_config), projector_config)
 
 
@@ -47,14 +47,23 @@ def test_projected_features_stand_at_their_places(kind):
     torch.testing.assert_close(embeddings[1, [0, 1, 5]], tokens(torch.tensor([4, 5, 6])))
 
 
+def test_a_marker_ends_every_picture():
+    config = ProjectorConfig("linear", image_width=8, hidden_width=0, token_width=16, feature_count=3, marker=True)
+    projector = build_projector(config)
+    torch.nn.init.normal_(projector.marker)
+    tokens = projector(torch.randn(2, 3, 8))
+    assert tokens.shape == (2, config.tokens_per_image, 16) == (2, 4, 16)
+    assert torch.equal(tokens[:, -1], projector.marker.expand(2, -1))
+
+
 def test_features_without_a_place_are_an_error():
-    with pytest.raises(ValueError, match="3 places for picture features, but 4 features"):
+    with pytest.raises(ValueError, match="3 places for picture tokens, but 4 tokens"):
         tiny_model().splice(torch.tensor([[1, *[IMAGE_TOKEN_ID] * 3]]), torch.randn(1, 4, 8))
 
 
 def test_the_loss_equals_cross_entropy_on_the_next_token_of_every_answer():
     model, batch, features = tiny_model(), padded_batch(), torch.randn(1, 3, 8)
-    loss = model(**batch, image_features=features).loss
+    loss = model(**batch, image_features=features)["loss"]
     embeddings = model.splice(batch["input_ids"], features)
     logits = model.language_model(inputs_embeds=embeddings, attention_mask=batch["attention_mask"]).logits
     expected = torch.nn.functional.cross_entropy(
@@ -67,13 +76,13 @@ def test_the_loss_equals_cross_entropy_on_the_next_token_of_every_answer():
 def test_every_weight_of_the_projector_learns(kind):
     model = tiny_model(kind)
     model.language_model.requires_grad_(False)
-    model(**padded_batch(), image_features=torch.randn(1, 3, 8)).loss.backward()
+    model(**padded_batch(), image_features=torch.randn(1, 3, 8))["loss"].backward()
     assert all(weight.grad.abs().sum() > 0 for weight in model.projector.parameters())
 
 
 def test_an_unknown_kind_of_projector_is_named():
     with pytest.raises(ValueError, match="magic"):
-        build_projector(ProjectorConfig("magic", 1, 1, 1))
+        build_projector(ProjectorConfig("magic", 1, 1, 1, 1))
 
 
 @pytest.fixture
