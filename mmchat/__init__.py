@@ -9,6 +9,7 @@ for piece in engine.reply([question]):
 """
 
 import importlib
+import logging
 
 from .errors import AssetError, BadInput, MmchatError, WeightsError
 
@@ -24,6 +25,8 @@ __all__ = [
     "load",
     "open_image",
 ]
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns, when imported, of a kernel it can do without
 
 # Loaded when first used: torch takes seconds to import, and `--help` should not wait for it.
 _LAZY = {

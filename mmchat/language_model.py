@@ -18,7 +18,6 @@ from .errors import WeightsError
 from .presets import LanguageModelPreset
 
 logger = logging.getLogger(__name__)
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns, when imported, of a kernel it can do without
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -159,7 +159,7 @@ class TestLongConversations:
         old = [Message("user", "alpha " * 100), Message("assistant", "beta " * 20)]
         answer(short_context, *old, Message("user", "And this?", images=[small_picture]), notify=lambda _: None)
         token_ids = read_by_model[-1][0]
-        assert token_ids.count(IMAGE_TOKEN_ID) == engine.model.tokens_per_image
+        assert token_ids.count(IMAGE_TOKEN_ID) == short_context.model.tokens_per_image
         assert "alpha" not in short_context.tokenizer.decode([t for t in token_ids if t != IMAGE_TOKEN_ID])
 
     def test_a_system_message_stays(self, short_context, read_by_model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from itertools import chain
 from pathlib import Path
@@ -157,9 +158,11 @@ def _base_dtype(recipe: Recipe) -> torch.dtype:
 
 def run_from_terminal(recipe: Recipe) -> None:
     """``train`` for a script: the log on the terminal, one sentence where something is wrong."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes one speaks
+    logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, format="%(message)s")
     try:
         train(recipe)
     except MmchatError as error:
         sys.exit(str(error))
-    print(f"Chat with the weights: python app.py --weights {recipe.out}")
+    if is_first:
+        print(f"Chat with the weights: python app.py --weights {recipe.out}")
