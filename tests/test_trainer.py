@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from mmchat.errors import BadInput, WeightsError
 from mmchat.model import load_model
 from mmchat.presets import get_preset
+from mmchat.training.int8 import Int8Linear
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import build_model, train
 from mmchat.training.trainer import MultimodalTrainer, checkpoints, own_token_share
@@ -87,6 +88,31 @@ def test_it_learns_and_only_what_is_to_be_trained_moves(tiny, tmp_path, preset):
         if name in base:
             assert torch.equal(tensor, base[name]) != name.startswith("projector."), name
     assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_layers_in_eight_bits_compute_nearly_the_same():
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(96, 64), torch.randn(3, 10, 96, requires_grad=True)
+    x.data[0, 0] *= 100  # an outlier must not cost the other rows their precision
+    rounded = Int8Linear(linear.requires_grad_(False))
+    outputs, gradients = [], []
+    for layer in (linear, rounded):
+        outputs.append(layer(x))
+        gradients.append(torch.autograd.grad(outputs[-1].square().sum(dim=-1).sqrt().sum(), x)[0])
+    for exact, near in (outputs, gradients):
+        error = (near - exact).norm(dim=-1) / exact.norm(dim=-1)
+        assert 0 < error.max() < 0.03
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "int8"])
+def test_it_learns_on_a_quantized_base(tiny, tmp_path, quantization):
+    settings = recipe(tiny, tmp_path, max_steps=30, quantization=quantization)
+    model, _ = build_model(settings, get_preset("phi3-patches"))
+    kinds = {type(module).__name__ for name, module in model.named_modules() if name.endswith("base_layer")}
+    assert kinds == {{"4bit": "Linear4bit", "int8": "Int8Linear"}[quantization]}
+    train(settings)
+    losses = [float(line["loss"]) for line in history(tmp_path) if line["loss"]]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_a_rate_of_zero_freezes(tiny, tmp_path):
@@ -215,7 +241,7 @@ def wait_for(folder: Path, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantization", ["none", "4bit"])
+@pytest.mark.parametrize("quantization", ["none", "4bit", "int8"])
 def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path, quantization):
     settings = {"quantization": quantization, "max_steps": 40, "save_steps": 10, "dropout": 0.1, "own_tokens": 0.3}
     whole = start(tiny, recipe(tiny, tmp_path / "whole", **settings), sys.executable)

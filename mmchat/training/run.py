@@ -25,6 +25,7 @@ from .conversations import read_conversations
 from .data import ConversationDataset
 from .evaluation import Evaluator
 from .features import FeatureStore, PictureFolder
+from .int8 import round_linear_layers
 from .recipe import Recipe, write_recipe
 from .samples import write_samples
 from .trainer import MultimodalTrainer, checkpoints
@@ -112,12 +113,11 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
     What has no learning rate is frozen; a fresh adapter without one is left out.
     """
     dtype = _base_dtype(recipe)
+    quantization = "4bit" if recipe.quantization == "4bit" else "none"
     if recipe.start_from:
-        model, tokenizer = load_model(
-            preset, recipe.start_from, dtype, quantization=recipe.quantization, trainable=True
-        )
+        model, tokenizer = load_model(preset, recipe.start_from, dtype, quantization=quantization, trainable=True)
     else:
-        language_model, tokenizer = load_language_model(preset.language_model, dtype, recipe.quantization)
+        language_model, tokenizer = load_language_model(preset.language_model, dtype, quantization)
         config = ProjectorConfig(
             kind=recipe.projector or preset.projector.kind,
             image_width=preset.image_encoder.width,
@@ -135,6 +135,8 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
             dropout=recipe.dropout,
             base_name=preset.language_model.name,
         )
+    if recipe.quantization == "int8":
+        round_linear_layers(model.causal_language_model.get_decoder())
     for weight in model.parameters():  # what is trained is trained in full precision, whatever the base is kept in
         if weight.requires_grad:
             weight.data = weight.data.float()
