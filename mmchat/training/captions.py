@@ -20,8 +20,13 @@ OTHER_WORDINGS = (
     "Describe this picture.", "Describe what you see.", "What is in this picture?", "What do you see?",
     "What is happening here?", "What is going on in this photo?", "Write a caption for this photo.",
     "Give a short description of the picture.", "What does the image show?", "Caption this image.",
-    "Please describe the photo in one sentence.", "Tell me about this picture.",
+    "Please describe the photo in one sentence.", "Tell me about this picture.", "Describe the image in one sentence.",
+    "What can you see in the image?", "What is shown in the photo?", "Summarize this scene.", "Provide a caption.",
+    "Describe the scene.", "What is this a picture of?", "Explain what the photo shows.", "Describe it briefly.",
 )  # fmt: skip
+
+
+RARE_KINDS = ("color", "count")
 
 
 def read_captions(path: str | Path) -> list[dict[str, Any]]:
@@ -105,6 +110,9 @@ def conversations(pictures: Sequence[dict], rng: random.Random, *, with_question
         with_questions: ask what the captions answer, too.
     """
     asked = ask(pictures, rng) if with_questions else [[] for _ in pictures]
+    if with_questions:  # few captions give a color or a number, so these are asked again in other words
+        for questions, again in zip(asked, ask(pictures, rng), strict=True):
+            questions += [question for question in again if question.kind in RARE_KINDS]
     for picture, questions in zip(pictures, asked, strict=True):
         image = picture["image"]
         wording = DESCRIBE if rng.random() < 0.5 else rng.choice(OTHER_WORDINGS)

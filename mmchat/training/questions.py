@@ -103,25 +103,33 @@ PLACES = {
 }  # fmt: skip
 LIKE_PLACES = ({"beach", "sand", "ocean", "water"}, {"street", "road", "sidewalk"}, {"grass", "field", "park", "yard"})
 
+    "and in on at with of is are dog man woman boy girl shirt wearing".split()
+)  # they end what a color describes
 WHERE_SHOWN = ("", "", " in the picture", " in the image", " in this photo", " here")
 WORDINGS = {
     "presence": (
         "Is there {a} {noun}{shown}?", "Is there {a} {noun}{shown}?", "Is {a} {noun} visible{shown}?",
         "Can you see {a} {noun}{shown}?", "Do you see {a} {noun}{shown}?", "Does the picture show {a} {noun}?",
         "Does this image contain {a} {noun}?", "Is {a} {noun} present{shown}?", "Are there any {plural}{shown}?",
+        "Can {a} {noun} be seen{shown}?", "Is {a} {noun} shown{shown}?", "Does the photo have {a} {noun} in it?",
+        "Do you notice {a} {noun}{shown}?", "Are {plural} visible{shown}?", "Is there any {noun}{shown}?",
     ),
     "color": (
         "What color {is_are} the {noun}?", "What color {is_are} the {noun}?", "Which color {is_are} the {noun}{shown}?",
         "What is the color of the {noun}?", "What colour {is_are} the {noun}?", "Tell me the color of the {noun}.",
+        "What is the {noun}'s color?", "The {noun}: what color {is_are} it?", "Name the color of the {noun}{shown}.",
+        "What colour can you see on the {noun}?", "Can you tell me what color the {noun} {is_are}?",
     ),
     "count": (
         "How many {plural} are there{shown}?", "How many {plural} are there{shown}?", "How many {plural} do you see?",
         "How many {plural} can you see{shown}?", "How many {plural} are{shown_or_here}?",
         "What is the number of {plural}{shown}?", "Count the {plural}{shown}.",
+        "How many {plural} are visible{shown}?", "How many {plural} does the photo show?",
+        "Tell me how many {plural} there are{shown}.",
     ),
     "doing": (
         "What is the {noun} doing?", "What is the {noun} doing{shown}?", "What does the {noun} do?",
-        "What is the {noun} up to?",
+        "What is the {noun} up to?", "What action is the {noun} performing?", "Tell me what the {noun} is doing.",
     ),
     "who": ("Who is in the picture?", "Who is in this photo?", "Who do you see?", "Who can be seen here?"),
     "where": (
