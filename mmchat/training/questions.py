@@ -103,8 +103,6 @@ PLACES = {
 }  # fmt: skip
 LIKE_PLACES = ({"beach", "sand", "ocean", "water"}, {"street", "road", "sidewalk"}, {"grass", "field", "park", "yard"})
 
-    "and in on at with of is are dog man woman boy girl shirt wearing".split()
-)  # they end what a color describes
 WHERE_SHOWN = ("", "", " in the picture", " in the image", " in this photo", " here")
 WORDINGS = {
     "presence": (
