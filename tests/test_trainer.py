@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from mmchat.errors import BadInput, WeightsError
 from mmchat.model import load_model
 from mmchat.presets import get_preset
+from mmchat.training.conversations import entry_of, write_conversations
 from mmchat.training.int8 import Int8Linear
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import build_model, train
-from mmchat.training.trainer import MultimodalTrainer, checkpoints, own_token_share
+from mmchat.training.trainer import EpochSampler, MultimodalTrainer, checkpoints, own_token_share
 from tests.conftest import ROOT
 
 WEIGHTS = ("projector.safetensors", "adapter/adapter_model.safetensors")
@@ -148,6 +149,15 @@ def test_a_frozen_projector_is_noticed_at_the_first_step(tiny, tmp_path, monkeyp
         train(settings)
 
 
+def test_conversations_without_pictures_are_learnt_from_too(tiny, tmp_path):
+    entries = [entry_of(str(number), None, [("Hello?", f"Hello {number}.")]) for number in range(8)]
+    write_conversations(tmp_path / "text.json", entries)
+    train(recipe(tiny, tmp_path / "run", train=[str(tmp_path / "text.json")], batch_size=2))
+    train(recipe(tiny, tmp_path / "mixed", train=[str(tmp_path / "text.json"), str(tiny / "train.json")], batch_size=2))
+    last = history(tmp_path / "mixed")[-2]
+    assert float(last["projector_change"]) > 0 and float(history(tmp_path / "run")[-2]["projector_change"]) == 0
+
+
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointing"])
 def test_features_and_pictures_train_to_the_same_weights(tiny, tmp_path, settings):
     train(recipe(tiny, tmp_path / "features"))
@@ -165,6 +175,20 @@ def test_training_with_bf16_and_with_the_models_own_tokens(tiny, tmp_path):
     for lines in (free, bf16):
         losses = [float(line["loss"]) for line in lines if line["loss"]]
         assert losses[-1] < 0.8 * losses[0]
+
+
+def test_every_row_comes_once_an_epoch_beside_rows_of_like_length():
+    lengths = [10 + (number * 37) % 90 for number in range(203)]
+    sampler = EpochSampler(4, lengths, seed=1)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert sorted(orders[0]) == list(range(203)) and orders[0] == orders[2] != orders[1]
+    steps = [[lengths[index] for index in orders[0][start : start + 4]] for start in range(0, 200, 4)]
+    assert sum(max(step) - min(step) for step in steps) / len(steps) < 4  # of 90 there are
+    means = [sum(step) for step in steps]
+    assert means != sorted(means) and means != sorted(means, reverse=True)
 
 
 def test_the_share_of_own_tokens_cycles(tiny, tmp_path):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import os
+import random
 import shutil
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..device import choose_device
@@ -66,23 +68,39 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     )
 
 
-class EpochSampler(LengthGroupedSampler):
-    """Rows of like length together, in an order that depends on the seed and the epoch alone.
+class EpochSampler(Sampler[int]):
+    """Rows in an order that depends on the seed and the epoch alone, so that a resumed run finds it again.
 
-    transformers' own draws from the global generator, whose state a resumed run does not have at an epoch's start.
+    Rows of like length stand together in a step, which saves padding; the steps themselves come in random order. (With
+    transformers' LengthGroupedSampler they get shorter and shorter over fifty batches, and one kind of data follows the
+    other.)
     """
 
-    def __init__(self, batch_size: int, lengths: list[int], seed: int):
-        super().__init__(batch_size, lengths=lengths)
-        self.seed = seed
+    POOL = 50  # steps whose rows are sorted together
+
+    def __init__(self, step_size: int, lengths: Sequence[int], seed: int):
+        self.step_size, self.lengths, self.seed = step_size, lengths, seed
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def __iter__(self):
-        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return super().__iter__()
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        random_numbers = random.Random(f"{self.seed} {self.epoch}")
+        order = random_numbers.sample(range(len(self)), len(self))
+        pool = self.POOL * self.step_size
+        order = [
+            index
+            for start in range(0, len(order), pool)
+            for index in sorted(order[start : start + pool], key=lambda index: self.lengths[index])
+        ]
+        whole = len(order) // self.step_size * self.step_size
+        steps = [order[start : start + self.step_size] for start in range(0, whole, self.step_size)]
+        random_numbers.shuffle(steps)
+        yield from (index for step in [*steps, order[whole:]] for index in step)
 
 
 class MultimodalTrainer(Trainer):
@@ -103,7 +121,7 @@ class MultimodalTrainer(Trainer):
         self.parts = {name: weights for name, weights in self.parts.items() if weights}
         self._start = {name: [weight.detach().clone() for weight in part] for name, part in self.parts.items()}
         self._gradient_norms: dict[str, torch.Tensor] = {}
-        self._checked_gradients = False
+        self._showed_pictures = self._checked_gradients = False
         self._answer_tokens = 0
         self._logged_at = time.monotonic()
 
@@ -124,6 +142,7 @@ class MultimodalTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
         if model.training:
+            self._showed_pictures |= "image_features" in inputs
             self._answer_tokens += int((inputs["labels"] != IGNORED).sum())
             share = own_token_share(self.state.global_step, self.recipe)
             if share > 0:
@@ -143,7 +162,7 @@ class MultimodalTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         self._gradient_norms = {name: _norm([weight.grad for weight in part]) for name, part in self.parts.items()}
-        if not self._checked_gradients:
+        if self._showed_pictures and not self._checked_gradients:  # without a picture the projector has none
             self._check_gradients()
             self._checked_gradients = True
         return super()._clip_grad_norm(model)
