@@ -82,6 +82,7 @@ def test_bad_recipes_are_named(tmp_path, content, says):
         (["--train", "a.json", "--features", "f", "--images", "i"], "either --features"),
         (["--train", "a.json", "--features", "f", "--lr", "0", "--projector-lr", "0"], "Both learning rates are 0"),
         (["--train", "a.json", "--features", "f", "--own-tokens", "2"], "share between 0 and 1"),
+        (["--train", "a.json", "--features", "f", "--patience", "2"], "patience needs --eval"),
     ],
 )
 def test_bad_flags_are_named(capsys, flags, says):

@@ -103,6 +103,8 @@ class Recipe:
             raise BadInput("Name either --features, made by embed_images.py, or --images.")
         if self.lr == 0 and self.projector_lr == 0:
             raise BadInput("Both learning rates are 0, so nothing would be trained.")
+        if self.patience and (not self.eval or self.save_steps % self.eval_steps):
+            raise BadInput("patience needs --eval, and save_steps that are a multiple of eval_steps.")
         if not 0 <= self.own_tokens <= 1:
             raise BadInput("own_tokens is a share between 0 and 1.")
 

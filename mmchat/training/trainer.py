@@ -221,8 +221,9 @@ class MultimodalTrainer(Trainer):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         out = Path(self.args.output_dir)
         best = self.state.best_global_step
-        if best:  # the Trainer looks for it in the staging folder, where it is not any more
-            self.state.best_model_checkpoint = str(out / f"{PREFIX_CHECKPOINT_DIR}-{best}")
+        best_folder = out / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+        if best == self.state.global_step or best_folder.exists():
+            self.state.best_model_checkpoint = str(best_folder)  # not in the staging folder, where the Trainer looks
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
