@@ -136,7 +136,10 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
             base_name=preset.language_model.name,
         )
     if recipe.quantization == "int8":
-        round_linear_layers(model.causal_language_model.get_decoder())
+        if choose_device().type == "cpu":
+            round_linear_layers(model.causal_language_model.get_decoder())
+        else:
+            logger.warning("int8 is for CPUs: here the base model stays in full precision")
     for weight in model.parameters():  # what is trained is trained in full precision, whatever the base is kept in
         if weight.requires_grad:
             weight.data = weight.data.float()
