@@ -12,7 +12,7 @@ from mmchat.errors import BadInput
 from mmchat.image_encoder import load_image_encoder, open_image
 from mmchat.presets import get_preset
 from mmchat.training import features
-from mmchat.training.features import FeatureStore, embed_folder
+from mmchat.training.features import FeatureStore, PictureFolder, embed_folder
 
 
 @pytest.fixture
@@ -41,6 +41,17 @@ def test_features_are_the_encoders_and_bad_files_are_listed(pictures, preset, tm
     expected = encoder.encode([open_image(pictures / "more" / "c.png")])[0]
     assert store["more/c.png"].dtype == torch.float16
     torch.testing.assert_close(store["more/c.png"].float(), expected, atol=2e-2, rtol=2e-3)
+
+
+def test_mirrored_pictures_have_features_of_their_own(pictures, preset, tmp_path):
+    halves = Image.new("RGB", (40, 40), "red")
+    halves.paste((0, 0, 255), (0, 0, 20, 40))
+    halves.save(pictures / "a.png")
+    encoder = load_image_encoder(preset)
+    report = embed_folder(pictures, tmp_path / "features", preset, encoder, mirror=True)
+    store = FeatureStore(tmp_path / "features")
+    assert report.embedded == len(store) == 6 and not torch.equal(store["a.png"], store["mirrored/a.png"])
+    assert torch.equal(PictureFolder(pictures, encoder)["mirrored/a.png"], store["mirrored/a.png"])
 
 
 def test_a_second_run_embeds_only_what_is_new_or_changed(pictures, preset, tmp_path):

@@ -20,6 +20,9 @@ def main():
     parser.add_argument("--out", required=True, help="the folder to write the features to")
     parser.add_argument("--preset", default="smol", help="whose image encoder to use (default: smol)")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures encoded at a time (default: 16)")
+    parser.add_argument(
+        "--mirror", action="store_true", help='embed every picture mirrored, too, as "mirrored/" and its name'
+    )
     options = parser.parse_args()
 
     from tqdm import tqdm
@@ -38,6 +41,7 @@ def main():
             preset,
             load_image_encoder(preset).to(choose_device().type),
             batch_size=options.batch_size,
+            mirror=options.mirror,
             progress=lambda batches, total: tqdm(batches, total=total, unit="batch"),
         )
     except MmchatError as error:

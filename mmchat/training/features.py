@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
 from ..errors import BadInput
 from ..image_encoder import FORMATS, open_image
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 PICTURES_PER_SHARD = 512
+MIRRORED = "mirrored/"  # before a picture's name: left and right exchanged
 SUFFIXES = {".jpg", ".jpeg", ".tif"} | {f".{name.lower()}" for name in FORMATS}
 
 
@@ -89,11 +91,21 @@ class PictureFolder:
         self.encoder = encoder
 
     def __contains__(self, name: str) -> bool:
-        return (self.pictures / name).is_file()
+        return (self.pictures / name.removeprefix(MIRRORED)).is_file()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        features = self.encoder.encode([open_image(self.pictures / name)])[0]
+        features = self.encoder.encode([read_picture(self.pictures, name)])[0]
         return features.half().cpu()  # rounded as a store rounds, so that both train to the same weights
+
+
+def read_picture(folder: Path, name: str) -> Image.Image:
+    """A picture by its name below a folder, mirrored if the name says so.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
+    picture = open_image(folder / name.removeprefix(MIRRORED))
+    return ImageOps.mirror(picture) if name.startswith(MIRRORED) else picture
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,7 @@ def embed_folder(
     encoder: Any,
     *,
     batch_size: int = 16,
+    mirror: bool = False,
     progress: Callable[[Iterator, int], Iterator] = lambda batches, total: batches,
 ) -> EmbedReport:
     """Computes the features of every picture below ``pictures`` and writes them to ``folder``.
@@ -121,6 +134,7 @@ def embed_folder(
 
     Args:
         encoder: as ``load_image_encoder(preset)`` gives it.
+        mirror: embed every picture a second time, mirrored, under its name after ``MIRRORED``: more to learn from.
         progress: wraps the iterator of batches, as tqdm does; called with it and the number of batches.
 
     Raises:
@@ -132,15 +146,19 @@ def embed_folder(
     )
     if not names:
         raise BadInput(f"There are no pictures in '{pictures.name}'.")
+    if mirror:
+        names += [MIRRORED + name for name in names]
     manifest = _start_manifest(folder, preset)
     manifest["pictures"] = str(pictures.resolve())
     known = {name: digest for shard in manifest["shards"] for name, digest in shard["pictures"].items()}
     with ThreadPoolExecutor() as pool:  # reading and decoding leave Python's lock; the encoder works meanwhile
-        digests = dict(zip(names, pool.map(lambda name: _digest(pictures / name), names), strict=True))
+        digests = dict(
+            zip(names, pool.map(lambda name: _digest(pictures / name.removeprefix(MIRRORED)), names), strict=True)
+        )
         waiting = [name for name in names if known.get(name) != digests[name]]
         writer = _ShardWriter(folder, manifest, digests)
         batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
-        decoded = _ahead(pool, lambda batch: [_pixels(pictures / name, encoder) for name in batch], batches)
+        decoded = _ahead(pool, lambda batch: [_pixels(pictures, name, encoder) for name in batch], batches)
         for batch, found in progress(zip(batches, decoded, strict=True), len(batches)):
             readable = [(name, pixels) for name, pixels in zip(batch, found, strict=True) if torch.is_tensor(pixels)]
             manifest["unreadable"].update(
@@ -165,10 +183,10 @@ def _ahead(pool: ThreadPoolExecutor, work: Callable, items: list, depth: int = 2
         yield result
 
 
-def _pixels(path: Path, encoder: Any) -> torch.Tensor | str:
+def _pixels(folder: Path, name: str, encoder: Any) -> torch.Tensor | str:
     """What the encoder reads, [3, height, width], or why there is nothing to read."""
     try:
-        return encoder.pixels(open_image(path))
+        return encoder.pixels(read_picture(folder, name))
     except BadInput as error:
         return str(error)
 

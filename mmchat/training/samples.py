@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import textwrap
 from itertools import islice
 from pathlib import Path
 
+from ..errors import BadInput
 from ..generation import SamplingOptions
-from ..image_encoder import open_image
 from .conversations import Conversation, read_conversations
 from .evaluation import Evaluator, Item
-from .features import FeatureStore, PictureFolder
+from .features import FeatureStore, PictureFolder, read_picture
+
+logger = logging.getLogger(__name__)
 
 WIDTH = 44  # characters in a line under a picture
 
@@ -55,8 +58,10 @@ def _draw(samples: list[dict], pictures: Path, path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, sample in zip(figure.subplots(1, len(samples), squeeze=False)[0], samples, strict=True):
         axes.axis("off")
-        if (pictures / sample["image"]).is_file():  # features may outlive the pictures they were made of
-            axes.imshow(open_image(pictures / sample["image"]))
+        try:
+            axes.imshow(read_picture(pictures, sample["image"]))
+        except BadInput as error:  # features may outlive the pictures they were made of
+            logger.info("%s is not drawn: %s", sample["image"], error)
         lines = textwrap.wrap(sample["question"], WIDTH) + textwrap.wrap(f"→ {sample['answer']}", WIDTH)
         axes.set_title("\n".join(lines), fontsize=10, loc="left", parse_math=False)
     figure.savefig(path, dpi=110)
