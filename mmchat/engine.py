@@ -7,6 +7,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -17,7 +18,7 @@ from PIL import Image
 
 from .device import choose_device
 from .errors import BadInput
-from .generation import SamplingOptions, stream_text
+from .generation import TEXT_PENALTY, SamplingOptions, stream_text
 from .image_encoder import load_image_encoder, open_image, to_rgb
 from .model import load_model
 from .presets import DEFAULT_PRESET, Preset, get_preset
@@ -106,6 +107,8 @@ class Engine:
         """
         options = options or SamplingOptions()
         messages = _checked(messages)
+        if options.repetition_penalty is None:
+            options = replace(options, repetition_penalty=1.0 if has_images(messages) else TEXT_PENALTY)
         with self._turn:  # the tokenizer, too, is not for two threads at once
             encoded = self._fit(messages, options.max_new_tokens, notify)
             with nullcontext() if has_images(messages) else self.model.without_adapter():

@@ -12,6 +12,8 @@ from torch import nn
 
 from .errors import BadInput
 
+TEXT_PENALTY = 1.1
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -23,7 +25,8 @@ class SamplingOptions:
             arXiv 1904.09751).
         max_new_tokens: the longest answer.
         repetition_penalty: above 1, tokens already in the answer become less likely (Keskar et al. 2019,
-            arXiv 1909.05858).
+            arXiv 1909.05858). None: the engine takes 1 about pictures, whose descriptions rightly repeat "a" and "in",
+            and TEXT_PENALTY without, where a small model would go round in circles.
         beams: above 1, the likeliest whole answer is searched for among so many at a time; it comes in one piece, and
             temperature and top_p do not count.
         seed: makes a sampled answer repeatable.
@@ -32,7 +35,7 @@ class SamplingOptions:
     temperature: float = 0.2
     top_p: float = 0.9
     max_new_tokens: int = 256
-    repetition_penalty: float = 1.1
+    repetition_penalty: float | None = None
     beams: int = 1
     seed: int | None = None
 
@@ -43,7 +46,7 @@ class SamplingOptions:
             raise BadInput("Top-p must be above 0 and at most 1.")
         if not 1 <= self.max_new_tokens <= 4096:
             raise BadInput("The longest answer must have between 1 and 4096 tokens.")
-        if not 0.5 <= self.repetition_penalty <= 3:
+        if self.repetition_penalty is not None and not 0.5 <= self.repetition_penalty <= 3:
             raise BadInput("The repetition penalty must lie between 0.5 and 3.")
         if not 1 <= self.beams <= 16:
             raise BadInput("The number of beams must lie between 1 and 16.")
@@ -132,7 +135,7 @@ def _beam_settings(options: SamplingOptions, stop_ids: list[int]) -> Any:
         do_sample=False,
         num_beams=options.beams,
         max_new_tokens=options.max_new_tokens,
-        repetition_penalty=options.repetition_penalty,
+        repetition_penalty=options.repetition_penalty or 1.0,
         eos_token_id=stop_ids,
         pad_token_id=stop_ids[0],
     )
@@ -147,7 +150,7 @@ def _logits_processors(options: SamplingOptions):
     )
 
     process = LogitsProcessorList()
-    if options.repetition_penalty != 1:
+    if options.repetition_penalty not in (None, 1):
         process.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
     if options.temperature > 0:
         process.append(TemperatureLogitsWarper(float(options.temperature)))

@@ -50,6 +50,16 @@ def test_text_alone_is_answered_by_the_base_model(engine):
     assert "Paris" in ours
 
 
+def test_answers_about_pictures_may_repeat_words(engine, photo):
+    """A penalty on repeated words helps the base model along and spoils descriptions."""
+    for message, penalty in (
+        (Message("user", "Write a list of colors."), 1.1),
+        (Message("user", "Describe the image.", images=[photo]), 1.0),
+    ):
+        options = SamplingOptions(temperature=0, max_new_tokens=16, repetition_penalty=penalty)
+        assert answer(engine, message) == answer(engine, message, options=options)
+
+
 def test_adapter_and_projector_are_on_once_there_is_a_picture(engine, photo, monkeypatch):
     """With the adapter off, the same question about the same picture is answered in other words."""
     from contextlib import nullcontext
