@@ -132,8 +132,8 @@ def test_pictures_differ_even_where_their_words_do_not(engine, photo):
 @pytest.mark.parametrize(
     ("name", "question", "word"),
     [
-        ("camera.jpg", "What is the man holding?", "camera"),
-        ("coffee.jpg", "What color is the cup?", "Red"),
+        ("camera.jpg", "Is there a camera?", "Yes"),
+        ("coffee.jpg", "Is there a woman?", "No"),
         ("astronaut.jpg", "Is there a woman in the picture?", "Yes"),
         ("boat.jpg", "Is there a boat?", "Yes"),
         ("boat.jpg", "Is there a dog?", "No"),
