@@ -94,27 +94,15 @@ class MultimodalModel(nn.Module):
         return embeddings.masked_scatter(is_image.unsqueeze(-1), image_tokens.to(embeddings.dtype))
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        labels: torch.Tensor,
-        position_ids: torch.Tensor | None = None,
-        previous: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, num_items_in_batch: torch.Tensor | int | None = None, **batch: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """The training loss: cross-entropy of each labelled token, predicted from the token before it.
 
         Args:
-            input_ids, labels: [batch, length]; a label stands where its token stands, IGNORED elsewhere.
-            attention_mask: [batch, length], 1 for tokens; or [batch, 1, length, length], true where the row's token
-                reads the column's.
-            position_ids: [batch, length]; 0, 1, 2, … if None.
-            previous: [batch, length], the place of the token before each one; one place to the left if None.
-            image_features: [images, features, image_width], or None.
             num_items_in_batch: what the sum of losses is divided by; the number of labels if None.
+            batch: as ``label_logits`` takes it.
         """
-        logits, expected = self.label_logits(input_ids, attention_mask, labels, position_ids, previous, image_features)
+        logits, expected = self.label_logits(**batch)
         loss = nn.functional.cross_entropy(logits.float(), expected, reduction="sum")
         return {"loss": loss / (len(expected) if num_items_in_batch is None else num_items_in_batch)}
 
@@ -127,9 +115,17 @@ class MultimodalModel(nn.Module):
         previous: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is predicted where a label stands, [labels, vocabulary], and the labels, [labels]; see ``forward``.
+        """What is predicted where a label stands, [labels, vocabulary], and the labels, [labels].
 
         Logits are the costliest part of a small model, so no others are computed.
+
+        Args:
+            input_ids, labels: [batch, length]; a label stands where its token stands, IGNORED elsewhere.
+            attention_mask: [batch, length], 1 for tokens; or [batch, 1, length, length], true where the row's token
+                reads the column's.
+            position_ids: [batch, length]; 0, 1, 2, … if None.
+            previous: [batch, length], the place of the token before each one; one place to the left if None.
+            image_features: [images, features, image_width], or None.
         """
         decoder = self.causal_language_model.get_decoder()
         hidden = decoder(
