@@ -61,6 +61,27 @@ def test_rules(captions, key, answer):
     assert asked(captions, CAR).get(key) == answer
 
 
+def test_one_caption_is_enough_for_a_color_that_none_contradicts():
+    captions = ["A boy in a red shirt .", "A boy runs", "A boy in a blue hat", "A boy in a green hat"]
+    pictures = [{"image": "0.jpg", "captions": captions}]
+    (questions,) = ask(pictures, random.Random(0), agreement=1)
+    assert {question.subject: question.answer for question in questions if question.kind == "color"} == {
+        "shirt": "Red."
+    }
+
+
+def test_no_description_gives_away_the_color_asked_after_it():
+    captions = ["A brown dog runs .", "The brown dog runs .", "A dog is running", "A dog plays"]
+    followed = 0
+    for seed in range(20):
+        for entry in conversations([{"image": "0.jpg", "captions": captions}], random.Random(seed)):
+            said = [turn["value"] for turn in entry["conversations"] if turn["from"] == "gpt"]
+            if "Brown." in said[1:]:
+                followed += 1
+                assert "brown" not in said[0]
+    assert followed
+
+
 def test_yes_and_no_are_balanced_for_every_object():
     pictures = [{"image": str(number), "captions": captions} for number, captions in enumerate([DOGS, CAR] * 20)]
     answers = Counter(

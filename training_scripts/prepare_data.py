@@ -37,6 +37,13 @@ def parse():
     captions.add_argument("--limit", type=int, help="only the first so many pictures")
     captions.add_argument("--folder", default="", help="of the pictures, below the folder that is embedded")
     captions.add_argument(
+        "--agreement",
+        type=int,
+        default=2,
+        help="captions that have to name the same color or number before it is asked for; 1 gives three times the "
+        "questions, a little less sure (default: 2)",
+    )
+    captions.add_argument(
         "--make",
         choices=("conversations", "captions", "descriptions", "questions"),
         default="conversations",
@@ -105,7 +112,9 @@ def from_captions(options):
         return captions.descriptions(pictures)
     if options.make == "questions":
         return captions.questions_only(pictures, random_numbers)
-    return captions.conversations(pictures, random_numbers, with_questions=options.make == "conversations")
+    return captions.conversations(
+        pictures, random_numbers, with_questions=options.make == "conversations", agreement=options.agreement
+    )
 
 
 def from_easy_vqa(options):

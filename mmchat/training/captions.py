@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import BadInput
 from .conversations import entry_of
-from .questions import Question, ask
+from .questions import AGREEMENT, Question, ask, words_of
 
 # "Describe the image." is what the page asks for a picture without words, so half of all pictures are asked that.
 DESCRIBE = "Describe the image."
@@ -100,18 +100,23 @@ def tidy_caption(caption: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def conversations(pictures: Sequence[dict], rng: random.Random, *, with_questions: bool = True) -> Iterator[dict]:
+def conversations(
+    pictures: Sequence[dict], rng: random.Random, *, with_questions: bool = True, agreement: int = AGREEMENT
+) -> Iterator[dict]:
     """LLaVA-Instruct entries: each caption as a description, the questions after it or by themselves.
 
-    All captions of a picture answer the same question, so that in training they share a row up to the answer.
+    All captions of a picture answer the same question, so that in training they share a row up to the answer. A
+    question does not follow a description that holds its answer: the model would learn to read it there, not to look.
+    (Whether a thing is there may be asked after any: else "no" would be likelier than "yes".)
 
     Args:
         pictures: as ``read_captions`` gives them.
         with_questions: ask what the captions answer, too.
+        agreement: as for ``ask``.
     """
-    asked = ask(pictures, rng) if with_questions else [[] for _ in pictures]
+    asked = ask(pictures, rng, agreement=agreement) if with_questions else [[] for _ in pictures]
     if with_questions:  # few captions give a color or a number, so these are asked again in other words
-        for questions, again in zip(asked, ask(pictures, rng), strict=True):
+        for questions, again in zip(asked, ask(pictures, rng, agreement=agreement), strict=True):
             questions += [question for question in again if question.kind in RARE_KINDS]
     for picture, questions in zip(pictures, asked, strict=True):
         image = picture["image"]
@@ -119,13 +124,20 @@ def conversations(pictures: Sequence[dict], rng: random.Random, *, with_question
         captions = [tidy_caption(caption) for caption in picture["captions"] if len(caption.split()) >= 3]
         turns = [[(wording, caption)] for caption in captions]
         for question in rng.sample(questions, len(questions)):
-            if turns and rng.random() < 0.5:
-                turn = rng.choice(turns)
+            open_turns = [turn for turn in turns if not _gives_away(turn, question)]
+            if open_turns and rng.random() < 0.5:
+                turn = rng.choice(open_turns)
                 turn.append((_follow_up(question, turn[0][1], rng), question.answer))
             else:
                 turns.append([(question.text, question.answer)])
         for number, turn in enumerate(turns):
             yield entry_of(f"{image}-{number}", image, turn)
+
+
+def _gives_away(turn: Sequence[tuple[str, str]], question: Question) -> bool:
+    """Whether what was said in a conversation answers the question."""
+    said = {word for _, answer in turn for word in words_of(answer)}
+    return question.kind != "presence" and not said.isdisjoint(words_of(question.answer))
 
 
 def _follow_up(question: Question, said: str, rng: random.Random) -> str:

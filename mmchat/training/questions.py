@@ -1,7 +1,8 @@
 """Questions that captions answer, made by rules: is there …, what color, how many, what is … doing, who, where.
 
 A question is asked only where at least two captions of a picture agree on its answer, and "no" is said only where no
-caption names the thing, or anything that may be another word for it.
+caption names the thing, or anything that may be another word for it. To train on, colors and numbers can be had from
+one caption that no other contradicts: three times as many, and nearly as true.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ def words_of(caption: str) -> list[str]:
     return [SPELLINGS.get(word, word) for word in re.findall(r"[a-z]+", caption.lower())]
 
 
-def ask(pictures: Sequence[dict], rng: random.Random) -> list[list[Question]]:
+def ask(pictures: Sequence[dict], rng: random.Random, *, agreement: int = AGREEMENT) -> list[list[Question]]:
     """The questions that the captions of each picture answer, in the order of ``pictures``.
 
     Presence is balanced object by object over the whole collection: each is affirmed as often as it is denied, so its
@@ -159,12 +160,14 @@ def ask(pictures: Sequence[dict], rng: random.Random) -> list[list[Question]]:
 
     Args:
         pictures: ``{"image": file name, "captions": [text, …]}``.
+        agreement: captions that have to name the same color or number; no other may name another.
     """
     captions = [[words_of(caption) for caption in picture["captions"]] for picture in pictures]
     presence = _presence(captions, rng)
-    rules = (_colors, _counts, _actions, _people, _places)
     return [
-        presence[number] + [question for rule in rules for question in rule(words, rng)]
+        presence[number]
+        + [question for rule in (_colors, _counts) for question in rule(words, rng, agreement)]
+        + [question for rule in (_actions, _people, _places) for question in rule(words, rng)]
         for number, words in enumerate(captions)
     ]
 
@@ -212,7 +215,7 @@ def _presence(captions: Sequence[Sequence[Sequence[str]]], rng: random.Random) -
     return result
 
 
-def _colors(captions: Sequence[Sequence[str]], rng: random.Random) -> list[Question]:
+def _colors(captions: Sequence[Sequence[str]], rng: random.Random, agreement: int) -> list[Question]:
     said: dict[str, Counter] = defaultdict(Counter)
     for words in captions:
         found = {
@@ -225,14 +228,14 @@ def _colors(captions: Sequence[Sequence[str]], rng: random.Random) -> list[Quest
     result = []
     for noun, colors in said.items():
         color, count = colors.most_common(1)[0]
-        if color and count >= AGREEMENT and len(colors) == 1:
+        if color and count >= agreement and len(colors) == 1:
             is_are = "are" if noun.endswith("s") and not noun.endswith("ss") else "is"
             text = _word("color", rng, noun=noun, is_are=is_are)
             result.append(Question(text, f"{color.capitalize()}.", "color", SINGULARS.get(noun, noun)))
     return result
 
 
-def _counts(captions: Sequence[Sequence[str]], rng: random.Random) -> list[Question]:
+def _counts(captions: Sequence[Sequence[str]], rng: random.Random, agreement: int) -> list[Question]:
     said: dict[str, Counter] = defaultdict(Counter)
     for words in captions:
         for place, number in enumerate(words):
@@ -249,7 +252,7 @@ def _counts(captions: Sequence[Sequence[str]], rng: random.Random) -> list[Quest
     result = []
     for plural, numbers in said.items():
         number, count = numbers.most_common(1)[0]
-        if count >= AGREEMENT and len(numbers) == 1:
+        if count >= agreement and len(numbers) == 1:
             text = _word("count", rng, plural=plural)
             result.append(Question(text, f"{number.capitalize()}.", "count", SINGULARS.get(plural, "person")))
     return result
