@@ -20,11 +20,11 @@ from mmchat.training.evaluation import Evaluator, ShuffledFeatures, condition_fe
 from mmchat.training.features import FeatureStore
 from mmchat.training.metrics import (
     accuracy,
+    always_the_same,
     answer_metrics,
     bootstrap,
     caption_metrics,
     macro_f1,
-    most_frequent_share,
     word_error_rate,
     yes_no_metrics,
 )
@@ -68,8 +68,8 @@ def test_answers_are_compared_word_for_word():
     assert counts.value == pytest.approx((0.8 + 2 / 3) / 2)
     yes = yes_no_metrics(["Yes, there is.", "No.", "yes", "no"], ["Yes.", "Yes.", "No.", "No."])
     assert yes["accuracy"].value == 0.5 and yes["F1 of yes"].value == 0.5
-    assert set(answer_metrics(["a"], ["Red."])) == {"accuracy", "macro F1"}
-    assert most_frequent_share(["Two.", "two", "Three."]) == pytest.approx(2 / 3)
+    assert set(answer_metrics(["a"], ["Red."])) == {"accuracy", "always the same answer", "macro F1"}
+    assert always_the_same(["Two.", "two", "Three."]).value == pytest.approx(2 / 3)
 
 
 def test_intervals_hold_what_they_should():

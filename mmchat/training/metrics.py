@@ -132,12 +132,18 @@ def answer_metrics(answers: Sequence[str], expected: Sequence[str]) -> dict[str,
     """What fits the questions: yes/no metrics where all answers are yes or no, else accuracy and macro F1."""
     if {words(text) for text in expected} <= {"yes", "no"}:
         return yes_no_metrics(answers, expected)
-    return {"accuracy": accuracy(answers, expected), "macro F1": macro_f1(answers, expected)}
+    return {
+        "accuracy": accuracy(answers, expected),
+        "always the same answer": always_the_same(expected),
+        "macro F1": macro_f1(answers, expected),
+    }
 
 
-def most_frequent_share(expected: Sequence[str]) -> float:
-    """How often the most frequent answer is right: what guessing it every time would reach."""
-    return Counter(words(text) for text in expected).most_common(1)[0][1] / len(expected)
+def always_the_same(expected: Sequence[str]) -> Estimate:
+    """The accuracy of giving the most frequent answer to every question."""
+    right = [words(text) for text in expected]
+    frequent, _ = Counter(right).most_common(1)[0]
+    return bootstrap(len(right), _mean([text == frequent for text in right]))
 
 
 def word_error_rate(heard: Sequence[str], spoken: Sequence[str]) -> Estimate:
