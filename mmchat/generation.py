@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import count, takewhile
 from typing import Any
 
 import torch
@@ -52,11 +53,9 @@ class SamplingOptions:
             raise BadInput("The number of beams must lie between 1 and 16.")
 
 
-def stop_token_ids(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Every token that ends an answer."""
-    configured = model.generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
-    return {token_id for token_id in (*configured, tokenizer.eos_token_id) if token_id is not None}
+def stop_token_ids(model: nn.Module) -> set[int]:
+    """Every token that ends an answer, as ``load_language_model`` set them."""
+    return set(model.generation_config.eos_token_id)
 
 
 def stream_text(model: nn.Module, tokenizer: Any, embeddings: torch.Tensor, options: SamplingOptions) -> Iterator[str]:
@@ -73,7 +72,7 @@ def stream_text(model: nn.Module, tokenizer: Any, embeddings: torch.Tensor, opti
         yield from generate_texts(model, tokenizer, [embeddings[0]], options)
         return
     decoder = DecodeStream(skip_special_tokens=True)
-    with closing(stream_token_ids(model, embeddings, options, stop_token_ids(model, tokenizer))) as token_ids:
+    with closing(stream_token_ids(model, embeddings, options, stop_token_ids(model))) as token_ids:
         for token_id in token_ids:
             piece = decoder.step(tokenizer.backend_tokenizer, token_id)
             if piece:
@@ -119,16 +118,17 @@ def generate_texts(
     # Padded on the left, so that every answer begins at the right end of its row.
     embeddings = torch.stack([nn.functional.pad(prompt, (0, 0, longest - len(prompt), 0)) for prompt in prompts])
     is_token = torch.arange(longest) >= torch.tensor([[longest - len(prompt)] for prompt in prompts])
-    stop_ids = sorted(stop_token_ids(model, tokenizer))
+    stop_ids = stop_token_ids(model)
     token_ids = model.generate(
         inputs_embeds=embeddings,  # [prompts, longest, token_width]
         attention_mask=is_token.long().to(embeddings.device),  # [prompts, longest]
         generation_config=_beam_settings(options, stop_ids),
     )  # [prompts, tokens]: what is new only
-    return [text.strip() for text in tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
+    written = [list(takewhile(lambda token_id: token_id not in stop_ids, row)) for row in token_ids.tolist()]
+    return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
-def _beam_settings(options: SamplingOptions, stop_ids: list[int]) -> Any:
+def _beam_settings(options: SamplingOptions, stop_ids: set[int]) -> Any:
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -136,8 +136,8 @@ def _beam_settings(options: SamplingOptions, stop_ids: list[int]) -> Any:
         num_beams=options.beams,
         max_new_tokens=options.max_new_tokens,
         repetition_penalty=options.repetition_penalty or 1.0,
-        eos_token_id=stop_ids,
-        pad_token_id=stop_ids[0],
+        eos_token_id=sorted(stop_ids),
+        pad_token_id=next(token_id for token_id in count() if token_id not in stop_ids),  # behind a finished answer
     )
 
 

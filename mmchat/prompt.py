@@ -7,7 +7,7 @@ can never open or close a turn: special tokens are recognised in the format's ow
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,20 +39,41 @@ class Message:
 class ChatFormat:
     """How one family of models marks turns."""
 
-    turn_start: str  # with {role}
-    turn_end: str  # written by the model itself at the end of an answer, so it is trained too
-    between_turns: str
-    after_image: str
-    default_system: str | None  # said in text-only conversations that bring no system message
+    turn_start: Mapping[str, str]  # role -> what opens its turns
+    turn_end: Mapping[str, str]  # role -> what closes them; the assistant's is written by the model, so it is trained
+    stops: tuple[str, ...]  # special tokens that end an answer
+    between_turns: str = ""
+    before_text: str = ""
+    after_image: str = ""
+    default_system: str | None = None  # said in text-only conversations that bring no system message
+
+
+def _for_roles(text: str) -> dict[str, str]:
+    return {role: text.format(role=role) for role in ROLES}
 
 
 CHAT_FORMATS = {
     "smollm2": ChatFormat(
-        turn_start="<|im_start|>{role}\n",
-        turn_end="<|im_end|>",
+        turn_start=_for_roles("<|im_start|>{role}\n"),
+        turn_end=_for_roles("<|im_end|>"),
+        stops=("<|im_end|>", "<|endoftext|>"),
         between_turns="\n",
         after_image="\n",
         default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+    ),
+    # The line breaks vanish: Phi-3's special tokens swallow the space that follows them.
+    "phi-3": ChatFormat(
+        turn_start=_for_roles("<|{role}|>\n"),
+        turn_end=_for_roles("<|end|>\n"),
+        stops=("<|end|>", "<|endoftext|>"),
+        after_image="\n",
+    ),
+    "phi-2": ChatFormat(
+        turn_start={"system": "", "user": "Instruct:", "assistant": "Output:"},
+        turn_end={"system": "", "user": "", "assistant": "<|endoftext|>"},
+        stops=("<|endoftext|>",),
+        between_turns="\n",
+        before_text=" ",
     ),
 }
 
@@ -91,12 +112,14 @@ def segments(messages: Sequence[Message], chat_format: ChatFormat) -> Iterator[S
         messages = [Message("system", chat_format.default_system), *messages]
     for message in messages:
         is_answer = message.role == "assistant"
-        yield Segment(chat_format.turn_start.format(role=message.role), is_control=True)
-        for image in message.images:
+        yield Segment(chat_format.turn_start[message.role], is_control=True)
+        for number, image in enumerate(message.images):
+            yield Segment(chat_format.after_image if number else "", is_control=True)
             yield Segment(image=image)
-            yield Segment(chat_format.after_image, is_control=True)
-        yield Segment(message.text, is_answer=is_answer)
-        yield Segment(chat_format.turn_end, is_control=True, is_answer=is_answer)
+        # In one piece with what follows: so a tokenizer sees it, too, that reads a whole prompt at once.
+        after_image = chat_format.after_image if message.images else ""
+        yield Segment(after_image + chat_format.before_text + message.text, is_answer=is_answer)
+        yield Segment(chat_format.turn_end[message.role], is_control=True, is_answer=is_answer)
         yield Segment(chat_format.between_turns, is_control=True)
 
 
@@ -118,7 +141,7 @@ def encode(
     """
     pieces = list(segments(messages, chat_format))
     if open_reply:
-        pieces.append(Segment(chat_format.turn_start.format(role="assistant"), is_control=True))
+        pieces.append(Segment(chat_format.turn_start["assistant"], is_control=True))
     token_ids: list[int] = []
     is_answer: list[bool] = []
     for piece in pieces:

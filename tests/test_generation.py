@@ -20,7 +20,7 @@ def embeddings(engine):
 
 @pytest.fixture(scope="module")
 def stop_ids(engine):
-    return stop_token_ids(engine.model.language_model, engine.tokenizer)
+    return stop_token_ids(engine.model.language_model)
 
 
 def count_steps(engine, monkeypatch):
