@@ -84,7 +84,8 @@ def convert_once(name: str, convert: Callable[[Path], None]) -> Path:
     with _locked(folder) as unfinished:
         if not _is_converted(folder):  # another process may have done it while this one waited
             convert(unfinished)
-            sizes = {path.name: path.stat().st_size for path in unfinished.iterdir()}
+            files = [path for path in unfinished.rglob("*") if path.is_file()]
+            sizes = {path.relative_to(unfinished).as_posix(): path.stat().st_size for path in files}
             (unfinished / MANIFEST).write_text(json.dumps(sizes, indent=1))
             shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)

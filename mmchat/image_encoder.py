@@ -14,7 +14,8 @@ from torch import nn
 
 from .assets import fetch
 from .errors import BadInput
-from .presets import ImageEncoderPreset
+from .hub import fetch_repository
+from .presets import HubRepository, ImageEncoderPreset
 
 logger = logging.getLogger(__name__)
 
@@ -64,20 +65,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 class ImageEncoder(nn.Module):
     """A frozen network: pixels [batch, 3, resolution, resolution] → features [batch, feature_count, width]."""
 
-    MEAN: tuple[float, ...]  # of the pixel values 0 to 255 it was trained on, for red, green and blue
-    DEVIATION: tuple[float, ...]
-
     def __init__(self, preset: ImageEncoderPreset):
         super().__init__()
         self.preset = preset
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
-        """A decoded picture → [3, resolution, resolution]: shorter side scaled, centre cut out, as CLIP does it."""
-        size = self.preset.resolution
-        square = ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
-        values = torch.from_numpy(np.array(square)).permute(2, 0, 1)  # [3, size, size]
-        mean, deviation = torch.tensor(self.MEAN), torch.tensor(self.DEVIATION)
-        return (values - mean[:, None, None]) / deviation[:, None, None]
+        """A decoded picture → [3, resolution, resolution], as the network was trained to see it."""
+        raise NotImplementedError
 
     @torch.inference_mode()
     def encode(self, images: list[Image.Image]) -> torch.Tensor:
@@ -92,7 +86,7 @@ class EfficientNetLite(ImageEncoder):
     Gives the last convolution's map averaged to n × n cells, row by row, then its average over the whole picture.
     """
 
-    MEAN, DEVIATION = (127.0,) * 3, (128.0,) * 3  # as the TensorFlow originals were trained
+    MEAN, DEVIATION = 127.0, 128.0  # of pixel values, as the TensorFlow originals were trained
 
     def __init__(self, preset: ImageEncoderPreset):
         from efficientnet_lite_pytorch import EfficientNet
@@ -103,6 +97,13 @@ class EfficientNetLite(ImageEncoder):
         self.network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
         self.requires_grad_(False).eval()
 
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """Shorter side scaled, centre cut out."""
+        size = self.preset.resolution
+        square = ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
+        values = torch.from_numpy(np.array(square)).permute(2, 0, 1)  # [3, size, size]
+        return (values - self.MEAN) / self.DEVIATION
+
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         maps = self.network.extract_features(pixels)  # [batch, width, resolution / 32, resolution / 32]
         side = isqrt(self.preset.feature_count - 1)
@@ -112,26 +113,70 @@ class EfficientNetLite(ImageEncoder):
 
 
 class Clip(ImageEncoder):
-    """The image half of CLIP (Radford et al. 2021, arXiv 2103.00020)."""
-
-    MEAN = (122.7709, 116.7460, 104.0937)
-    DEVIATION = (68.5005, 66.6322, 70.3232)
-    LAYER = -2  # whose patches are taken: the last one's only serve the pooled embedding (LLaVA, arXiv 2304.08485)
+    """The image half of CLIP (Radford et al. 2021, arXiv 2103.00020) or SigLIP (Zhai et al. 2023, arXiv 2303.15343)."""
 
     def __init__(self, preset: ImageEncoderPreset):
-        from transformers import CLIPVisionModelWithProjection
+        from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModelWithProjection, SiglipVisionModel
 
         super().__init__(preset)
-        self.network = CLIPVisionModelWithProjection.from_pretrained(preset.source, dtype=torch.float32)
+        folder = fetch_repository(preset.source)
+        is_siglip = AutoConfig.from_pretrained(folder).model_type.startswith("siglip")
+        model_class = SiglipVisionModel if is_siglip else CLIPVisionModelWithProjection
+        self.network = model_class.from_pretrained(folder, dtype=torch.float32)
+        self.has_class_token = not is_siglip
+        self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # as torchvision, without it
         self.requires_grad_(False).eval()
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        return self.processor(image, return_tensors="pt")["pixel_values"][0]
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         if self.preset.features == "pooled":
-            return self.network(pixels).image_embeds[:, None]  # [batch, 1, width]
-        states = self.network(pixels, output_hidden_states=True).hidden_states
-        return states[self.LAYER][:, 1:]  # [batch, patches, width]: without the class token
+            output = self.network(pixels)
+            return (output.image_embeds if self.has_class_token else output.pooler_output)[:, None]  # [batch, 1, width]
+        patches = self.network(pixels, output_hidden_states=True).hidden_states[self.preset.layer]
+        drops_first = self.has_class_token and not self.preset.class_token
+        return patches[:, 1:] if drops_first else patches  # [batch, feature_count, width]
 
 
 def load_image_encoder(preset: ImageEncoderPreset) -> ImageEncoder:
     """The image encoder of a preset, frozen, in evaluation mode."""
     return EfficientNetLite(preset) if preset.features == "grid" else Clip(preset)
+
+
+def find_image_encoder(
+    repository: HubRepository, features: str = "patches", layer: int = -2, class_token: bool = False
+) -> ImageEncoderPreset:
+    """Any CLIP or SigLIP vision model of the Hub, or in a folder, as a preset's image encoder.
+
+    Args:
+        features, layer, class_token: as ``ImageEncoderPreset`` has them; the features are "pooled" or "patches".
+
+    Raises:
+        AssetError: it cannot be had.
+        BadInput: it is no such model, or has no such layer.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(fetch_repository(repository))
+    config = getattr(config, "vision_config", config)
+    is_siglip = config.model_type.startswith("siglip")
+    if not is_siglip and not config.model_type.startswith("clip"):
+        raise BadInput(f"{repository.name} is no CLIP or SigLIP model.")
+    if not -config.num_hidden_layers <= layer + 1 <= config.num_hidden_layers + 1:
+        raise BadInput(f"{repository.name} has {config.num_hidden_layers} layers; there is no layer {layer}.")
+    if features == "pooled":
+        count, width = 1, config.hidden_size if is_siglip else config.projection_dim
+    else:
+        count = (config.image_size // config.patch_size) ** 2 + (class_token and not is_siglip)
+        width = config.hidden_size
+    return ImageEncoderPreset(
+        name=Path(repository.name).name,
+        source=repository,
+        resolution=config.image_size,
+        features=features,
+        feature_count=count,
+        width=width,
+        layer=layer,
+        class_token=class_token and not is_siglip,
+    )

@@ -14,8 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .assets import convert_once, fetch
+from .device import choose_attention
 from .errors import WeightsError
-from .presets import LanguageModelPreset
+from .hub import fetch_repository
+from .presets import HubRepository, LanguageModelPreset
+from .prompt import CHAT_FORMATS
 
 logger = logging.getLogger(__name__)
 
@@ -29,28 +32,56 @@ def load_language_model(
     """The frozen base model in evaluation mode, and its tokenizer.
 
     Args:
-        quantization: "none", or "4bit": weights in NF4, computed with in ``dtype`` (Dettmers et al. 2023, QLoRA,
-            arXiv 2305.14314).
+        quantization: a kind of ``device.QUANTIZATIONS`` but "auto". "4bit" is NF4 (Dettmers et al. 2023, QLoRA,
+            arXiv 2305.14314), computed with in ``dtype``; "4bit-double" quantises its scales, too; "8bit" is LLM.int8
+            (arXiv 2208.07339).
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # it would run for a tenth of a second
-    if isinstance(preset.source, str):
-        folder = preset.source
-    else:  # "-1" is the version of the conversion below: raise it when what it writes changes
-        folder = convert_once(f"{preset.name}-1", lambda target: _convert_gguf(preset, target))
+    folder = _model_folder(preset)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    options = {"quantization_config": _four_bits(dtype)} if quantization == "4bit" else {}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation=choose_attention(),
+        quantization_config=_quantization_config(quantization, dtype),
+    )
+    # What ends an answer is the chat format's business: generation_config.json lists too little or too much.
+    stops = CHAT_FORMATS[preset.chat_format].stops
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(stops))
     return model.requires_grad_(False).eval(), tokenizer
 
 
-def _four_bits(dtype: torch.dtype) -> Any:
+def empty_language_model(preset: LanguageModelPreset) -> nn.Module:
+    """The base model without its weights, on the meta device: its layers and their shapes, in no memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(_model_folder(preset))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).requires_grad_(False)
+
+
+def _model_folder(preset: LanguageModelPreset) -> Path:
+    if isinstance(preset.source, HubRepository):
+        return fetch_repository(preset.source)
+    # "-1" is the version of the conversion below: raise it when what it writes changes
+    return convert_once(f"{preset.name}-1", lambda target: _convert_gguf(preset, target))
+
+
+def _quantization_config(kind: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
+    if kind == "none":
+        return None
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=kind == "4bit-double",
     )
 
 
@@ -70,12 +101,24 @@ def _convert_gguf(preset: LanguageModelPreset, target: Path) -> None:
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
 
 
-def add_adapter(model: nn.Module, *, rank: int, alpha: int, dropout: float, base_name: str) -> nn.Module:
-    """A fresh LoRA adapter (Hu et al. 2021, arXiv 2106.09685) on every linear layer but the output head."""
+def add_adapter(
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    base_name: str,
+    target_modules: str | list[str] = "all-linear",
+) -> nn.Module:
+    """A fresh LoRA adapter (Hu et al. 2021, arXiv 2106.09685).
+
+    Args:
+        target_modules: names of layers; if not told, every linear layer but the output head.
+    """
     from peft import LoraConfig
 
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
     )
     adapted = _attach(model, config)
     config.base_model_name_or_path = base_name  # PEFT put the path of a cache folder there
@@ -114,6 +157,17 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
     Raises:
         WeightsError: the adapter is missing or was made for a model of another shape.
     """
+    adapted = attach_adapter(model, folder, trainable=trainable)
+    load_adapter_weights(adapted, folder)
+    return adapted if trainable else adapted.eval()
+
+
+def attach_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> nn.Module:
+    """The model with an adapter of a saved one's shape, but with fresh weights.
+
+    Raises:
+        WeightsError: the folder does not describe an adapter.
+    """
     from peft import LoraConfig
 
     try:
@@ -124,8 +178,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
     base_name, config.base_model_name_or_path = config.base_model_name_or_path, None  # nothing for PEFT to compare
     adapted = _attach(model, config)
     config.base_model_name_or_path = base_name
-    load_adapter_weights(adapted, folder)
-    return adapted if trainable else adapted.eval()
+    return adapted
 
 
 def load_adapter_weights(model: nn.Module, folder: Path) -> None:
@@ -134,17 +187,35 @@ def load_adapter_weights(model: nn.Module, folder: Path) -> None:
     Raises:
         WeightsError: they are missing, damaged, or of another shape.
     """
+    try:
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"The adapter in '{folder.name}' is missing or cannot be read.") from error
+    set_adapter_weights(model, tensors, folder.name)
+
+
+def set_adapter_weights(model: nn.Module, tensors: dict[str, torch.Tensor], name: str) -> None:
+    """Puts weights, under the names of PEFT's files, into the adapter a model already has.
+
+    Args:
+        name: of where they come from, for messages.
+
+    Raises:
+        WeightsError: they are not all there, or of another shape.
+    """
     from peft import set_peft_model_state_dict
 
     try:
-        result = set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"The adapter in '{folder.name}' is missing or cannot be read.") from error
+        if next(model.parameters()).is_meta:  # nothing to copy into, so the tensors take the place of its own
+            named = {name.replace(".weight", ".default.weight"): tensor.clone() for name, tensor in tensors.items()}
+            result = model.load_state_dict(named, strict=False, assign=True)
+        else:
+            result = set_peft_model_state_dict(model, tensors)
     except RuntimeError as error:
-        raise WeightsError(f"The adapter in '{folder.name}' was made for a model of another shape.") from error
+        raise WeightsError(f"The adapter in '{name}' was made for a model of another shape.") from error
     missing = [key for key in result.missing_keys if "lora_" in key]
     if missing or result.unexpected_keys:
         raise WeightsError(
-            f"The adapter in '{folder.name}' does not fit: {len(missing)} tensors are missing and "
+            f"The adapter in '{name}' does not fit: {len(missing)} tensors are missing and "
             f"{len(result.unexpected_keys)} have no place."
         )

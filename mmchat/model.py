@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from .language_model import (
     load_language_model,
     save_adapter_config,
 )
-from .presets import Preset
+from .presets import PRESETS, HubRepository, ImageEncoderPreset, Preset
 from .projector import ProjectorConfig, build_projector
 from .prompt import IMAGE_TOKEN_ID
 
@@ -176,6 +176,7 @@ class MultimodalModel(nn.Module):
         config = {
             "format_version": FORMAT_VERSION,
             **_identity(preset),
+            **_encoder_of_choice(preset),
             "projector": asdict(self.projector_config),
             "adapter": self.has_adapter,
         }
@@ -200,8 +201,32 @@ def _identity(preset: Preset) -> dict:
         "language_model": preset.language_model.name,
         "chat_format": preset.language_model.chat_format,
         "image_encoder": encoder.name,
-        "image_features": f"{encoder.features} {encoder.feature_count}x{encoder.width} at {encoder.resolution} pixels",
+        "image_features": encoder.feature_kind,
     }
+
+
+def _encoder_of_choice(preset: Preset) -> dict:
+    """Of an image encoder that somebody chose in place of the preset's own: all of it, so that chat finds it again."""
+    encoder = preset.image_encoder
+    is_own = preset.name in PRESETS and PRESETS[preset.name].image_encoder == encoder
+    is_chosen = isinstance(encoder.source, HubRepository) and not is_own
+    return {"image_encoder_preset": asdict(encoder)} if is_chosen else {}
+
+
+def preset_of(preset: Preset, weights: str | Path) -> Preset:
+    """The preset with the image encoder that the weights of a folder were trained with, where that is another one.
+
+    Raises:
+        WeightsError: the folder is no weights folder, or was made for another language model.
+    """
+    chosen = _read_config(Path(weights)).get("image_encoder_preset")
+    if not chosen:
+        return preset
+    try:
+        encoder = ImageEncoderPreset(**{**chosen, "source": HubRepository(**chosen["source"])})
+    except (KeyError, TypeError) as error:
+        raise WeightsError(f"The {CONFIG} in '{Path(weights).name}' names no image encoder I know.") from error
+    return replace(preset, image_encoder=encoder)
 
 
 def load_model(
@@ -214,7 +239,8 @@ def load_model(
         AssetError: the base model could not be fetched.
     """
     folder = Path(weights)
-    config = _read_config(folder, preset)
+    config = _read_config(folder)
+    _check_identity(config, folder, preset)
     projector_config = ProjectorConfig(**config["projector"])
     projector = build_projector(projector_config)
     _load_projector(projector, folder)
@@ -234,7 +260,7 @@ def _load_projector(projector: nn.Module, folder: Path) -> None:
         raise WeightsError(f"The projector in '{folder.name}' is missing, damaged or of another size.") from error
 
 
-def _read_config(folder: Path, preset: Preset) -> dict:
+def _read_config(folder: Path) -> dict:
     try:
         config = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError) as error:
@@ -245,10 +271,13 @@ def _read_config(folder: Path, preset: Preset) -> dict:
         raise WeightsError(
             f"'{folder.name}' has format version {config.get('format_version')}; this mmchat reads {FORMAT_VERSION}."
         )
+    return config
+
+
+def _check_identity(config: dict, folder: Path, preset: Preset) -> None:
     for key, expected in _identity(preset).items():
         if config.get(key) != expected:
             raise WeightsError(
                 f"The weights in '{folder.name}' were made for {key.replace('_', ' ')} '{config.get(key)}', "
                 f"but the preset '{preset.name}' has '{expected}'."
             )
-    return config

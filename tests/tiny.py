@@ -14,29 +14,40 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmchat.presets import PRESETS, SMOL, ImageEncoderPreset, LanguageModelPreset, ProjectorPreset
+from mmchat.presets import PRESETS, SMOL, HubRepository, ImageEncoderPreset, LanguageModelPreset, ProjectorPreset
 from mmchat.training.conversations import entry_of, write_conversations
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+PHI_3_SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+CHAT_FORMATS = {"phi3": "phi-3", "phi": "phi-2", "llama": "smollm2"}
 TEXT = ["<image> What is in this picture? Is there a dog? Yes. No. A brown dog runs on the grass. Describe the image."]
 WIDTHS = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 2048,
     "bos_token_id": 0,
     "eos_token_id": 2,
     "pad_token_id": 0,
     "initializer_range": 0.3,  # large, so that a frozen output head can tell tokens apart
 }
+CLIP_WIDTHS = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
 
 
 def make(folder: Path) -> None:
     """Writes the models; a few hundred kilobytes."""
-    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers import AddedToken, ByteLevelBPETokenizer
     from transformers import (
+        CLIPImageProcessorPil,
         CLIPVisionConfig,
         CLIPVisionModelWithProjection,
         LlamaConfig,
@@ -46,13 +57,17 @@ def make(folder: Path) -> None:
         PhiConfig,
         PhiForCausalLM,
         PreTrainedTokenizerFast,
+        SiglipImageProcessorPil,
+        SiglipVisionConfig,
+        SiglipVisionModel,
     )
 
     torch.manual_seed(0)
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(TEXT, vocab_size=400, special_tokens=SPECIAL)
+    special = [*SPECIAL, *(AddedToken(token, rstrip=True, special=True) for token in PHI_3_SPECIAL)]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=trained._tokenizer, eos_token="<|im_end|>", additional_special_tokens=SPECIAL
+        tokenizer_object=trained._tokenizer, eos_token="<|im_end|>", additional_special_tokens=special
     )
     for name, config_class, model_class in (
         ("phi3", Phi3Config, Phi3ForCausalLM),
@@ -61,16 +76,12 @@ def make(folder: Path) -> None:
     ):
         model_class(config_class(vocab_size=len(tokenizer), **WIDTHS)).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    clip = CLIPVisionConfig(
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=16,
-        projection_dim=20,
-    )
+    clip = CLIPVisionConfig(**CLIP_WIDTHS, projection_dim=20)
     CLIPVisionModelWithProjection(clip).save_pretrained(folder / "clip")
+    size = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder / "clip")
+    SiglipVisionModel(SiglipVisionConfig(**CLIP_WIDTHS)).save_pretrained(folder / "siglip")
+    SiglipImageProcessorPil(size=size).save_pretrained(folder / "siglip")
 
 
 def make_data(folder: Path) -> None:
@@ -93,15 +104,15 @@ def presets(folder: Path) -> dict:
     """Presets on the models in ``folder``: each language model, with CLIP's patches or its pooled embedding."""
     found = {}
     encoders = {
-        "patches": ImageEncoderPreset("tiny-clip", str(folder / "clip"), 32, "patches", 4, 24),
-        "pooled": ImageEncoderPreset("tiny-clip", str(folder / "clip"), 32, "pooled", 1, 20),
+        "patches": ImageEncoderPreset("tiny-clip", HubRepository(str(folder / "clip")), 32, "patches", 4, 24),
+        "pooled": ImageEncoderPreset("tiny-clip", HubRepository(str(folder / "clip")), 32, "pooled", 1, 20),
     }
-    for name in ("phi3", "phi", "llama"):
+    for name, chat_format in CHAT_FORMATS.items():
         for kind, encoder in encoders.items():
             found[f"{name}-{kind}"] = replace(
                 SMOL,
                 name=f"{name}-{kind}",
-                language_model=LanguageModelPreset(f"tiny-{name}", str(folder / name), "smollm2"),
+                language_model=LanguageModelPreset(f"tiny-{name}", HubRepository(str(folder / name)), chat_format, 0),
                 image_encoder=encoder,
                 projector=ProjectorPreset("mlp", 40),
             )

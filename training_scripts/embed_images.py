@@ -23,18 +23,29 @@ def main():
     parser.add_argument(
         "--mirror", action="store_true", help='embed every picture mirrored, too, as "mirrored/" and its name'
     )
+    parser.add_argument(
+        "--image-encoder", help="in its place: a CLIP or SigLIP model, by its name on the Hub or folder"
+    )
+    parser.add_argument(
+        "--image-features", choices=("patches", "pooled"), default="patches", help="what is taken of it (patches)"
+    )
+    parser.add_argument("--image-layer", type=int, default=-2, help="whose patches are taken (default: -2)")
+    parser.add_argument("--class-token", action="store_true", help="its class token is taken with the patches")
     options = parser.parse_args()
 
     from tqdm import tqdm
 
     from mmchat.device import choose_device
     from mmchat.errors import MmchatError
-    from mmchat.image_encoder import load_image_encoder
-    from mmchat.presets import get_preset
+    from mmchat.image_encoder import find_image_encoder, load_image_encoder
+    from mmchat.presets import HubRepository, get_preset
     from mmchat.training.features import embed_folder
 
     try:
         preset = get_preset(options.preset).image_encoder
+        if options.image_encoder:
+            repository = HubRepository(options.image_encoder)
+            preset = find_image_encoder(repository, options.image_features, options.image_layer, options.class_token)
         report = embed_folder(
             options.images,
             options.out,

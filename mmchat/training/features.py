@@ -32,10 +32,8 @@ def encoder_identity(preset: ImageEncoderPreset) -> dict[str, Any]:
     """What features depend on: the encoder, the revision of its weights, and how a picture is prepared for it."""
     return {
         "name": preset.name,
-        "revision": getattr(preset.source, "sha256", preset.source),
-        "resolution": preset.resolution,
-        "features": f"{preset.features} {preset.feature_count}",
-        "width": preset.width,
+        "revision": preset.revision,
+        "features": preset.feature_kind,
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from ..errors import BadInput
-from ..presets import DEFAULT_PRESET
+from ..presets import SMOL
 
 DATA, MODEL, SCHEDULE, RUN = "data", "model", "schedule", "run"
 
@@ -40,18 +40,25 @@ class Recipe:
     max_length: int = setting(1024, DATA, "tokens in a row; longer conversations are cut off there")
     share_rows: bool = setting(True, DATA, "conversations about one picture share a row, which reads the picture once")
 
-    preset: str = setting(DEFAULT_PRESET, MODEL, "which models to train")
+    preset: str = setting(SMOL.name, MODEL, "which models to train")
+    image_encoder: str | None = setting(
+        None, MODEL, "a CLIP or SigLIP vision model, by its name on the Hub or its folder; the preset's if absent"
+    )
+    image_features: str = setting("patches", MODEL, "what is taken of it", ("patches", "pooled"))
+    image_layer: int = setting(-2, MODEL, "whose patches are taken")
+    class_token: bool = setting(False, MODEL, "its class token is taken with the patches")
     start_from: str | None = setting(
         None, MODEL, "a weights folder or checkpoint to go on from; fresh weights if absent"
     )
     quantization: str = setting(
         "none",
         MODEL,
-        "of the frozen base model: 4bit is NF4, as in QLoRA; int8 multiplies in 8 bits, to train faster on a CPU",
-        ("none", "4bit", "int8"),
+        "of the frozen base model: 4bit is NF4, as in QLoRA; 4bit-double quantises its scales, too; 8bit is LLM.int8; "
+        "int8 multiplies in 8 bits, to train faster on a CPU",
+        ("none", "4bit", "4bit-double", "8bit", "int8"),
     )
     projector: str | None = setting(
-        None, MODEL, "kind of a fresh projector; the preset's if absent", ("linear", "mlp", "resblock")
+        None, MODEL, "kind of a fresh projector; the preset's if absent", ("linear", "llava", "mlp", "resblock")
     )
     hidden_width: int | None = setting(None, MODEL, "of a fresh projector; the preset's if absent")
     marker: bool = setting(False, MODEL, "a fresh projector ends every picture with a token of its own")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from transformers import EarlyStoppingCallback, set_seed
 
 from ..device import choose_device
 from ..errors import BadInput, MmchatError
-from ..image_encoder import load_image_encoder
+from ..image_encoder import find_image_encoder, load_image_encoder
 from ..language_model import add_adapter, load_language_model
-from ..model import MultimodalModel, load_model
-from ..presets import Preset, get_preset
+from ..model import MultimodalModel, load_model, preset_of
+from ..presets import HubRepository, Preset, get_preset
 from ..projector import ProjectorConfig, build_projector
 from ..prompt import CHAT_FORMATS
 from .callbacks import HistoryCallback, StopOnSignal
@@ -43,7 +44,7 @@ def train(recipe: Recipe) -> None:
         WeightsError: weights to start from that do not fit.
     """
     set_seed(recipe.seed)
-    preset = get_preset(recipe.preset)
+    preset = chosen_preset(recipe)
     features = open_features(recipe, preset)
     model, tokenizer = build_model(recipe, preset)
 
@@ -94,6 +95,17 @@ def _newest_checkpoint(recipe: Recipe) -> str | None:
     return str(found[-1]) if found else None
 
 
+def chosen_preset(recipe: Recipe) -> Preset:
+    """The recipe's preset, with the image encoder that the recipe or the weights it starts from name."""
+    preset = get_preset(recipe.preset)
+    if recipe.image_encoder:
+        encoder = find_image_encoder(
+            HubRepository(recipe.image_encoder), recipe.image_features, recipe.image_layer, recipe.class_token
+        )
+        return replace(preset, image_encoder=encoder)
+    return preset_of(preset, recipe.start_from) if recipe.start_from else preset
+
+
 def open_features(recipe: Recipe, preset: Preset) -> FeatureStore | PictureFolder:
     """The features that a recipe names.
 
@@ -113,7 +125,7 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
     What has no learning rate is frozen; a fresh adapter without one is left out.
     """
     dtype = _base_dtype(recipe)
-    quantization = "4bit" if recipe.quantization == "4bit" else "none"
+    quantization = "none" if recipe.quantization == "int8" else recipe.quantization  # int8 is our own, and comes last
     if recipe.start_from:
         model, tokenizer = load_model(preset, recipe.start_from, dtype, quantization=quantization, trainable=True)
     else:
