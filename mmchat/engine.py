@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .device import choose_device
+from .device import choose_device, choose_preset, choose_quantization
 from .errors import BadInput
 from .generation import TEXT_PENALTY, SamplingOptions, stream_text
 from .image_encoder import load_image_encoder, open_image, to_rgb
-from .model import load_model
-from .presets import DEFAULT_PRESET, Preset, get_preset
+from .importing import own_weights
+from .model import load_model, preset_of
+from .presets import AUTO, DEFAULT_PRESET, Preset, get_preset
 from .prompt import CHAT_FORMATS, EncodedConversation, Message, encode, has_images
 from .speech import SpeechRecognizer, Transcript
 
@@ -30,18 +31,31 @@ logger = logging.getLogger(__name__)
 CACHED_PICTURES = 64
 DEFAULT_QUESTION = "Describe the image."  # for a picture that came without words
 
+# The base model has not seen the picture: it must neither add to what the draft says nor answer the question anew.
+REWRITE = """Question: {question}
+Draft answer: {draft}
 
-def load(preset: str = DEFAULT_PRESET, weights: str | Path | None = None) -> Engine:
+Rewrite the draft answer in clear, correct English. Keep its meaning, and add no facts. Write the new answer only."""
+
+
+def load(preset: str = DEFAULT_PRESET, weights: str | Path | None = None, quantization: str = "auto") -> Engine:
     """An engine with the models of a preset, fetched on first use.
 
     Args:
-        preset: a name from ``presets.PRESETS``.
+        preset: a name from ``presets.PRESETS``, or "auto": the best that this machine can run.
         weights: a folder that training wrote; the preset's own weights if None.
+        quantization: of the language model: a name of ``device.QUANTIZATIONS``.
 
     Raises:
         MmchatError: no such preset, or models or weights that cannot be had; the text says what to do.
     """
-    return Engine(get_preset(preset), weights)
+    if preset != AUTO:
+        return Engine(get_preset(preset), weights, quantization)
+    chosen, reason = choose_preset()
+    logger.info("Preset %s: %s", chosen.name, reason)
+    engine = Engine(chosen, weights, quantization)
+    engine.reason = reason
+    return engine
 
 
 class Engine:
@@ -51,17 +65,31 @@ class Engine:
     in the same thread, which would otherwise wait for it for ever.
     """
 
-    def __init__(self, preset: Preset, weights: str | Path | None = None):
-        self.preset = preset
+    def __init__(self, preset: Preset, weights: str | Path | None = None, quantization: str = "auto"):
+        self.reason = ""  # why this preset, where "auto" chose it
+        weights = weights or own_weights(preset)
+        self.preset = preset = preset_of(preset, weights)
         self.device = choose_device()
         logger.info("Computing on %s: %s", self.device.type, self.device.reason)
-        self.model, self.tokenizer = load_model(preset, weights or preset.weights, self.device.dtype)
+        self.quantization = choose_quantization(quantization, self.device, preset.language_model.parameters)
+        logger.info("Quantization %s: %s", self.quantization.kind, self.quantization.reason)
+        self.model, self.tokenizer = load_model(preset, weights, self.device.dtype, quantization=self.quantization.kind)
         self.model.to(self.device.type)
         self.chat_format = CHAT_FORMATS[preset.language_model.chat_format]
         self.context_length: int = self.model.language_model.config.max_position_embeddings  # tokens
         self._features: OrderedDict[str, torch.Tensor] = OrderedDict()  # picture digest -> [features, width]
         self._turn = Lock()  # the adapter is on or off for the whole model, so one reply runs at a time
         self._loading = Lock()
+
+    @property
+    def about(self) -> str:
+        """What answers here, and why, in a few sentences."""
+        parts = [self.preset.description, f"Running on {self.device.type.upper()}: {self.device.reason}"]
+        if self.quantization.kind != "none":
+            parts.append(f"Weights in {self.quantization.kind}: {self.quantization.reason}")
+        if self.reason:
+            parts.append(f"The preset '{self.preset.name}' was chosen because {self.reason}")
+        return ". ".join(parts) + "."
 
     def warm_up(self) -> None:
         """Loads the image encoder and the speech model, which would otherwise load when they are first needed."""
@@ -106,7 +134,7 @@ class Engine:
             BadInput: there is no question, a picture cannot be read, or the question alone is too long.
         """
         options = options or SamplingOptions()
-        messages = _checked(messages)
+        messages = with_question(messages)
         if options.repetition_penalty is None:
             options = replace(options, repetition_penalty=1.0 if has_images(messages) else TEXT_PENALTY)
         with self._turn:  # the tokenizer, too, is not for two threads at once
@@ -115,6 +143,16 @@ class Engine:
                 embeddings = self._embed(encoded)
                 with closing(stream_text(self.model.language_model, self.tokenizer, embeddings, options)) as pieces:
                     yield from pieces
+
+    def rewrite(self, question: str, draft: str, options: SamplingOptions | None = None) -> Iterator[str]:
+        """A draft answer in better English, in pieces, by the base model: the adapter is off, the weights are the same.
+
+        Args:
+            question: what the draft answers; it tells what the answer is about.
+            draft: what ``reply`` gave.
+        """
+        request = REWRITE.format(question=question.strip() or DEFAULT_QUESTION, draft=draft.strip())
+        return self.reply([Message("user", request)], options)
 
     def _fit(self, messages: list[Message], max_new_tokens: int, notify: Callable[[str], None]) -> EncodedConversation:
         """Tokenises the conversation, leaving out whole oldest turns until it fits the model's context."""
@@ -167,8 +205,12 @@ def _digest(source: Any) -> str:
     return hashlib.blake2b(content).hexdigest()
 
 
-def _checked(messages: Sequence[Message]) -> list[Message]:
-    """The conversation with a question at its end."""
+def with_question(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with a question at its end.
+
+    Raises:
+        BadInput: there is none.
+    """
     if not messages or messages[-1].role != "user":
         raise BadInput("Please ask a question.")
     *earlier, question = messages

@@ -77,13 +77,16 @@ def evaluate_questions(options):
     from mmchat.device import choose_device
     from mmchat.generation import SamplingOptions
     from mmchat.image_encoder import load_image_encoder
-    from mmchat.model import load_model
+    from mmchat.importing import own_weights
+    from mmchat.model import load_model, preset_of
     from mmchat.presets import get_preset
     from mmchat.prompt import CHAT_FORMATS
     from mmchat.training.evaluation import Evaluator, condition_features, flatten, measure, read_items
     from mmchat.training.features import FeatureStore, PictureFolder
 
     preset, device = get_preset(options.preset), choose_device()
+    all_weights = options.weights or [own_weights(preset)]
+    preset = preset_of(preset, all_weights[0])  # whose image encoder the others have to share
     encoder = cache(lambda: load_image_encoder(preset.image_encoder).to(device.type))
     if options.features:
         features = FeatureStore(options.features)
@@ -95,7 +98,7 @@ def evaluate_questions(options):
         temperature=0, repetition_penalty=1.0, beams=options.beams, max_new_tokens=options.max_new_tokens
     )
     results = []
-    for weights in options.weights or [preset.weights]:
+    for weights in all_weights:
         model, tokenizer = load_model(preset, weights, device.dtype)
         evaluator = Evaluator(
             model.to(device.type),

@@ -1,0 +1,230 @@
+"""Checkpoints of the four published layouts → folders that chat, with the logits that their descriptions give."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import gelu, layer_norm, linear
+
+from mmchat.assets import cache_folder
+from mmchat.engine import Engine
+from mmchat.errors import WeightsError
+from mmchat.importing import import_checkpoint, own_weights
+from mmchat.language_model import load_language_model
+from mmchat.model import load_model
+from mmchat.presets import PRESETS, HubRepository
+from tests.conftest import ROOT
+
+RANK, ALPHA = 4, 8
+WIDTH = 64  # of the tiny language models' tokens
+TEXT = torch.tensor([[11, 12, 13, 14, 15]])
+
+
+def matrix(*shape):
+    return torch.randn(*shape) * 0.1
+
+
+def two_layers(before, between, after):
+    return {
+        f"{before}weight": matrix(between, 20),
+        f"{before}bias": matrix(between),
+        f"{after}weight": matrix(WIDTH, between),
+        f"{after}bias": matrix(WIDTH),
+    }
+
+
+class LayoutA:
+    """PEFT's folder; LayerNorm, Linear, GELU, Linear; one pooled feature."""
+
+    preset, targets, marker = "phi3-pooled", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), None
+
+    def projector(self):
+        return {"pre_norm.weight": matrix(20), "pre_norm.bias": matrix(20), **two_layers("proj.0.", 24, "proj.2.")}
+
+    def project(self, t, x):
+        x = layer_norm(x, (20,), t["pre_norm.weight"], t["pre_norm.bias"])
+        x = gelu(linear(x, t["proj.0.weight"], t["proj.0.bias"]))
+        return linear(x, t["proj.2.weight"], t["proj.2.bias"])
+
+
+class LayoutB:
+    """lora_weights.pt; Linear, GELU, Linear with copies of the first weights; one pooled feature."""
+
+    preset, targets, marker = "phi3-pooled", ("o_proj", "down_proj"), None
+
+    def projector(self):
+        copies = {"initial_weights1": matrix(24, 20), "initial_weights2": matrix(WIDTH, 24)}
+        return {**copies, **two_layers("layer1.", 24, "layer2.")}
+
+    def project(self, t, x):
+        x = gelu(linear(x, t["layer1.weight"], t["layer1.bias"]))
+        return linear(x, t["layer2.weight"], t["layer2.bias"])
+
+
+class LayoutC:
+    """PEFT's folder on Phi-2; a linear layer and a residual block; patches, and a word behind them."""
+
+    preset, targets, marker = "phi-patches", ("q_proj", "k_proj", "v_proj", "fc1", "fc2"), "<|im_start|>"
+
+    def projector(self):
+        block = {"pre_norm.weight": matrix(WIDTH), "pre_norm.bias": matrix(WIDTH)}
+        for name in ("proj.0.", "proj.2."):
+            block |= {f"{name}weight": matrix(WIDTH, WIDTH), f"{name}bias": matrix(WIDTH)}
+        return {"weight": matrix(WIDTH, 24), "bias": matrix(WIDTH), **block}
+
+    def project(self, t, x):
+        x = linear(x, t["weight"], t["bias"])
+        inner = gelu(
+            linear(
+                layer_norm(x, (WIDTH,), t["pre_norm.weight"], t["pre_norm.bias"]), t["proj.0.weight"], t["proj.0.bias"]
+            )
+        )
+        return x + linear(inner, t["proj.2.weight"], t["proj.2.bias"])
+
+
+class LayoutD:
+    """PEFT's folder on Phi-2; one linear layer; patches."""
+
+    preset, targets, marker = "phi-patches", ("q_proj", "dense", "fc1"), None
+
+    def projector(self):
+        return {"linear.weight": matrix(WIDTH, 24), "linear.bias": matrix(WIDTH)}
+
+    def project(self, t, x):
+        return linear(x, t["linear.weight"], t["linear.bias"])
+
+
+LAYOUTS = {"a": LayoutA(), "b": LayoutB(), "c": LayoutC(), "d": LayoutD()}
+
+
+def publish(name, folder):
+    """Writes a checkpoint of a layout; gives the adapter's matrices layer by layer, and the projector's tensors."""
+    layout = LAYOUTS[name]
+    base, _ = load_language_model(PRESETS[layout.preset].language_model, torch.float32)
+    layers = {
+        path: (matrix(RANK, module.in_features), matrix(module.out_features, RANK))
+        for path, module in base.named_modules()
+        if path.endswith(layout.targets)
+    }
+    folder.mkdir(exist_ok=True)
+    projector = layout.projector()
+    if name == "b":
+        tensors = {}
+        for path, (down, up) in layers.items():
+            tensors |= {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up, f"{path}.scaling": {"default": 2.0}}
+        torch.save(tensors, folder / "lora_weights.pt")
+    else:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(layout.targets), task_type="CAUSAL_LM")
+        adapted = get_peft_model(base, config)
+        for path, (down, up) in layers.items():
+            module = adapted.get_submodule(f"base_model.model.{path}")
+            module.lora_A["default"].weight.data.copy_(down)
+            module.lora_B["default"].weight.data.copy_(up)
+        adapted.save_pretrained(folder)
+    if name == "c":  # two files
+        torch.save({key: projector.pop(key) for key in ("weight", "bias")}, folder / "projector.pth")
+        torch.save(projector, folder / "resblock.pth")
+        return layers, {**torch.load(folder / "projector.pth"), **projector}
+    torch.save(projector, folder / "image_projector.pth")
+    return layers, projector
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@torch.no_grad()
+def test_the_logits_are_those_of_the_description(tiny, tmp_path, name):
+    torch.manual_seed(0)
+    layout = LAYOUTS[name]
+    preset = PRESETS[layout.preset]
+    layers, projector = publish(name, tmp_path / "published")
+    report = import_checkpoint(tmp_path / "published", tmp_path / "ours", preset, marker_token=layout.marker)
+
+    base, tokenizer = load_language_model(preset.language_model, torch.float32)
+    features = torch.randn(1, preset.image_encoder.feature_count, preset.image_encoder.width)
+    words = base.get_input_embeddings()(TEXT)
+    picture = layout.project(projector, features)
+    if layout.marker:
+        (word,) = tokenizer.encode(layout.marker)
+        picture = torch.cat([picture, base.get_input_embeddings().weight[word].expand(1, 1, -1)], dim=1)
+    for path, (down, up) in layers.items():
+        base.get_submodule(path).weight += ALPHA / RANK * up @ down
+    expected = base(inputs_embeds=torch.cat([words[:, :2], picture, words[:, 2:]], dim=1)).logits
+
+    model, _ = load_model(preset, tmp_path / "ours", torch.float32)
+    tokens = torch.cat([TEXT[:, :2], torch.full((1, model.tokens_per_image), -200), TEXT[:, 2:]], dim=1)
+    found = model.language_model(inputs_embeds=model.splice(tokens, features)).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    published = {key for file in (tmp_path / "published").glob("*.pt*") for key in torch.load(file)}
+    assert published <= report.taken.keys() | report.ignored.keys()
+    assert len(report.ignored) == (2 if name == "b" else 0) and str(report)
+
+
+def edit(path, change):
+    tensors = torch.load(path)
+    change(tensors)
+    torch.save(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "change", "message"),
+    [
+        ("b", "image_projector.pth", lambda t: t.update({"layer3.weight": matrix(2)}), "no projector.*layer3"),
+        ("b", "image_projector.pth", lambda t: t.pop("layer2.bias"), "linear_2.bias"),
+        ("b", "image_projector.pth", lambda t: t.update({"layer1.weight": matrix(24, 19)}), "19 numbers.*20"),
+        ("b", "image_projector.pth", lambda t: t.update({"layer2.weight": matrix(63, 24)}), "63"),
+        ("b", "image_projector.pth", lambda t: t.update({"layer1.bias": matrix(3)}), r"linear_1.bias.*\(3,\)"),
+        ("b", "lora_weights.pt", lambda t: t.pop("model.layers.1.mlp.down_proj.lora_B.weight"), "lacks"),
+        ("b", "lora_weights.pt", lambda t: t.update({"model.layers.9.x.lora_A.weight": matrix(4, 4)}), "layers.9"),
+        ("b", "lora_weights.pt", lambda t: t.update({"model.layers.0.mlp.down_proj.scaling": 3.0}), "scales"),
+        ("b", "lora_weights.pt", lambda t: t.clear(), "no LoRA"),
+        ("d", "image_projector.pth", lambda t: t.update({"linear.weight": matrix(WIDTH, 20)}), "20 numbers.*24"),
+    ],
+)
+def test_what_does_not_fit_is_an_error(tiny, tmp_path, name, file, change, message):
+    publish(name, tmp_path / "published")
+    edit(tmp_path / "published" / file, change)
+    with pytest.raises(WeightsError, match=message):
+        import_checkpoint(tmp_path / "published", tmp_path / "ours", PRESETS[LAYOUTS[name].preset])
+    assert not (tmp_path / "ours").exists()
+
+
+class Burglar:
+    def __reduce__(self):
+        return (print, ("the burglar is in",))
+
+
+def test_pickled_code_is_refused(tiny, tmp_path, capsys):
+    publish("b", tmp_path / "published")
+    with (tmp_path / "published" / "lora_weights.pt").open("wb") as file:
+        pickle.dump(Burglar(), file)
+    with pytest.raises(WeightsError, match="lora_weights.pt"):
+        import_checkpoint(tmp_path / "published", tmp_path / "ours", PRESETS["phi3-pooled"])
+    assert "burglar" not in capsys.readouterr().out
+
+
+def test_a_presets_published_weights_are_imported_once(tiny, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path / "cache"))
+    publish("b", tmp_path / "published")
+    preset = replace(PRESETS["phi3-pooled"], weights=HubRepository(str(tmp_path / "published")))
+    folder = own_weights(preset)
+    assert folder.is_relative_to(cache_folder())
+    shutil.rmtree(tmp_path / "published")
+    assert own_weights(preset) == folder
+    assert Engine(preset).model.has_adapter
+
+
+def test_the_script_reports_every_tensor(tiny, tmp_path):
+    publish("b", tmp_path / "published")
+    command = [sys.executable, "-m", "tests.tiny", str(tiny), "training_scripts/import_checkpoint.py"]
+    command += [str(tmp_path / "published"), "--preset", "phi3-pooled", "--out", str(tmp_path / "ours")]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "layer1.weight  →  linear_1.weight" in shown and "initial_weights1  ignored" in shown
+    assert "2 ignored" in shown and f"--weights {tmp_path / 'ours'}" in shown

@@ -1,0 +1,49 @@
+#!/usr/bin/env python
+"""Turn a checkpoint that another project published into a folder that chats.
+
+    python training_scripts/import_checkpoint.py published/ --preset phi-3.5 --out runs/imported
+    python training_scripts/import_checkpoint.py adapter/ --projector projection.pth resblock.pth --marker "<eoi>" \\
+        --preset phi-2 --out runs/imported
+
+Known are PEFT's adapter folders and lora_weights.pt, with one of four projectors: LayerNorm and two layers
+(pre_norm, proj.0, proj.2), two layers (layer1, layer2), a linear layer with a residual block behind it (weight, bias,
+pre_norm, proj.0, proj.2), or one linear layer (linear). Every tensor is accounted for; what does not fit is an error.
+Pickled files are read without running anything in them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="holds the adapter, and the projector unless --projector names its files")
+    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--preset", default="phi-3.5", help="whose models it was made for (default: phi-3.5)")
+    parser.add_argument("--projector", nargs="+", default=[], help="the projector's files, if they have unusual names")
+    parser.add_argument("--marker", help="the word whose embedding ends every picture, where the checkpoint has one")
+    options = parser.parse_args()
+
+    from mmchat.errors import MmchatError
+    from mmchat.importing import import_checkpoint
+    from mmchat.presets import get_preset
+
+    try:
+        report = import_checkpoint(
+            options.folder,
+            options.out,
+            get_preset(options.preset),
+            projector_files=options.projector,
+            marker_token=options.marker,
+        )
+    except MmchatError as error:
+        sys.exit(str(error))
+    print(report)
+    print(f"Chat with the weights: python app.py --preset {options.preset} --weights {options.out}")
+
+
+if __name__ == "__main__":
+    main()
