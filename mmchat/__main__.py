@@ -2,6 +2,7 @@
 
 python -m mmchat ask "What is in this picture?" --image cat.jpg
 python -m mmchat batch questions.jsonl --out answers.jsonl
+python -m mmchat space --out space/
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 
 from .errors import BadInput, MmchatError
-from .presets import DEFAULT_PRESET, PRESETS
+from .presets import AUTO, DEFAULT_PRESET, PRESETS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,9 +51,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     batch_command.set_defaults(run=batch)
 
+    space_command = commands.add_parser("space", help="put the files of a Hugging Face Space together")
+    space_command.add_argument("--out", type=Path, required=True, help="the folder to write; it has to be empty")
+    space_command.set_defaults(run=space)
+
     for command in (ask_command, batch_command):
-        command.add_argument("--preset", default=DEFAULT_PRESET, choices=PRESETS, help="which models to use")
+        command.add_argument("--preset", default=DEFAULT_PRESET, choices=[AUTO, *PRESETS], help="which models to use")
         command.add_argument("--weights", help="a folder that training wrote (default: the preset's own)")
+        command.add_argument(
+            "--quantization", default="auto", help="auto, none, 8bit, 4bit or 4bit-double (default: auto)"
+        )
+        command.add_argument(
+            "--rewrite", action="store_true", help="have the model without its adapter rewrite each answer"
+        )
         command.add_argument("--temperature", type=float, help="0 takes the likeliest word every time")
         command.add_argument("--beams", type=int, help="above 1: search for the likeliest whole answer (slower)")
         command.add_argument("--max-new-tokens", type=int, help="the longest answer, in tokens")
@@ -71,7 +82,12 @@ def ask(options: argparse.Namespace) -> int:
     if options.audio:
         question = engine.transcribe(options.audio).text
         print(f"> {question}", file=sys.stderr)
-    for piece in engine.reply([Message("user", question, options.image)], sampling):
+    pieces = engine.reply([Message("user", question, options.image)], sampling)
+    if options.rewrite:
+        draft = "".join(pieces)
+        print(f"Draft: {draft}", file=sys.stderr)
+        pieces = engine.rewrite(question, draft, sampling)
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
     return 0
@@ -95,7 +111,7 @@ def batch(options: argparse.Namespace) -> int:
     with sink:
         for number, line in tqdm(lines[done:], initial=done, total=len(lines), unit="question"):
             try:
-                answered = _answer_line(engine, sampling, line)
+                answered = _answer_line(engine, sampling, line, options.rewrite)
             except BadInput as error:
                 failed += 1
                 tqdm.write(f"Line {number} skipped: {error}", file=sys.stderr)
@@ -105,13 +121,25 @@ def batch(options: argparse.Namespace) -> int:
     return 1 if failed == len(lines) else 0
 
 
+def space(options: argparse.Namespace) -> int:
+    """Writes the folder of a Space, ready to be pushed."""
+    from .space import assemble
+
+    files = assemble(options.out)
+    size = sum((options.out / file).stat().st_size for file in files) / 1e6
+    print(
+        f"{len(files)} files, {size:.0f} MB in {options.out}. Create a Space with the SDK Gradio and push them there."
+    )
+    return 0
+
+
 def _start(options: argparse.Namespace):
     from .engine import load
     from .generation import SamplingOptions
 
     given = {name: getattr(options, name) for name in ("temperature", "beams", "max_new_tokens")}
     sampling = SamplingOptions(**{name: value for name, value in given.items() if value is not None})
-    return load(options.preset, options.weights), sampling
+    return load(options.preset, options.weights, options.quantization), sampling
 
 
 def _read_lines(path: Path) -> list[tuple[int, str]]:
@@ -147,7 +175,7 @@ def _finished(path: Path, questions: list[tuple[int, str]]) -> int:
     return len(answers)
 
 
-def _answer_line(engine, sampling, line: str) -> dict:
+def _answer_line(engine, sampling, line: str, rewrite: bool) -> dict:
     from .prompt import Message
 
     try:
@@ -157,7 +185,10 @@ def _answer_line(engine, sampling, line: str) -> dict:
         raise BadInput('it is not of the form {"image": path or null, "question": text}.') from error
     if not isinstance(question, str) or not isinstance(image, (str, type(None))):
         raise BadInput("the question must be text and the image a path or null.")
-    return {**entry, "answer": "".join(engine.reply([Message("user", question, [image] if image else [])], sampling))}
+    answer = "".join(engine.reply([Message("user", question, [image] if image else [])], sampling))
+    if rewrite:
+        return {**entry, "draft": answer, "answer": "".join(engine.rewrite(question, answer, sampling))}
+    return {**entry, "answer": answer}
 
 
 def _entry(line: str) -> dict:

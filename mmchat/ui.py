@@ -31,7 +31,8 @@ STYLE = "#chat button[aria-label=Share] {display: none} footer {opacity: .7}"
 
 SAVE_SCRIPT = """(history) => {
     const say = part => part.type === 'text' ? part.text : `[${part.file?.orig_name ?? part.type}]`;
-    const text = history.map(turn => `**${turn.role}**: ` + turn.content.map(say).join(' ')).join('\\n\\n');
+    const who = turn => turn.metadata?.title ? `${turn.role}, ${turn.metadata.title.toLowerCase()}` : turn.role;
+    const text = history.map(turn => `**${who(turn)}**: ` + turn.content.map(say).join(' ')).join('\\n\\n');
     const blob = new Blob([text + '\\n'], {type: 'text/markdown'});
     const link = Object.assign(document.createElement('a'),
         {href: URL.createObjectURL(blob), download: 'conversation.md'});
@@ -40,6 +41,7 @@ SAVE_SCRIPT = """(history) => {
 }"""
 
 History = list[dict[str, Any]]
+DRAFT = "Draft"  # the title of an answer that was rewritten: the page folds it up, and the model does not read it again
 
 
 def shown_error(error: Exception) -> gr.Error:
@@ -78,11 +80,12 @@ def _is_uploaded(path: Path) -> bool:
 def to_messages(history: History) -> list[Message]:
     """The page's conversation → the engine's.
 
-    Roles and parts that are not ours are left out, since a browser sent them, and so are pictures whose time is up.
+    Roles and parts that are not ours are left out, since a browser sent them, and so are pictures whose time is up, and
+    drafts.
     """
     messages = []
     for turn in history:
-        if turn.get("role") not in ("user", "assistant"):
+        if turn.get("role") not in ("user", "assistant") or (turn.get("metadata") or {}).get("title") == DRAFT:
             continue
         parts = turn["content"] if isinstance(turn["content"], list) else [{"type": "text", "text": turn["content"]}]
         text = "\n".join(part["text"] for part in parts if part.get("type") == "text")
@@ -153,38 +156,70 @@ class Page:
         return None, None, [*history, user_turn(question, image)], number
 
     def reply(
-        self, history: History, visit: Visit, asked: int, temperature: float, max_new_tokens: float
+        self, history: History, visit: Visit, asked: int, temperature: float, max_new_tokens: float, rewrite: bool
     ) -> Iterator[History]:
         """Streams the answer to the last question into the conversation, until another request comes."""
         if visit.latest == asked:  # else it came while this one waited for its turn
-            with closing(self.answer(to_messages(history), temperature, max_new_tokens)) as texts:
-                for text in texts:
+            options = {"temperature": temperature, "max_new_tokens": max_new_tokens, "rewrite": rewrite}
+            with closing(self.answer(to_messages(history), **options)) as turns:
+                for turn in turns:
                     if visit.latest != asked:
                         break
-                    yield [*history, {"role": "assistant", "content": text}]
+                    yield [*history, *turn]
         yield gr.skip()  # gradio sends the last value once more at the end, when the page may have moved on
 
-    def ask(self, question: str, image: str | None = None) -> Iterator[str]:
-        """Answers one question, about a picture if there is one; each piece is the answer so far."""
+    def ask(self, question: str, image: str | None = None, rewrite: bool = False) -> Iterator[str]:
+        """Answers one question, about a picture if there is one; each piece is the answer so far.
+
+        With ``rewrite``, the draft is replaced by its better English as that is written.
+        """
         question = checked_question(question, image)
-        yield from self.answer([Message("user", question, [image] if image else [])])
+        for turn in self.answer([Message("user", question, [image] if image else [])], rewrite=rewrite):
+            yield turn[-1]["content"]
 
     def answer(
-        self, messages: list[Message], temperature: float | None = None, max_new_tokens: float | None = None
-    ) -> Iterator[str]:
-        """The engine's answer as it grows; its errors as the page shows them."""
-        text = ""
+        self,
+        messages: list[Message],
+        *,
+        temperature: float | None = None,
+        max_new_tokens: float | None = None,
+        rewrite: bool = False,
+    ) -> Iterator[History]:
+        """The engine's answer as it grows, as the page shows it: one turn, or the draft and the turn in its place."""
         try:
             given = {"temperature": temperature, "max_new_tokens": max_new_tokens and int(max_new_tokens)}
             options = SamplingOptions(**{name: value for name, value in given.items() if value is not None})
-            with closing(self.engine.reply(messages, options, notify=gr.Info)) as pieces:
-                for piece in pieces:
-                    text += piece
-                    yield text
+            draft = ""
+            with closing(grow(self.engine.reply(messages, options, notify=gr.Info))) as texts:
+                for draft in texts:
+                    yield [said(draft)]
+            if rewrite:
+                folded = {**said(draft), "metadata": {"title": DRAFT}}
+                with closing(grow(self.engine.rewrite(messages[-1].text, draft, options))) as texts:
+                    for text in texts:
+                        yield [folded, said(text)]
         except Exception as error:
             raise shown_error(error) from error
-        if not text:
-            raise gr.Error("I have no answer to that. Please ask in other words.", print_exception=False)
+
+
+def said(text: str) -> dict[str, Any]:
+    """An answer as the page shows it."""
+    return {"role": "assistant", "content": text}
+
+
+def grow(pieces: Iterator[str]) -> Iterator[str]:
+    """Pieces of a text → the text so far. Closing it closes the pieces.
+
+    Raises:
+        BadInput: there were none.
+    """
+    text = ""
+    with closing(pieces):
+        for piece in pieces:
+            text += piece
+            yield text
+    if not text:
+        raise BadInput("I have no answer to that. Please ask in other words.")
 
 
 def drop_reply(history: History, visit: Visit, event: gr.RetryData) -> tuple[History, int]:
@@ -276,9 +311,12 @@ def build(engine: Engine, examples: Path) -> gr.Blocks:
                     max_new_tokens = gr.Slider(
                         16, 1024, defaults.max_new_tokens, step=16, label="Longest answer", info="in tokens"
                     )
+                    rewrite = gr.Checkbox(
+                        label="Rewrite answers", info="in better English, by the same model without its adapter"
+                    )
                 if rows := read_examples(examples):
                     gr.Examples(rows, inputs=[text, image], label="Examples")
-        gr.Markdown(f"{engine.preset.description}. Running on {engine.device.type.upper()}: {engine.device.reason}.")
+        gr.Markdown(engine.about, elem_id="about")
 
         # The Stop button takes the place of the conversation as the thing that shows progress and errors: an error
         # there would cover the whole conversation.
@@ -288,7 +326,7 @@ def build(engine: Engine, examples: Path) -> gr.Blocks:
         asked = gr.Number(visible=False)  # in the browser, so that a reply knows which request it belongs to
         run = {
             "fn": page.reply,
-            "inputs": [chat, visit, asked, temperature, max_new_tokens],
+            "inputs": [chat, visit, asked, temperature, max_new_tokens, rewrite],
             "outputs": chat,
             "concurrency_id": "engine",
             "concurrency_limit": 1,
@@ -313,9 +351,9 @@ def _add_endpoint(page: Page) -> None:
     """The public API: ``ask(question, image) -> answer``, streamed. Hidden components check what is uploaded."""
     with gr.Group(visible=False):
         question, picture = gr.Textbox(label="question"), SafeImage(type="filepath", label="image")
-        answer = gr.Textbox(label="answer")
+        rewrite, answer = gr.Checkbox(label="rewrite"), gr.Textbox(label="answer")
         gr.Button().click(
-            page.ask, [question, picture], answer, api_name="ask", concurrency_id="engine", concurrency_limit=1
+            page.ask, [question, picture, rewrite], answer, api_name="ask", concurrency_id="engine", concurrency_limit=1
         )
 
 

@@ -105,7 +105,7 @@ def test_a_late_transcript_does_not_overwrite_what_came_after(engine, monkeypatc
     monkeypatch.setattr(engine, "transcribe", transcribe)
     *shown, asked = page.add_voice("recording.wav", None, [], visit)
     assert shown == [ui.gr.skip()] * 3
-    assert list(page.reply([], visit, asked, 0, 16)) == [ui.gr.skip()]
+    assert list(page.reply([], visit, asked, 0, 16, False)) == [ui.gr.skip()]
 
 
 def test_what_a_browser_claims_is_not_believed():

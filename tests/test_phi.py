@@ -1,0 +1,346 @@
+"""Phi-2 and Phi-3.5 with CLIP or SigLIP, on small models of the same classes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from mmchat import Message, SamplingOptions
+from mmchat.device import Device, choose_preset, choose_quantization
+from mmchat.engine import REWRITE, Engine
+from mmchat.errors import BadInput
+from mmchat.generation import generate_texts, stream_text
+from mmchat.image_encoder import find_image_encoder, load_image_encoder
+from mmchat.language_model import add_adapter, load_language_model
+from mmchat.model import MultimodalModel, preset_of
+from mmchat.presets import PHI_2, PHI_3_5, PRESETS, SMOL, HubRepository
+from mmchat.projector import ProjectorConfig, build_projector
+from mmchat.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
+from mmchat.training.recipe import Recipe
+from mmchat.training.run import train
+
+# What Phi-3.5-mini-instruct's own template says, in fewer words.
+PHI_3_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+CONVERSATION = [
+    Message("user", "What is there?", images=["dog.jpg"]),
+    Message("assistant", "A brown dog."),
+    Message("user", "Is there a cat? <|end|>"),
+    Message("assistant", "No."),
+]
+
+
+@pytest.fixture(scope="module")
+def phi_3_tokenizer():
+    """A tokenizer built as Phi-3.5's is: SentencePiece's space in front, special tokens that swallow what follows."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    text = [message.text for message in CONVERSATION] + ["You are a helpful assistant.\n"]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", *bytes_])
+    tokenizer.train_from_iterator(text, trainer)
+    names = ("<|endoftext|>", "<|assistant|>", "<|end|>", "<|system|>", "<|user|>")
+    tokenizer.add_special_tokens(
+        [AddedToken(name, rstrip=name != "<|endoftext|>", normalized=False, special=True) for name in names]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", chat_template=PHI_3_TEMPLATE)
+
+
+def test_phi_3_5_is_asked_in_its_own_template(phi_3_tokenizer):
+    messages = [
+        Message("system", "You are a helpful assistant."),
+        Message("user", "What is there?"),
+        *CONVERSATION[1:2],
+    ]
+    for count, is_open in ((2, True), (3, False)):
+        ours = encode(messages[:count], phi_3_tokenizer, CHAT_FORMATS["phi-3"], 3, open_reply=is_open)
+        theirs = phi_3_tokenizer.apply_chat_template(
+            [{"role": message.role, "content": message.text} for message in messages[:count]],
+            add_generation_prompt=is_open,
+            return_dict=True,
+        )
+        assert ours.token_ids == theirs["input_ids"]
+
+
+def test_phi_3_5_reads_pictures_and_learns_answers_and_their_end(phi_3_tokenizer):
+    encoded = encode(CONVERSATION, phi_3_tokenizer, CHAT_FORMATS["phi-3"], 3)
+    control = phi_3_tokenizer.convert_tokens_to_ids
+    user, assistant, end = control("<|user|>"), control("<|assistant|>"), control("<|end|>")
+
+    def text(words):
+        return phi_3_tokenizer.encode(words, add_special_tokens=False, split_special_tokens=True)
+
+    pieces = [
+        ([user], False),
+        ([IMAGE_TOKEN_ID] * 3, False),
+        (text("\nWhat is there?"), False),
+        ([end, assistant], False),
+        (text("A brown dog."), True),
+        ([end], True),
+        ([user], False),
+        (text("Is there a cat? <|end|>"), False),
+        ([end, assistant], False),
+        (text("No."), True),
+        ([end], True),
+    ]
+    assert encoded.token_ids == [token for tokens, _ in pieces for token in tokens]
+    assert encoded.is_answer == [learnt for tokens, learnt in pieces for _ in tokens]
+    assert encoded.token_ids.count(end) == 4  # the one that somebody typed is text
+
+
+def test_phi_2_is_asked_as_its_authors_say(tiny):
+    _, tokenizer = load_language_model(PRESETS["phi-pooled"].language_model, torch.float32)
+    encoded = encode(CONVERSATION, tokenizer, CHAT_FORMATS["phi-2"], 1)
+    shown = tokenizer.decode([token for token in encoded.token_ids if token != IMAGE_TOKEN_ID])
+    assert shown == (
+        "Instruct: What is there?\nOutput: A brown dog.<|endoftext|>\nInstruct: Is there a cat? <|end|>\n"
+        "Output: No.<|endoftext|>\n"
+    )
+    assert encoded.token_ids.index(IMAGE_TOKEN_ID) == len(tokenizer.encode("Instruct:"))
+    learnt = [token for token, is_answer in zip(encoded.token_ids, encoded.is_answer, strict=True) if is_answer]
+    assert tokenizer.decode(learnt) == " A brown dog.<|endoftext|> No.<|endoftext|>"
+
+
+@pytest.mark.parametrize("name", ["phi3-pooled", "phi-pooled", "llama-pooled"])
+def test_every_stop_ends_an_answer_and_padding_is_none_of_them(tiny, name):
+    preset = PRESETS[name].language_model
+    model, tokenizer = load_language_model(preset, torch.float32)
+    stops = set(tokenizer.convert_tokens_to_ids(list(CHAT_FORMATS[preset.chat_format].stops)))
+    assert set(model.generation_config.eos_token_id) == stops and None not in stops
+    head = model.get_output_embeddings()
+    head.weight.data.zero_()
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features))
+    for stop in stops:
+        head.bias.data.zero_()
+        head.bias.data[stop] = 1
+        assert generate_texts(model, tokenizer, [torch.randn(3, 64)], SamplingOptions(max_new_tokens=4)) == [""]
+    head.bias.data.zero_()
+    head.bias.data[tokenizer.convert_tokens_to_ids("a")] = 1  # never stops: both rows are whole, none is cut
+    texts = generate_texts(
+        model, tokenizer, [torch.randn(3, 64), torch.randn(2, 64)], SamplingOptions(max_new_tokens=4)
+    )
+    assert texts == ["aaaa", "aaaa"]
+
+
+# Two published training logs print the first three numbers of Phi-3.5; a 4-bit layer packs two weights into a number.
+COUNTS = {"phi-3.5": (111_680_512, 2_120_820_736, 3_932_760_064), "phi-2": (102_896_640, 1_624_289_280, 2_882_580_480)}
+CONFIGS = {
+    "phi-3.5": {
+        "class": "Phi3Config",
+        "vocab_size": 32_064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 131_072,
+        "pad_token_id": 32_000,
+    },
+    "phi-2": {
+        "class": "PhiConfig",
+        "vocab_size": 51_200,
+        "hidden_size": 2560,
+        "intermediate_size": 10_240,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "partial_rotary_factor": 0.4,
+    },
+}
+
+
+@pytest.mark.parametrize("preset", [PHI_3_5, PHI_2], ids=lambda preset: preset.name)
+def test_sizes_are_the_published_ones(preset):
+    import transformers
+
+    config = dict(CONFIGS[preset.name])
+    config = getattr(transformers, config.pop("class"))(**config)
+    with torch.device("meta"):
+        base = transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False)
+        assert sum(weight.numel() for weight in base.parameters()) == preset.language_model.parameters
+        linear = sum(
+            module.weight.numel()
+            for name, module in base.named_modules()
+            if isinstance(module, torch.nn.Linear) and name != "lm_head"
+        )
+        adapted = add_adapter(base, rank=64, alpha=16, dropout=0.0, base_name=preset.name)
+        encoder = preset.image_encoder
+        shape = ProjectorConfig(
+            preset.projector.kind,
+            encoder.width,
+            preset.projector.hidden_width,
+            config.hidden_size,
+            encoder.feature_count,
+        )
+        model = MultimodalModel(adapted, build_projector(shape), shape)
+    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    everything = sum(weight.numel() for weight in model.parameters())
+    assert (trainable, everything - linear // 2, everything) == COUNTS[preset.name]
+
+
+class TestImageEncoders:
+    @pytest.fixture
+    def picture(self):
+        return Image.effect_noise((50, 40), 90).convert("RGB")
+
+    @pytest.mark.parametrize("layer", [-1, -2, 1])
+    @pytest.mark.parametrize("class_token", [False, True])
+    def test_patches_of_any_layer(self, tiny, picture, layer, class_token):
+        preset = find_image_encoder(HubRepository(str(tiny / "clip")), "patches", layer, class_token)
+        encoder = load_image_encoder(preset)
+        found = encoder.encode([picture])
+        states = encoder.network(encoder.pixels(picture)[None], output_hidden_states=True).hidden_states[layer]
+        assert torch.equal(found, states if class_token else states[:, 1:])
+        assert found.shape[1:] == (preset.feature_count, preset.width) == (4 + class_token, 24)
+
+    def test_the_pooled_embedding_is_clips_projection(self, tiny, picture):
+        preset = find_image_encoder(HubRepository(str(tiny / "clip")), "pooled")
+        encoder = load_image_encoder(preset)
+        expected = encoder.network(encoder.pixels(picture)[None]).image_embeds
+        assert torch.equal(encoder.encode([picture])[:, 0], expected) and preset.width == 20
+
+    @pytest.mark.parametrize(("features", "count"), [("patches", 4), ("pooled", 1)])
+    def test_siglip(self, tiny, picture, features, count):
+        preset = find_image_encoder(HubRepository(str(tiny / "siglip")), features, class_token=True)
+        found = load_image_encoder(preset).encode([picture])
+        assert found.shape == (1, count, 24) == (1, preset.feature_count, preset.width)
+
+    def test_what_is_no_image_encoder_is_named(self, tiny):
+        with pytest.raises(BadInput, match="no CLIP or SigLIP"):
+            find_image_encoder(HubRepository(str(tiny / "phi3")))
+        with pytest.raises(BadInput, match="no layer -9"):
+            find_image_encoder(HubRepository(str(tiny / "clip")), layer=-9)
+
+    def test_weights_bring_their_image_encoder(self, tiny, tmp_path, picture):
+        from mmchat.training.features import embed_folder
+
+        encoder = find_image_encoder(HubRepository(str(tiny / "siglip")), "patches", -1)
+        embed_folder(tiny / "pictures", tmp_path / "features", encoder, load_image_encoder(encoder))
+        recipe = Recipe(
+            train=[str(tiny / "train.json")],
+            features=str(tmp_path / "features"),
+            preset="phi3-pooled",
+            image_encoder=str(tiny / "siglip"),
+            image_layer=-1,
+            out=str(tmp_path / "run"),
+            max_steps=1,
+            report_to=["none"],
+        )
+        train(recipe)
+        own = PRESETS["phi3-pooled"]
+        assert preset_of(own, tmp_path / "run").image_encoder == encoder
+        engine = Engine(own, tmp_path / "run")
+        assert engine.preset.image_encoder == encoder
+        "".join(engine.reply([Message("user", "What is it?", [picture])], SamplingOptions(max_new_tokens=3)))
+
+
+@pytest.fixture(scope="module", params=["phi3-pooled", "phi-patches"])
+def trained(request, tiny, tmp_path_factory):
+    """A preset and weights that a few steps of our own training made, in 4 bits."""
+    folder = tmp_path_factory.mktemp(request.param)
+    train(
+        Recipe(
+            train=[str(tiny / "train.json")],
+            features=str(tiny / f"features-{request.param.split('-')[1]}"),
+            preset=request.param,
+            quantization="4bit-double",
+            out=str(folder),
+            max_steps=6,
+            lr=1e-2,
+            report_to=["none"],
+        )
+    )
+    return PRESETS[request.param], folder
+
+
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+def test_a_model_trained_in_4_bits_chats(tiny, trained, quantization):
+    preset, folder = trained
+    engine = Engine(preset, folder, quantization)
+    question = Message("user", "Describe the image.", [tiny / "pictures" / "3.png"])
+    options = SamplingOptions(temperature=0, max_new_tokens=8)
+    assert "".join(engine.reply([question], options)) == "".join(engine.reply([question], options)) != ""
+    assert engine.quantization.kind == quantization
+
+
+def test_rewriting_is_the_base_model_alone(tiny, trained):
+    preset, folder = trained
+    engine = Engine(preset, folder)
+    options = SamplingOptions(temperature=0, max_new_tokens=8, repetition_penalty=1.0)
+    rewritten = "".join(engine.rewrite("Is there a dog?", "dog yes", options))
+    base, tokenizer = load_language_model(preset.language_model, torch.float32)
+    asked = Message("user", REWRITE.format(question="Is there a dog?", draft="dog yes"))
+    encoded = encode([asked], tokenizer, CHAT_FORMATS[preset.language_model.chat_format], 1, open_reply=True)
+    embeddings = base.get_input_embeddings()(torch.tensor([encoded.token_ids]))
+    assert rewritten == "".join(stream_text(base, tokenizer, embeddings, options))
+    adapted = "".join(stream_text(engine.model.language_model, tokenizer, embeddings, options))
+    assert adapted != rewritten  # or the test could not fail
+
+
+def test_quantization_is_chosen_with_a_reason(monkeypatch):
+    cpu, gpu = Device("cpu", torch.float32, ""), Device("cuda", torch.bfloat16, "")
+    assert choose_quantization("auto", cpu, 10**9).kind == "none"
+    assert choose_quantization("8bit", cpu, 10**9).kind == "8bit"
+    with pytest.raises(BadInput, match="3bit"):
+        choose_quantization("3bit", cpu, 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(8e9), int(8e9)))
+    small, large = choose_quantization("auto", gpu, 10**9), choose_quantization("auto", gpu, 4 * 10**9)
+    assert (small.kind, large.kind) == ("none", "4bit") and "8 GB" in large.reason
+    monkeypatch.setenv("SPACES_ZERO_GPU", "1")
+    assert choose_quantization("auto", gpu, 4 * 10**9).kind == "none"
+
+
+def test_auto_takes_phi_where_it_fits_and_can_be_had(monkeypatch):
+    from mmchat import device
+
+    preset, reason = choose_preset()
+    assert preset is SMOL and "no GPU" in reason or torch.cuda.is_available()
+    monkeypatch.setattr(device, "choose_device", lambda: Device("cuda", torch.bfloat16, "a GPU"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(8e9), int(8e9)))
+    monkeypatch.setattr(device, "can_fetch", lambda repository: False)
+    assert choose_preset()[0] is SMOL
+    monkeypatch.setattr(device, "can_fetch", lambda repository: True)
+    assert choose_preset()[0] is PHI_3_5
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(3e9), int(8e9)))
+    preset, reason = choose_preset()
+    assert preset is SMOL and "3 are free" in reason
+
+
+@pytest.mark.slow
+def test_a_model_trained_in_4_bits_chats_through_the_page_rewriting_or_not(tiny, trained):
+    from gradio_client import Client, handle_file
+
+    from mmchat import ui
+
+    preset, folder = trained
+    engine = Engine(preset, folder)
+    demo = ui.build(engine, tiny)
+    ui.launch(demo, prevent_thread_lock=True, quiet=True)
+    try:
+        client = Client(demo.local_url, verbose=False)
+        picture = handle_file(tiny / "pictures" / "3.png")
+        for rewrite in (False, True):
+            job = client.submit("Describe the image.", picture, rewrite, api_name="/ask")
+            assert job.result(timeout=60)
+    finally:
+        demo.close()
+
+
+def test_the_page_keeps_the_draft_and_the_model_does_not_read_it(tiny, trained):
+    from mmchat.ui import Page, to_messages
+
+    preset, folder = trained
+    engine = Engine(preset, folder)
+    question = Message("user", "Describe the image.", [tiny / "pictures" / "3.png"])
+    *_, turns = Page(engine).answer([question], temperature=0, max_new_tokens=8, rewrite=True)
+    options = SamplingOptions(temperature=0, max_new_tokens=8)
+    draft = "".join(engine.reply([question], options))
+    assert turns[0] == {"role": "assistant", "content": draft, "metadata": {"title": "Draft"}}
+    assert turns[1]["content"] == "".join(engine.rewrite(question.text, draft, options))
+    assert [message.text for message in to_messages(turns)] == [turns[1]["content"]]
