@@ -1,0 +1,150 @@
+"""Weights → a standard LLaVA model, which transformers, vLLM and other engines serve without mmchat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import BadInput
+from .hub import fetch_repository
+from .model import MultimodalModel, load_model, preset_of
+from .presets import ImageEncoderPreset, Preset
+from .prompt import CHAT_FORMATS, ROLES, ChatFormat
+
+IMAGE_TOKEN = "<image>"
+
+
+def export_llava(weights: str | Path, out: str | Path, preset: Preset, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Writes a ``LlavaForConditionalGeneration`` folder with its processor and chat template.
+
+    The adapter is merged into a fresh copy of the base model in 32 bits, and the sum is rounded once: merging into
+    4-bit weights would round the adapter away.
+
+    Args:
+        weights: a folder that training wrote.
+        dtype: the number format of the exported weights.
+
+    Raises:
+        BadInput: LLaVA has no place for a part of it; the sentence names the part.
+        MmchatError: the weights or the base model cannot be had.
+    """
+    preset = preset_of(preset, weights)
+    model, tokenizer = load_model(preset, weights, torch.float32)
+    _check(model, preset)
+    if model.has_adapter:
+        model.language_model = model.language_model.merge_and_unload()
+    language_model = model.causal_language_model
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if image_token_id >= language_model.get_input_embeddings().num_embeddings:
+        language_model.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
+    llava = _assemble(model, preset.image_encoder, image_token_id)
+    llava.generation_config = language_model.generation_config
+    llava.to(dtype).save_pretrained(out)
+    _processor(tokenizer, preset).save_pretrained(out)
+
+
+def _check(model: MultimodalModel, preset: Preset) -> None:
+    config, encoder = model.projector_config, preset.image_encoder
+    head = model.causal_language_model.get_output_embeddings()
+    troubles = {
+        f"features of the kind '{encoder.features}', where it takes patches": encoder.features != "patches",
+        f"a projector of the kind '{config.kind}', where it takes 'llava'": config.kind != "llava",
+        "a hidden width other than the tokens' in the projector": config.hidden_width != config.token_width,
+        "a marker token": config.marker,
+        "a bias in the output layer, as Phi-2 has": getattr(head, "bias", None) is not None,
+    }
+    found = [trouble for trouble, is_there in troubles.items() if is_there]
+    if found:
+        raise BadInput(f"These weights cannot be exported: LLaVA has no place for {'; nor for '.join(found)}.")
+
+
+def _assemble(model: MultimodalModel, encoder: ImageEncoderPreset, image_token_id: int) -> nn.Module:
+    """The LLaVA model around our parts, none of which is copied."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    folder, vision_config = _vision(encoder)
+    language_model = model.causal_language_model
+    config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=language_model.config,
+        image_token_index=image_token_id,
+        image_seq_length=encoder.feature_count,
+        vision_feature_layer=encoder.layer,
+        vision_feature_select_strategy="default" if _drops_class_token(encoder, vision_config) else "full",
+    )
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(config)
+    llava.model.vision_tower = type(llava.model.vision_tower).from_pretrained(folder, dtype=torch.float32)
+    llava.model.multi_modal_projector.load_state_dict(model.projector.state_dict(), assign=True)
+    llava.model.language_model = language_model.get_decoder()
+    llava.lm_head = language_model.get_output_embeddings()
+    return llava
+
+
+def _vision(encoder: ImageEncoderPreset) -> tuple[Path, Any]:
+    """Where the image encoder lies, and the configuration of its image half."""
+    from transformers import AutoConfig
+
+    folder = fetch_repository(encoder.source)
+    config = AutoConfig.from_pretrained(folder)
+    return folder, getattr(config, "vision_config", config)
+
+
+def _drops_class_token(encoder: ImageEncoderPreset, vision_config: Any) -> bool:
+    return vision_config.model_type.startswith("clip") and not encoder.class_token
+
+
+def _processor(tokenizer: Any, preset: Preset) -> Any:
+    """What turns messages and pictures into the model's inputs."""
+    from transformers import AutoImageProcessor, LlavaProcessor
+
+    encoder = preset.image_encoder
+    folder, vision_config = _vision(encoder)
+    is_clip = vision_config.model_type.startswith("clip")
+    chat_format = CHAT_FORMATS[preset.language_model.chat_format]
+    tokenizer.chat_template = chat_template(chat_format)
+    tokenizer.eos_token = chat_format.stops[0]
+    return LlavaProcessor(
+        image_processor=AutoImageProcessor.from_pretrained(folder, backend="pil"),
+        tokenizer=tokenizer,
+        patch_size=vision_config.patch_size,
+        vision_feature_select_strategy="default" if _drops_class_token(encoder, vision_config) else "full",
+        chat_template=chat_template(chat_format),
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=int(is_clip),  # the class token
+    )
+
+
+def chat_template(chat_format: ChatFormat) -> str:
+    """The format as the Jinja template of transformers, for text and for lists of text and pictures."""
+
+    def of_role(texts: Any) -> str:
+        cases = "".join(
+            f"{'el' * (role != ROLES[0])}if r == {role!r} %}}{{{{ {texts[role]!r} }}}}{{% " for role in ROLES
+        )
+        return f"{{% {cases}endif %}}"
+
+    after, before = chat_format.after_image, chat_format.before_text
+    return (
+        "{% for message in messages %}{% set r = message['role'] %}"
+        + of_role(chat_format.turn_start)
+        + "{% if message['content'] is string %}"
+        + f"{{{{ {before!r} + message['content'] }}}}"
+        + "{% else %}"
+        + "{% for part in message['content'] if part['type'] == 'image' %}"
+        + f"{{{{ {IMAGE_TOKEN + after!r} }}}}"
+        + "{% endfor %}"
+        + f"{{{{ {before!r} }}}}"
+        + "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+        + of_role(chat_format.turn_end)
+        + f"{{{{ {chat_format.between_turns!r} }}}}"
+        + "{% endfor %}"
+        + "{% if add_generation_prompt %}"
+        + f"{{{{ {chat_format.turn_start['assistant']!r} }}}}"
+        + "{% endif %}"
+    )

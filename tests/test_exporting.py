@@ -1,0 +1,165 @@
+"""An exported LLaVA folder says what mmchat says, token for token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from mmchat import BadInput, Message, SamplingOptions
+from mmchat.engine import Engine
+from mmchat.exporting import chat_template, export_llava
+from mmchat.model import load_model
+from mmchat.presets import PRESETS, HubRepository
+from mmchat.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
+from mmchat.training.recipe import Recipe
+from mmchat.training.run import train
+
+QUESTION = "Describe the image."
+
+
+@pytest.fixture(scope="module", params=["phi3-patches", "llama-patches"])
+def exported(request, tiny, tmp_path_factory):
+    """A preset, weights trained for it, and the folder they were exported to."""
+    folder = tmp_path_factory.mktemp("exported")
+    train(
+        Recipe(
+            train=[str(tiny / "train.json")],
+            features=str(tiny / "features-patches"),
+            preset=request.param,
+            projector="llava",
+            hidden_width=64,
+            quantization="4bit",
+            out=str(folder / "weights"),
+            max_steps=20,
+            lr=1e-2,
+            report_to=["none"],
+        )
+    )
+    preset = PRESETS[request.param]
+    export_llava(folder / "weights", folder / "llava", preset, torch.float32)
+    return preset, folder / "weights", folder / "llava"
+
+
+def asked(picture):
+    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]}]
+
+
+def test_the_same_greedy_tokens(tiny, exported):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    preset, weights, folder = exported
+    engine = Engine(preset, weights)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    for number in range(3):
+        picture = Image.open(tiny / "pictures" / f"{number}.png").convert("RGB")
+        inputs = processor.apply_chat_template(
+            asked(picture), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        ours = encode(
+            [Message("user", QUESTION, [picture])], engine.tokenizer, engine.chat_format, 4, open_reply=True
+        ).token_ids
+        image_id = model.config.image_token_id
+        assert [IMAGE_TOKEN_ID if token == image_id else token for token in inputs["input_ids"][0].tolist()] == ours
+        written = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        options = SamplingOptions(temperature=0, max_new_tokens=12)
+        answer = "".join(engine.reply([Message("user", QUESTION, [picture])], options))
+        assert answer and processor.decode(written, skip_special_tokens=True).rstrip("�") == answer.rstrip("�")
+
+
+@torch.no_grad()
+def test_merging_changes_logits_by_rounding_only(tiny, exported):
+    from transformers import AutoModelForImageTextToText
+
+    preset, weights, folder = exported
+    ours, _ = load_model(preset, weights, torch.float32)
+    merged = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).model.language_model
+    embeddings = torch.randn(2, 9, 64)
+    expected = ours.causal_language_model.get_decoder()(inputs_embeds=embeddings).last_hidden_state
+    torch.testing.assert_close(merged(inputs_embeds=embeddings).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_transformers_pipeline_reads_it(tiny, exported):
+    from transformers import pipeline
+
+    _, _, folder = exported
+    pipe = pipeline("image-text-to-text", model=str(folder), dtype=torch.float32, device="cpu")
+    answer = pipe(text=asked(str(tiny / "pictures" / "1.png")), max_new_tokens=6, return_full_text=False)
+    assert isinstance(answer[0]["generated_text"], str) and answer[0]["generated_text"]
+
+
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+def test_the_template_says_what_the_prompt_builder_says(exported, name):
+    _, _, folder = exported
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat_format = replace(CHAT_FORMATS[name], default_system=None)
+    messages = [
+        Message("system", "Be kind."),
+        Message("user", "Is it?"),
+        Message("assistant", "Yes."),
+        Message("user", "A"),
+    ]
+    tokenizer.chat_template = chat_template(chat_format)
+    theirs = tokenizer.apply_chat_template(
+        [{"role": message.role, "content": message.text} for message in messages],
+        add_generation_prompt=True,
+        return_dict=True,
+    )
+    assert theirs["input_ids"] == encode(messages, tokenizer, chat_format, 1, open_reply=True).token_ids
+
+
+@pytest.mark.parametrize(
+    ("name", "projector", "message"),
+    [("phi3-pooled", "llava", "pooled"), ("phi3-patches", "mlp", "'mlp'"), ("phi-patches", "llava", "bias")],
+)
+def test_what_llava_has_no_place_for_is_named(tiny, tmp_path, name, projector, message):
+    recipe = Recipe(
+        train=[str(tiny / "train.json")],
+        features=str(tiny / f"features-{name.split('-')[1]}"),
+        preset=name,
+        projector=projector,
+        hidden_width=64,
+        out=str(tmp_path / "weights"),
+        max_steps=1,
+        report_to=["none"],
+    )
+    train(recipe)
+    with pytest.raises(BadInput, match=message):
+        export_llava(tmp_path / "weights", tmp_path / "llava", PRESETS[name])
+
+
+def test_siglip_is_exported_too(tiny, tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from mmchat.image_encoder import find_image_encoder, load_image_encoder
+    from mmchat.training.features import embed_folder
+
+    encoder = find_image_encoder(HubRepository(str(tiny / "siglip")))
+    embed_folder(tiny / "pictures", tmp_path / "features", encoder, load_image_encoder(encoder))
+    recipe = Recipe(
+        train=[str(tiny / "train.json")],
+        features=str(tmp_path / "features"),
+        image_encoder=str(tiny / "siglip"),
+        preset="phi3-patches",
+        projector="llava",
+        hidden_width=64,
+        out=str(tmp_path / "weights"),
+        max_steps=2,
+        report_to=["none"],
+    )
+    train(recipe)
+    export_llava(tmp_path / "weights", tmp_path / "llava", PRESETS["phi3-patches"], torch.float32)
+    processor = AutoProcessor.from_pretrained(tmp_path / "llava")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "llava", dtype=torch.float32).eval()
+    picture = Image.open(tiny / "pictures" / "1.png").convert("RGB")
+    inputs = processor.apply_chat_template(asked(picture), tokenize=True, return_dict=True, return_tensors="pt")
+    engine = Engine(PRESETS["phi3-patches"], tmp_path / "weights")
+    features = engine.image_encoder.encode([picture])
+    with torch.no_grad():
+        found = model.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+        torch.testing.assert_close(found[0], engine.model.projector(features)[0], atol=1e-5, rtol=1e-5)

@@ -1,0 +1,45 @@
+#!/usr/bin/env python
+"""Turn weights into a standard LLaVA folder, which transformers, vLLM and other engines serve.
+
+    python training_scripts/export_llava.py runs/mine --preset phi-3.5 --out exported/
+    vllm serve exported/ --tensor-parallel-size 2          # then: MMCHAT_SERVER=http://localhost:8000/v1 python app.py
+
+The weights have to be trained on CLIP's or SigLIP's patches with a projector of the kind "llava". The adapter is merged
+into a fresh copy of the base model in full precision.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", help="a folder that training wrote")
+    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--preset", default="phi-3.5", help="which models they belong to (default: phi-3.5)")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="the number format of what is written (default: bfloat16)",
+    )
+    options = parser.parse_args()
+
+    import torch
+
+    from mmchat.errors import MmchatError
+    from mmchat.exporting import export_llava
+    from mmchat.presets import get_preset
+
+    try:
+        export_llava(options.weights, options.out, get_preset(options.preset), getattr(torch, options.dtype))
+    except MmchatError as error:
+        sys.exit(str(error))
+    print(f"Written to {options.out}; serve it with: vllm serve {options.out}")
+
+
+if __name__ == "__main__":
+    main()
