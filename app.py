@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from mmchat.errors import MmchatError
-from mmchat.presets import DEFAULT_PRESET, PRESETS
+from mmchat.presets import AUTO, DEFAULT_PRESET, PRESETS
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 
@@ -18,9 +18,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--preset",
         default=os.environ.get("MMCHAT_PRESET", DEFAULT_PRESET),
-        help=f"which models to use: {', '.join(PRESETS)} (default: MMCHAT_PRESET, or {DEFAULT_PRESET})",
+        help=f"which models to use: {', '.join([AUTO, *PRESETS])} (default: MMCHAT_PRESET, or {DEFAULT_PRESET})",
     )
     parser.add_argument("--weights", help="a folder that training wrote (default: the preset's own)")
+    parser.add_argument(
+        "--quantization",
+        default=os.environ.get("MMCHAT_QUANTIZATION", "auto"),
+        help="of the language model: auto, none, 8bit, 4bit or 4bit-double (default: MMCHAT_QUANTIZATION, or auto)",
+    )
+    parser.add_argument(
+        "--server",
+        default=os.environ.get("MMCHAT_SERVER"),
+        help="in place of a model here: a server that speaks OpenAI's API, as http://localhost:8000/v1 (MMCHAT_SERVER)",
+    )
     parser.add_argument("--host", help="the address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, help="the port to listen on (default: the first free one from 7860)")
     return parser.parse_args()
@@ -29,13 +39,21 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.info("Loading the models of '%s' …", options.preset)
-
+    for client in ("httpx", "httpx2"):  # a line for each request to the Hub, and from gradio to itself
+        logging.getLogger(client).setLevel(logging.WARNING)
+    if os.environ.get("SPACES_ZERO_GPU"):
+        import spaces  # noqa: F401 (it has to come before torch, which it changes)
     from mmchat import load, ui
+    from mmchat.zero_gpu import lend_gpu
 
     try:
-        engine = load(options.preset, options.weights)
+        if options.server:
+            from mmchat.remote import RemoteEngine
+
+            engine = RemoteEngine(options.server, os.environ.get("MMCHAT_MODEL"))
+        else:
+            logging.info("Loading the models of '%s' …", options.preset)
+            engine = lend_gpu(load(options.preset, options.weights, options.quantization))
         engine.warm_up()
     except MmchatError as error:
         sys.exit(str(error))

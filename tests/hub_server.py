@@ -1,0 +1,118 @@
+"""A small server that speaks the Hugging Face Hub's file API, for huggingface_hub's own client."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "c" * 40  # what a branch points to
+
+
+class Hub:
+    """Repositories by name, each a folder; and what goes wrong."""
+
+    def __init__(self, repositories: dict[str, Path]):
+        self.repositories = repositories
+        self.gated: set[str] = set()
+        self.broken: set[str] = set()  # names of files whose transfer breaks off half-way
+        self.requests: list[str] = []
+
+    def files(self, name: str) -> dict[str, Path]:
+        folder = self.repositories[name]
+        return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_):
+            pass
+
+        def do_HEAD(self):
+            self.do_GET()
+
+        def do_GET(self):
+            path = self.path.partition("?")[0]
+            hub.requests.append(f"{self.command} {path}")
+            found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
+            if found:
+                return self.answer_api(*found.groups())
+            found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+            return self.answer_file(*found.groups()) if found else self.refuse(404, "EntryNotFound")
+
+        def answer_api(self, name, kind, revision):
+            if not self.may_read(name):
+                return
+            sha = revision if revision and re.fullmatch("[0-9a-f]{40}", revision) else COMMIT
+            files = hub.files(name)
+            if kind == "tree":
+                content = [
+                    {"type": "file", "path": file, "size": path.stat().st_size, "oid": _digest(path)}
+                    for file, path in files.items()
+                ]
+            else:
+                content = {"id": name, "sha": sha, "siblings": [{"rfilename": file} for file in files]}
+            self.send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+        def answer_file(self, name, revision, file):
+            if not self.may_read(name):
+                return
+            path = hub.files(name).get(file)
+            if path is None:
+                return self.refuse(404, "EntryNotFound")
+            content = path.read_bytes()
+            headers = {"ETag": f'"{_digest(path)}"', "X-Repo-Commit": revision, "Accept-Ranges": "bytes"}
+            start = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            if start:
+                first = int(start[1])
+                headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+                content = content[first:]
+            self.send(206 if start else 200, content, headers, cut=file in hub.broken)
+
+        def may_read(self, name) -> bool:
+            if name in hub.gated:
+                self.refuse(401, "GatedRepo")
+            elif name not in hub.repositories:
+                self.refuse(401, "RepoNotFound")
+            else:
+                return True
+            return False
+
+        def refuse(self, status, code):
+            self.send(status, b"", {"X-Error-Code": code, "X-Error-Message": code})
+
+        def send(self, status, content, headers, cut=False):
+            self.send_response(status)
+            for key, value in headers.items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content[: len(content) // 2] if cut else content)
+            if cut:
+                self.close_connection = True
+
+    return Handler
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def serve(hub: Hub):
+    """Serves on a free port; gives the address for HF_ENDPOINT."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,145 @@
+"""From a model's name on the Hub to an answer, over huggingface_hub's and transformers' real download code."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from mmchat.assets import cache_folder, fetch
+from mmchat.presets import PHI_3_5, SMOL
+from tests.conftest import ROOT
+from tests.hub_server import Hub, serve
+
+PHI, CLIP = PHI_3_5.language_model.source.name, PHI_3_5.image_encoder.source.name
+SPEECH, PUBLISHED = PHI_3_5.speech.source.name, PHI_3_5.weights.name
+
+
+@pytest.fixture(scope="module")
+def repositories(tiny, tmp_path_factory):
+    """What the preset phi-3.5 fetches: small models of the same classes under the same names."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    from tests.tiny import CLIP_WIDTHS
+
+    folder = tmp_path_factory.mktemp("hub")
+    shutil.copytree(tiny / "phi3", folder / "phi")
+    shutil.copytree(tiny / "clip", folder / "clip")
+    clip = CLIPVisionConfig(**CLIP_WIDTHS, projection_dim=512)
+    CLIPVisionModelWithProjection(clip).save_pretrained(folder / "clip")
+    (folder / "speech").mkdir()
+    for path in fetch(SMOL.speech.source):
+        (folder / "speech" / path.name).symlink_to(path)
+    (folder / "published").mkdir()
+    torch.manual_seed(0)
+    layers = {f"layer1.{name}": torch.randn(*shape) for name, shape in (("weight", (24, 512)), ("bias", (24,)))}
+    layers |= {f"layer2.{name}": torch.randn(*shape) for name, shape in (("weight", (64, 24)), ("bias", (64,)))}
+    torch.save(layers, folder / "published" / "image_projector.pth")
+    adapter = {"lora_A.weight": torch.randn(4, 64), "lora_B.weight": torch.randn(64, 4), "scaling": {"default": 1.0}}
+    lora = {
+        f"model.layers.{number}.self_attn.o_proj.{key}": value for number in (0, 1) for key, value in adapter.items()
+    }
+    torch.save(lora, folder / "published" / "lora_weights.pt")
+    names = {PHI: "phi", CLIP: "clip", SPEECH: "speech", PUBLISHED: "published"}
+    return {name: folder / part for name, part in names.items()}
+
+
+@pytest.fixture
+def hub(repositories):
+    return Hub(dict(repositories))
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """The environment of a machine that has fetched nothing."""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "MMCHAT_CACHE": str(tmp_path / "cache")}
+    environment |= {"HF_HUB_ETAG_TIMEOUT": "3", "HF_HUB_DOWNLOAD_TIMEOUT": "3", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    return environment
+
+
+def ask(environment, endpoint, *arguments):
+    command = [sys.executable, "-m", "mmchat", "ask", "What is it?", "--preset", "phi-3.5", "--max-new-tokens", "4"]
+    return subprocess.run(
+        [*command, "--temperature", "0", *arguments],
+        cwd=ROOT,
+        env={**environment, "HF_ENDPOINT": endpoint},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.slow
+def test_from_a_name_to_an_answer_in_the_page(hub, fresh, photo, tmp_path):
+    from gradio_client import Client, handle_file
+
+    log = tmp_path / "log"
+    with serve(hub) as endpoint, log.open("w") as sink:
+        environment = {**fresh, "HF_ENDPOINT": endpoint, "MMCHAT_PRESET": "phi-3.5", "PYTHONUNBUFFERED": "1"}
+        page = subprocess.Popen(
+            [sys.executable, "app.py"], cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT
+        )
+        try:
+            address = _address(page, log)
+            answer = Client(address, verbose=False).predict("What is it?", handle_file(photo), api_name="/ask")
+        finally:
+            page.terminate()
+            page.wait(20)
+    shown = log.read_text()
+    assert answer and "Fetching microsoft/Phi-3.5-mini-instruct" in shown and PUBLISHED in shown
+    assert "%" in shown  # progress
+    assert not any(request.endswith((".bin", ".pt")) and PHI in request for request in hub.requests)
+    again = ask(fresh, "http://127.0.0.1:9", "--image", str(photo))  # the Hub is gone
+    assert again.returncode == 0 and again.stdout.strip(), again.stderr
+
+
+def _address(page, log):
+    for _ in range(1200):
+        found = re.search(r"http://[\d.]+:\d+", log.read_text().replace("Running on local URL:", ""))
+        if "Running on local URL" in log.read_text() and found:
+            return found[0]
+        assert page.poll() is None, log.read_text()
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())
+
+
+@pytest.mark.parametrize(
+    ("trouble", "sentence"),
+    [
+        (lambda hub: hub.gated.add(PHI), "microsoft/Phi-3.5-mini-instruct is gated: ask for access"),
+        (lambda hub: hub.repositories.pop(PHI), "The Hub has no model 'microsoft/Phi-3.5-mini-instruct'"),
+        (lambda hub: hub.repositories.update({PUBLISHED: hub.repositories[PHI]}), "lacks lora_weights.pt"),
+        (lambda hub: hub.repositories.update({PHI: hub.repositories[PUBLISHED]}), "lacks weights"),
+    ],
+    ids=["gated", "no such model", "missing file", "no weights"],
+)
+def test_what_is_wrong_is_said_in_a_sentence(hub, fresh, trouble, sentence):
+    trouble(hub)
+    with serve(hub) as endpoint:
+        result = ask(fresh, endpoint)
+    assert result.returncode == 1 and sentence in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_broken_transfer_is_gone_on_with(hub, fresh):
+    hub.broken.add("model.safetensors")
+    with serve(hub) as endpoint:
+        result = ask(fresh, endpoint)
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        assert f"{PHI} could not be fetched" in result.stderr and "'smol' needs no Hub" in result.stderr
+        hub.broken.clear()
+        assert ask(fresh, endpoint).returncode == 0
+
+
+def test_without_a_hub_one_sentence_says_what_works(fresh):
+    result = ask(fresh, "http://127.0.0.1:9")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"{PUBLISHED} could not be fetched from the Hugging Face Hub (it cannot be reached)")
+    assert "MMCHAT_PRESET=smol" in last and str(cache_folder()) not in last

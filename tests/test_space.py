@@ -1,0 +1,139 @@
+"""A Space: its files, and answers on ZeroGPU."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from mmchat import BadInput, Message, SamplingOptions
+from mmchat.__main__ import main
+from mmchat.device import choose_device, choose_quantization
+from mmchat.engine import Engine
+from mmchat.space import assemble, check, front_matter
+from mmchat.zero_gpu import lend_gpu, seconds_needed
+from tests.conftest import ROOT
+
+
+@pytest.mark.slow
+def test_the_folder_of_a_space_runs_by_itself(tmp_path):
+    assert main(["space", "--out", str(tmp_path / "space")]) == 0
+    log = tmp_path / "log"
+    with log.open("w") as sink:
+        page = subprocess.Popen(
+            [sys.executable, "app.py"],
+            cwd=tmp_path / "space",
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            address = _address(page, log)
+            from gradio_client import Client
+
+            assert Client(address, verbose=False).predict("Say hello.", None, api_name="/ask")
+        finally:
+            page.terminate()
+            page.wait(20)
+    where = "import app, mmchat; print(mmchat.__file__)"
+    shown = subprocess.run(
+        [sys.executable, "-c", where], cwd=tmp_path / "space", capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.strip() == str(tmp_path / "space" / "mmchat" / "__init__.py")
+
+
+def _address(page, log):
+    for _ in range(1200):
+        found = re.search(r"local URL:\s+(http://\S+)", log.read_text())
+        if found:
+            return found[1]
+        assert page.poll() is None, log.read_text()
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())
+
+
+def test_its_files_are_those_it_needs(tmp_path):
+    files = {str(file) for file in assemble(tmp_path / "space")}
+    assert {
+        "app.py",
+        "README.md",
+        "requirements.txt",
+        "mmchat/engine.py",
+        "weights/smol/projector.safetensors",
+    } <= files
+    assert not [file for file in files if file.startswith(("tests", "data", "runs", ".")) or "__pycache__" in file]
+
+
+def test_its_settings_fit_what_is_installed():
+    settings = front_matter(ROOT / "README.md")
+    assert f"gradio=={settings['sdk_version']}" in (ROOT / "constraints.txt").read_text().splitlines()
+    assert settings["python_version"] == "3.12" and settings["app_file"] == "app.py"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "weights" / "big").write_bytes(bytes(10_000_001)), "big has 10 MB"),
+        (lambda folder: (folder / "README.md").write_text("# mmchat\n"), "lacks title"),
+        (lambda folder: (folder / "app.py").unlink(), "no app of gradio"),
+    ],
+)
+def test_what_would_not_run_is_named(tmp_path, change, message):
+    assemble(tmp_path / "space")
+    change(tmp_path / "space")
+    with pytest.raises(BadInput, match=message):
+        check(tmp_path / "space")
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(BadInput, match="not empty"):
+        assemble(tmp_path)
+
+
+@pytest.fixture
+def zero_gpu(monkeypatch):
+    """ZeroGPU as far as it can be had without one: what goes in and out of a decorated generator is pickled."""
+    import spaces
+
+    asked = []
+
+    def gpu(duration):
+        def decorate(function):
+            def call(*arguments):
+                asked.append(duration(*arguments))
+                for value in function(*pickle.loads(pickle.dumps(arguments))):
+                    yield pickle.loads(pickle.dumps(value))
+
+            return call
+
+        return decorate
+
+    monkeypatch.setattr(spaces, "GPU", gpu)
+    monkeypatch.setenv("SPACES_ZERO_GPU", "true")
+    return asked
+
+
+def test_answers_borrow_a_gpu_for_as_long_as_they_need(engine, photo, zero_gpu, monkeypatch):
+    assert choose_device().dtype is torch.bfloat16
+    assert choose_quantization("auto", choose_device(), 10**10).kind == "none"
+    lent = Engine.__new__(Engine)
+    lent.__dict__.update(engine.__dict__)
+    monkeypatch.setattr(lent, "context_length", 120)
+    lent = lend_gpu(lent)
+    options = SamplingOptions(temperature=0, max_new_tokens=20)
+    turns = [Message("user", "word " * 60), Message("assistant", "Yes."), Message("user", "What is it?", [photo])]
+    notices = []
+    answer = "".join(lent.reply(turns, options, notices.append))
+    assert answer == "".join(engine.reply(turns[-1:], options)) and len(notices) == 1
+    assert zero_gpu == [12] and seconds_needed(turns, SamplingOptions(max_new_tokens=1000)) == 110
+
+
+def test_elsewhere_an_engine_is_left_as_it_is(engine):
+    assert lend_gpu(engine) is engine and "reply" not in vars(engine)
