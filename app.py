@@ -27,6 +27,11 @@ def parse() -> argparse.Namespace:
         help="of the language model: auto, none, 8bit, 4bit or 4bit-double (default: MMCHAT_QUANTIZATION, or auto)",
     )
     parser.add_argument(
+        "--speech",
+        default=os.environ.get("MMCHAT_SPEECH"),
+        help="another Whisper model: a size such as base.en, a repository, a folder or a .pt file (MMCHAT_SPEECH)",
+    )
+    parser.add_argument(
         "--server",
         default=os.environ.get("MMCHAT_SERVER"),
         help="in place of a model here: a server that speaks OpenAI's API, as http://localhost:8000/v1 (MMCHAT_SERVER)",
@@ -53,7 +58,7 @@ def main() -> None:
             engine = RemoteEngine(options.server, os.environ.get("MMCHAT_MODEL"))
         else:
             logging.info("Loading the models of '%s' …", options.preset)
-            engine = lend_gpu(load(options.preset, options.weights, options.quantization))
+            engine = lend_gpu(load(options.preset, options.weights, options.quantization, options.speech))
         engine.warm_up()
     except MmchatError as error:
         sys.exit(str(error))

@@ -40,6 +40,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     ask_command.add_argument("question", nargs="?", default="", help="the question; may be spoken with --audio instead")
     ask_command.add_argument("--image", action="append", default=[], help="a picture to ask about; may be repeated")
     ask_command.add_argument("--audio", help="a recording of the question")
+    ask_command.add_argument("--speech", help="another Whisper model: a size, a repository, a folder or a .pt file")
     ask_command.set_defaults(run=ask)
 
     batch_command = commands.add_parser("batch", help="answer a file of questions")
@@ -139,7 +140,7 @@ def _start(options: argparse.Namespace):
 
     given = {name: getattr(options, name) for name in ("temperature", "beams", "max_new_tokens")}
     sampling = SamplingOptions(**{name: value for name, value in given.items() if value is not None})
-    return load(options.preset, options.weights, options.quantization), sampling
+    return load(options.preset, options.weights, options.quantization, getattr(options, "speech", None)), sampling
 
 
 def _read_lines(path: Path) -> list[tuple[int, str]]:

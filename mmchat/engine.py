@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 
 from .device import choose_device, choose_preset, choose_quantization
-from .errors import BadInput
+from .errors import BadInput, MmchatError
 from .generation import TEXT_PENALTY, SamplingOptions, stream_text
 from .image_encoder import load_image_encoder, open_image, to_rgb
 from .importing import own_weights
 from .model import load_model, preset_of
 from .presets import AUTO, DEFAULT_PRESET, Preset, get_preset
 from .prompt import CHAT_FORMATS, EncodedConversation, Message, encode, has_images
-from .speech import SpeechRecognizer, Transcript
+from .speech import SpeechRecognizer, Transcript, find_speech_model
 
 logger = logging.getLogger(__name__)
 
@@ -38,21 +38,28 @@ Draft answer: {draft}
 Rewrite the draft answer in clear, correct English. Keep its meaning, and add no facts. Write the new answer only."""
 
 
-def load(preset: str = DEFAULT_PRESET, weights: str | Path | None = None, quantization: str = "auto") -> Engine:
+def load(
+    preset: str = DEFAULT_PRESET,
+    weights: str | Path | None = None,
+    quantization: str = "auto",
+    speech: str | None = None,
+) -> Engine:
     """An engine with the models of a preset, fetched on first use.
 
     Args:
         preset: a name from ``presets.PRESETS``, or "auto": the best that this machine can run.
         weights: a folder that training wrote; the preset's own weights if None.
         quantization: of the language model: a name of ``device.QUANTIZATIONS``.
+        speech: another Whisper model than the preset's: a size, a repository, a folder or a .pt file.
 
     Raises:
         MmchatError: no such preset, or models or weights that cannot be had; the text says what to do.
     """
-    if preset != AUTO:
-        return Engine(get_preset(preset), weights, quantization)
-    chosen, reason = choose_preset()
-    logger.info("Preset %s: %s", chosen.name, reason)
+    chosen, reason = choose_preset() if preset == AUTO else (get_preset(preset), "")
+    if reason:
+        logger.info("Preset %s: %s", chosen.name, reason)
+    if speech:
+        chosen = replace(chosen, speech=find_speech_model(speech))
     engine = Engine(chosen, weights, quantization)
     engine.reason = reason
     return engine
@@ -74,7 +81,12 @@ class Engine:
         self.quantization = choose_quantization(quantization, self.device, preset.language_model.parameters)
         logger.info("Quantization %s: %s", self.quantization.kind, self.quantization.reason)
         self.model, self.tokenizer = load_model(preset, weights, self.device.dtype, quantization=self.quantization.kind)
-        self.model.to(self.device.type)
+        try:
+            self.model.to(self.device.type)
+        except torch.OutOfMemoryError as error:
+            raise MmchatError(
+                "The GPU has too little free memory for this model. Try --quantization 4bit, or --preset smol."
+            ) from error
         self.chat_format = CHAT_FORMATS[preset.language_model.chat_format]
         self.context_length: int = self.model.language_model.config.max_position_embeddings  # tokens
         self._features: OrderedDict[str, torch.Tensor] = OrderedDict()  # picture digest -> [features, width]

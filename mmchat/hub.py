@@ -67,38 +67,23 @@ def _noted(note: Path) -> Path | None:
 
 def _download(repository: HubRepository, files: Sequence[str] | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     name = repository.name
     logger.info("Fetching %s from the Hugging Face Hub; it is kept for the next start", name)
     try:
         info = HfApi().model_info(name, revision=repository.revision)
-        there = [sibling.rfilename for sibling in info.siblings or []]
-        files = files or _wanted(there)
-        missing = [file for file in files if file not in there]
-        if missing or not any(file.endswith(WEIGHTS) for file in files):
-            raise AssetError(f"{name} on the Hub lacks {missing[0] if missing else 'weights that I can read'}.")
+    except Exception as error:
+        raise _in_words(repository, error) from error
+    there = [sibling.rfilename for sibling in info.siblings or []]
+    files = files or _wanted(there)
+    missing = [file for file in files if file not in there]
+    if missing or not any(file.endswith(WEIGHTS) for file in files):
+        raise AssetError(f"{name} on the Hub lacks {missing[0] if missing else 'weights that I can read'}.")
+    try:
         folder = Path(snapshot_download(name, revision=info.sha, allow_patterns=files))
         sizes = {file: (folder / file).stat().st_size for file in files}
-    except AssetError:
-        raise
-    except GatedRepoError as error:
-        raise AssetError(
-            f"{name} is gated: ask for access at https://huggingface.co/{name}, then log in with 'hf auth login' or "
-            "set HF_TOKEN."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise AssetError(
-            f"The Hub has no model '{name}' that you may read. Check the name, or set HF_TOKEN."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise AssetError(f"{name} has no revision '{repository.revision}' on the Hub.") from error
-    except Exception as error:  # a refused connection, a broken transfer, a full disk: errors of several libraries
-        logger.debug("download", exc_info=error)
-        raise AssetError(
-            f"{name} could not be fetched from the Hugging Face Hub ({_reason(error)}). Start again to go on where it "
-            f"stopped. {WITHOUT_HUB}"
-        ) from error
+    except Exception as error:
+        raise _in_words(repository, error) from error
     note = _note(repository)
     note.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps({"folder": str(folder), "files": sizes}, indent=1))
@@ -114,6 +99,27 @@ def _wanted(files: list[str]) -> list[str]:
     weights = [file for file in top if file.endswith(".safetensors")]
     weights = weights or [file for file in top if file.startswith(("pytorch_model", "model")) and file.endswith(".bin")]
     return weights + [file for file in top if file.endswith(SMALL_FILES)]
+
+
+def _in_words(repository: HubRepository, error: Exception) -> AssetError:
+    """What went wrong, and what to do; the Hub's client raises errors of several libraries."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    logger.debug("%s", repository.name, exc_info=error)
+    name = repository.name
+    if isinstance(error, GatedRepoError):
+        return AssetError(
+            f"{name} is gated: ask for access at https://huggingface.co/{name}, then log in with 'hf auth login' or "
+            "set HF_TOKEN."
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return AssetError(f"The Hub has no model '{name}' that you may read. Check the name, or set HF_TOKEN.")
+    if isinstance(error, RevisionNotFoundError):
+        return AssetError(f"{name} has no revision '{repository.revision}' on the Hub.")
+    return AssetError(
+        f"{name} could not be fetched from the Hugging Face Hub ({_reason(error)}). Start again to go on where it "
+        f"stopped. {WITHOUT_HUB}"
+    )
 
 
 def _reason(error: Exception) -> str:

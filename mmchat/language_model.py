@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 
 from .assets import convert_once, fetch
 from .device import choose_attention
-from .errors import WeightsError
+from .errors import AssetError, WeightsError
 from .hub import fetch_repository
 from .presets import HubRepository, LanguageModelPreset
 from .prompt import CHAT_FORMATS
@@ -42,12 +43,17 @@ def load_language_model(
     disable_progress_bar()  # it would run for a tenth of a second
     folder = _model_folder(preset)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation=choose_attention(),
-        quantization_config=_quantization_config(quantization, dtype),
-    )
+    options = {} if quantization == "none" else _quantized(quantization, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=choose_attention(), **options
+        )
+    except ImportError as error:
+        if quantization == "none":
+            raise
+        raise AssetError(
+            f"Weights in {quantization} need two more packages: pip install accelerate bitsandbytes"
+        ) from error
     # What ends an answer is the chat format's business: generation_config.json lists too little or too much.
     stops = CHAT_FORMATS[preset.chat_format].stops
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(stops))
@@ -70,19 +76,23 @@ def _model_folder(preset: LanguageModelPreset) -> Path:
     return convert_once(f"{preset.name}-1", lambda target: _convert_gguf(preset, target))
 
 
-def _quantization_config(kind: str, dtype: torch.dtype) -> Any:
+def _quantized(kind: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What makes transformers quantise weights as it loads them; on a GPU, if there is one."""
     from transformers import BitsAndBytesConfig
 
-    if kind == "none":
-        return None
     if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=kind == "4bit-double",
-    )
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=kind == "4bit-double",
+        )
+    if not torch.cuda.is_available():
+        return {"quantization_config": config}
+    own = int(os.environ.get("LOCAL_RANK", 0))  # of several processes each has its own GPU
+    return {"quantization_config": config, "device_map": {"": own}}
 
 
 def _convert_gguf(preset: LanguageModelPreset, target: Path) -> None:

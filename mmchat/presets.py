@@ -81,9 +81,9 @@ class ImageEncoderPreset:
 
 @dataclass(frozen=True)
 class SpeechPreset:
-    """A Whisper model in CTranslate2's format."""
+    """A Whisper model in CTranslate2's format, or a .pt file as OpenAI's package writes it."""
 
-    source: tuple[WheelMember, ...] | HubRepository
+    source: tuple[WheelMember, ...] | HubRepository | Path
     language: str | None  # None: detected from the recording
 
 

@@ -1,17 +1,25 @@
-"""Recording → text, with Whisper (Radford et al. 2022, arXiv 2212.04356) through faster-whisper."""
+"""Recording → text, with Whisper (Radford et al. 2022, arXiv 2212.04356)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from .assets import fetch
-from .errors import BadInput
+from .errors import AssetError, BadInput, WeightsError
 from .hub import fetch_repository
 from .presets import HubRepository, SpeechPreset
 
+# Sizes of Whisper whose repository has another name than the rule of ``_repository``.
+REPOSITORIES = {
+    "large": "Systran/faster-whisper-large-v3",
+    "large-v3-turbo": "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
+    "turbo": "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
+    "distil-large-v3.5": "distil-whisper/distil-large-v3.5-ct2",
+}
 SAMPLE_RATE = 16_000  # Hz, what Whisper was trained on
 MIN_SECONDS = 0.1
 MAX_SECONDS = 600
@@ -54,15 +62,11 @@ def read_audio(path: str | Path) -> np.ndarray:
 
 
 class SpeechRecognizer:
-    """A Whisper model in memory, on the CPU with 8-bit weights."""
+    """A Whisper model in memory, on the CPU."""
 
     def __init__(self, preset: SpeechPreset):
-        from faster_whisper import WhisperModel
-
-        self.preset = preset
-        is_on_hub = isinstance(preset.source, HubRepository)
-        folder = fetch_repository(preset.source) if is_on_hub else fetch(preset.source)[0].parent
-        self.model = WhisperModel(str(folder), device="cpu", compute_type="int8", local_files_only=True)
+        is_checkpoint = isinstance(preset.source, Path)
+        self._hear = _openai_whisper(preset) if is_checkpoint else _faster_whisper(preset)
 
     def transcribe(self, path: str | Path) -> Transcript:
         """What is said in a recording.
@@ -75,15 +79,87 @@ class SpeechRecognizer:
             raise _no_speech()
         if len(samples) > MAX_SECONDS * SAMPLE_RATE:
             raise BadInput(f"That recording is too long. Please send at most {MAX_SECONDS // 60} minutes.")
-        # The voice filter drops silence first: on silence Whisper makes words up.
-        found, info = self.model.transcribe(
-            samples, language=self.preset.language, vad_filter=True, condition_on_previous_text=False
-        )
-        spoken = tuple(SpeechSegment(part.start, part.end, part.text.strip()) for part in found)
-        text = " ".join(part.text for part in spoken).strip()
-        if not any(character.isalnum() for character in text):
+        transcript = self._hear(samples)
+        if not any(character.isalnum() for character in transcript.text):
             raise _no_speech()
-        return Transcript(text, info.language, spoken)
+        return transcript
+
+
+def _faster_whisper(preset: SpeechPreset) -> Callable[[np.ndarray], Transcript]:
+    """A model in CTranslate2's format, with 8-bit weights."""
+    from faster_whisper import WhisperModel
+
+    is_on_hub = isinstance(preset.source, HubRepository)
+    folder = fetch_repository(preset.source) if is_on_hub else fetch(preset.source)[0].parent
+    model = WhisperModel(str(folder), device="cpu", compute_type="int8", local_files_only=True)
+
+    def hear(samples: np.ndarray) -> Transcript:
+        # The voice filter drops silence first: on silence Whisper makes words up.
+        found, info = model.transcribe(
+            samples, language=preset.language, vad_filter=True, condition_on_previous_text=False
+        )
+        return _transcript([(part.start, part.end, part.text) for part in found], info.language)
+
+    return hear
+
+
+def _openai_whisper(preset: SpeechPreset) -> Callable[[np.ndarray], Transcript]:
+    """A checkpoint as OpenAI's own package writes it, perhaps fine-tuned."""
+    import torch
+
+    try:
+        from whisper.model import ModelDimensions, Whisper
+    except ImportError as error:
+        raise AssetError("A Whisper checkpoint needs one more package: pip install openai-whisper") from error
+    try:
+        checkpoint = torch.load(preset.source, map_location="cpu", weights_only=True)  # runs nothing that is in it
+        model = Whisper(ModelDimensions(**checkpoint["dims"]))
+        model.load_state_dict(checkpoint["model_state_dict"])
+    except Exception as error:  # torch.load raises almost anything
+        raise WeightsError(f"{preset.source.name} is no Whisper checkpoint, or is damaged.") from error
+    model.eval()
+
+    def hear(samples: np.ndarray) -> Transcript:
+        from faster_whisper.vad import get_speech_timestamps
+
+        if not get_speech_timestamps(samples):
+            raise _no_speech()
+        language = preset.language or (None if model.is_multilingual else "en")
+        result = model.transcribe(samples, language=language, fp16=False, condition_on_previous_text=False)
+        segments = [(part["start"], part["end"], part["text"]) for part in result["segments"]]
+        return _transcript(segments, result["language"])
+
+    return hear
+
+
+def _transcript(parts: Iterable[tuple[float, float, str]], language: str) -> Transcript:
+    spoken = tuple(SpeechSegment(start, end, text.strip()) for start, end, text in parts)
+    return Transcript(" ".join(part.text for part in spoken).strip(), language, spoken)
+
+
+def find_speech_model(name: str) -> SpeechPreset:
+    """Any Whisper model: a size ("base.en"), a repository or folder in CTranslate2's format, or OpenAI's .pt file.
+
+    Raises:
+        BadInput: there is none of that name.
+    """
+    from faster_whisper import available_models
+
+    if name.endswith(".pt"):
+        if not Path(name).is_file():
+            raise BadInput(f"There is no file {Path(name).name}.")
+        return SpeechPreset(Path(name), language=None)
+    language = "en" if name.endswith(".en") else None
+    if "/" in name or Path(name).is_dir():
+        return SpeechPreset(HubRepository(name), language)
+    if name not in available_models():
+        raise BadInput(f"There is no Whisper model '{name}'. The sizes are {', '.join(available_models())}.")
+    return SpeechPreset(HubRepository(_repository(name)), language)
+
+
+def _repository(size: str) -> str:
+    distilled = "distil-" if size.startswith("distil-") else ""
+    return REPOSITORIES.get(size) or f"Systran/faster-{distilled}whisper-{size.removeprefix('distil-')}"
 
 
 def _no_speech() -> BadInput:

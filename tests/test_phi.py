@@ -296,6 +296,13 @@ def test_quantization_is_chosen_with_a_reason(monkeypatch):
     assert choose_quantization("auto", gpu, 4 * 10**9).kind == "none"
 
 
+def test_flash_attention_falls_back_aloud(tiny, monkeypatch, caplog):
+    monkeypatch.setenv("MMCHAT_ATTENTION", "flash_attention_2")
+    with caplog.at_level("WARNING"):
+        model, _ = load_language_model(PRESETS["phi3-pooled"].language_model, torch.float32)
+    assert model.config._attn_implementation == "sdpa" and "flash-attn is not installed" in caplog.text
+
+
 def test_auto_takes_phi_where_it_fits_and_can_be_had(monkeypatch):
     from mmchat import device
 

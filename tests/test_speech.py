@@ -8,9 +8,11 @@ import av
 import jiwer
 import numpy as np
 import pytest
+import torch
 
-from mmchat.errors import BadInput
-from mmchat.speech import read_audio
+from mmchat.errors import BadInput, WeightsError
+from mmchat.presets import HubRepository, SpeechPreset
+from mmchat.speech import SpeechRecognizer, Transcript, find_speech_model, read_audio
 from tests.conftest import SPEECH
 
 SAID = "and so my fellow americans ask not what your country can do for you ask what you can do for your country"
@@ -117,3 +119,64 @@ def test_a_recording_that_is_too_long_is_refused(engine, tmp_path, monkeypatch):
 def test_a_picture_is_no_recording(engine, photo):
     with pytest.raises(BadInput, match="not a recording"):
         engine.transcribe(photo)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small model of OpenAI's own class, stored as OpenAI stores it."""
+    from whisper.model import ModelDimensions, Whisper
+
+    torch.manual_seed(0)
+    dims = ModelDimensions(
+        n_mels=80,
+        n_audio_ctx=1500,
+        n_audio_state=16,
+        n_audio_head=2,
+        n_audio_layer=1,
+        n_vocab=51864,
+        n_text_ctx=448,
+        n_text_state=16,
+        n_text_head=2,
+        n_text_layer=1,
+    )
+    path = tmp_path_factory.mktemp("whisper") / "fine-tuned.pt"
+    torch.save({"dims": vars(dims), "model_state_dict": Whisper(dims).state_dict()}, path)
+    return path
+
+
+def test_a_checkpoint_of_openais_package_gives_the_same_kind_of_result(checkpoint, engine):
+    found = SpeechRecognizer(find_speech_model(str(checkpoint))).transcribe(SPEECH)
+    assert type(found) is Transcript is type(engine.transcribe(SPEECH))
+    assert found.language == "en" and found.segments  # its weights are random, so its words are, too
+    assert all(part.end >= part.start >= 0 for part in found.segments)
+
+
+def test_no_voice_is_no_speech_for_a_checkpoint_either(checkpoint, tmp_path):
+    noise = np.random.default_rng(0).normal(0, 0.01, (32000, 1)).clip(-1, 1)
+    with pytest.raises(BadInput, match="no speech"):
+        SpeechRecognizer(find_speech_model(str(checkpoint))).transcribe(write_wav(tmp_path / "n.wav", noise, 16000))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    (tmp_path / "half.pt").write_bytes(b"PK half a file")
+    with pytest.raises(WeightsError, match="half.pt"):
+        SpeechRecognizer(find_speech_model(str(tmp_path / "half.pt")))
+
+
+@pytest.mark.parametrize(
+    ("name", "repository", "language"),
+    [
+        ("base.en", "Systran/faster-whisper-base.en", "en"),
+        ("small", "Systran/faster-whisper-small", None),
+        ("distil-small.en", "Systran/faster-distil-whisper-small.en", "en"),
+        ("turbo", "mobiuslabsgmbh/faster-whisper-large-v3-turbo", None),
+        ("somebody/whisper-ct2", "somebody/whisper-ct2", None),
+    ],
+)
+def test_whisper_models_by_name(name, repository, language):
+    assert find_speech_model(name) == SpeechPreset(HubRepository(repository), language)
+
+
+def test_an_unknown_size_lists_the_known_ones():
+    with pytest.raises(BadInput, match="tiny.en.*turbo"):
+        find_speech_model("huge")
