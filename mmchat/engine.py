@@ -23,12 +23,14 @@ from .image_encoder import load_image_encoder, open_image, to_rgb
 from .importing import own_weights
 from .model import load_model, preset_of
 from .presets import AUTO, DEFAULT_PRESET, Preset, get_preset
-from .prompt import CHAT_FORMATS, EncodedConversation, Message, encode, has_images
+from .prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, EncodedConversation, Message, encode, has_images
+from .reuse import Reading, Readings, Row
 from .speech import SpeechRecognizer, Transcript, find_speech_model
 
 logger = logging.getLogger(__name__)
 
 CACHED_PICTURES = 64
+ROOM_TO_READ = {"cpu": 2e8, "mps": 1e9, "cuda": 2e9}  # bytes of keys and values that are kept of idle conversations
 DEFAULT_QUESTION = "Describe the image."  # for a picture that came without words
 
 # The base model has not seen the picture: it must neither add to what the draft says nor answer the question anew.
@@ -90,6 +92,7 @@ class Engine:
         self.chat_format = CHAT_FORMATS[preset.language_model.chat_format]
         self.context_length: int = self.model.language_model.config.max_position_embeddings  # tokens
         self._features: OrderedDict[str, torch.Tensor] = OrderedDict()  # picture digest -> [features, width]
+        self._readings = Readings(self.model.language_model.config, ROOM_TO_READ[self.device.type])
         self._turn = Lock()  # the adapter is on or off for the whole model, so one reply runs at a time
         self._loading = Lock()
 
@@ -151,10 +154,38 @@ class Engine:
             options = replace(options, repetition_penalty=1.0 if has_images(messages) else TEXT_PENALTY)
         with self._turn:  # the tokenizer, too, is not for two threads at once
             encoded = self._fit(messages, options.max_new_tokens, notify)
-            with nullcontext() if has_images(messages) else self.model.without_adapter():
-                embeddings = self._embed(encoded)
-                with closing(stream_text(self.model.language_model, self.tokenizer, embeddings, options)) as pieces:
-                    yield from pieces
+            with_adapter = has_images(messages)
+            with nullcontext() if with_adapter else self.model.without_adapter():
+                yield from self._write(encoded, options, with_adapter)
+
+    def _write(self, encoded: EncodedConversation, options: SamplingOptions, with_adapter: bool) -> Iterator[str]:
+        """The answer to an encoded conversation; what was read of it in earlier turns is not read again."""
+        language_model = self.model.language_model
+        if options.beams > 1:
+            yield from stream_text(language_model, self.tokenizer, self._embed(encoded), options)
+            return
+        row = self._row(encoded)
+        reading = self._readings.take(row, with_adapter)
+        embeddings = self._embed(encoded, start=len(reading.row))
+        with closing(
+            stream_text(language_model, self.tokenizer, embeddings, options, reading.cache, written=row)
+        ) as pieces:
+            try:
+                yield from pieces
+            except GeneratorExit:  # stopped; after an error, some layers may have read more than others
+                self._keep(reading, row)
+                raise
+            self._keep(reading, row)
+
+    def _keep(self, reading: Reading, row: Row) -> None:
+        reading.row = row[: reading.cache.get_seq_length()]  # the last token of an answer is written, but not read
+        self._readings.keep(reading)
+
+    def _row(self, encoded: EncodedConversation) -> Row:
+        """The conversation as it is compared with others: pictures by what is in them."""
+        count = self.model.tokens_per_image
+        pictures = iter([(digest, number) for digest in map(_digest, encoded.images) for number in range(count)])
+        return [next(pictures) if token_id == IMAGE_TOKEN_ID else token_id for token_id in encoded.token_ids]
 
     def rewrite(self, question: str, draft: str, options: SamplingOptions | None = None) -> Iterator[str]:
         """A draft answer in better English, in pieces, by the base model: the adapter is off, the weights are the same.
@@ -187,10 +218,11 @@ class Engine:
         return encode(messages, self.tokenizer, self.chat_format, self.model.tokens_per_image, open_reply=True)
 
     @torch.inference_mode()
-    def _embed(self, encoded: EncodedConversation) -> torch.Tensor:
-        """[1, length, token_width]."""
-        token_ids = torch.tensor([encoded.token_ids], device=self.model.device)
-        features = [self._image_features(image) for image in encoded.images]
+    def _embed(self, encoded: EncodedConversation, start: int = 0) -> torch.Tensor:
+        """[1, length - start, token_width]; a picture lies before ``start`` as a whole or not at all."""
+        token_ids = torch.tensor([encoded.token_ids[start:]], device=self.model.device)
+        read = encoded.token_ids[:start].count(IMAGE_TOKEN_ID) // self.model.tokens_per_image
+        features = [self._image_features(image) for image in encoded.images[read:]]
         return self.model.splice(token_ids, torch.stack(features) if features else None)
 
     def _image_features(self, source: Any) -> torch.Tensor:

@@ -58,13 +58,23 @@ def stop_token_ids(model: nn.Module) -> set[int]:
     return set(model.generation_config.eos_token_id)
 
 
-def stream_text(model: nn.Module, tokenizer: Any, embeddings: torch.Tensor, options: SamplingOptions) -> Iterator[str]:
+def stream_text(
+    model: nn.Module,
+    tokenizer: Any,
+    embeddings: torch.Tensor,
+    options: SamplingOptions,
+    cache: Any = None,
+    written: list[int] | None = None,
+) -> Iterator[str]:
     """The answer in pieces that are whole characters.
 
     Closing the iterator ends the work: nothing is computed before the next piece is asked for.
 
     Args:
-        embeddings: [1, length, token_width], what the model has read so far.
+        embeddings: [1, length, token_width], what the model is to read before it writes.
+        cache: what it has read before that, a DynamicCache; it grows.
+        written: the token ids of the answer are added to it. Beam search needs everything in ``embeddings``, and adds
+            to neither.
     """
     from tokenizers.decoders import DecodeStream
 
@@ -72,8 +82,10 @@ def stream_text(model: nn.Module, tokenizer: Any, embeddings: torch.Tensor, opti
         yield from generate_texts(model, tokenizer, [embeddings[0]], options)
         return
     decoder = DecodeStream(skip_special_tokens=True)
-    with closing(stream_token_ids(model, embeddings, options, stop_token_ids(model))) as token_ids:
+    with closing(stream_token_ids(model, embeddings, options, stop_token_ids(model), cache)) as token_ids:
         for token_id in token_ids:
+            if written is not None:
+                written.append(token_id)
             piece = decoder.step(tokenizer.backend_tokenizer, token_id)
             if piece:
                 yield piece
@@ -81,7 +93,7 @@ def stream_text(model: nn.Module, tokenizer: Any, embeddings: torch.Tensor, opti
 
 @torch.inference_mode()
 def stream_token_ids(
-    model: nn.Module, embeddings: torch.Tensor, options: SamplingOptions, stop_ids: set[int]
+    model: nn.Module, embeddings: torch.Tensor, options: SamplingOptions, stop_ids: set[int], cache: Any = None
 ) -> Iterator[int]:
     """Token ids one by one, without the one that ends the answer."""
     from transformers import DynamicCache
@@ -89,7 +101,7 @@ def stream_token_ids(
     process = _logits_processors(options)
     generator = torch.Generator(embeddings.device)
     generator.manual_seed(options.seed) if options.seed is not None else generator.seed()
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config) if cache is None else cache
     written = torch.empty(1, 0, dtype=torch.long, device=embeddings.device)  # [1, tokens of the answer]
     inputs = {"inputs_embeds": embeddings}
     for _ in range(options.max_new_tokens):

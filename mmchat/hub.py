@@ -35,9 +35,14 @@ def fetch_repository(repository: HubRepository, files: Sequence[str] | None = No
     return _noted(_note(repository)) or _download(repository, files)
 
 
+def is_here(repository: HubRepository) -> bool:
+    """Whether it has been fetched."""
+    return Path(repository.name).is_dir() or _noted(_note(repository)) is not None
+
+
 def can_fetch(repository: HubRepository) -> bool:
     """Whether it is here already, or the Hub answers that it is there."""
-    if Path(repository.name).is_dir() or _noted(_note(repository)):
+    if is_here(repository):
         return True
     from huggingface_hub import HfApi
 

@@ -6,10 +6,12 @@ import threading
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from mmchat import BadInput, Message, SamplingOptions
 from mmchat.errors import MmchatError
 from mmchat.prompt import IMAGE_TOKEN_ID
+from mmchat.reuse import Reading
 
 GREEDY = SamplingOptions(temperature=0, max_new_tokens=16)
 
@@ -20,8 +22,10 @@ def answer(engine, *messages, options=GREEDY, **more):
 
 @pytest.fixture
 def read_by_model(engine, monkeypatch):
-    """What reaches the language model: (token ids, embeddings) of each reply."""
+    """What reaches the language model: (token ids, embeddings) of each reply, which reads everything anew."""
     seen, splice = [], engine.model.splice
+    anew = lambda row, with_adapter: Reading(with_adapter, DynamicCache(config=engine._readings.config))  # noqa: E731
+    monkeypatch.setattr(engine._readings, "take", anew)
 
     def spy(token_ids, image_features):
         embeddings = splice(token_ids, image_features)

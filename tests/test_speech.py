@@ -140,7 +140,10 @@ def checkpoint(tmp_path_factory):
         n_text_layer=1,
     )
     path = tmp_path_factory.mktemp("whisper") / "fine-tuned.pt"
-    torch.save({"dims": vars(dims), "model_state_dict": Whisper(dims).state_dict()}, path)
+    model = Whisper(dims)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    torch.save({"dims": vars(dims), "model_state_dict": model.state_dict()}, path)
     return path
 
 

