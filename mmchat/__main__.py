@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -61,10 +62,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     doctor_command.set_defaults(run=doctor)
 
     for command in (ask_command, batch_command):
-        command.add_argument("--preset", default=DEFAULT_PRESET, choices=[AUTO, *PRESETS], help="which models to use")
+        command.add_argument(
+            "--preset",
+            default=os.environ.get("MMCHAT_PRESET", DEFAULT_PRESET),
+            help=f"which models to use: {', '.join([AUTO, *PRESETS])} (default: MMCHAT_PRESET, or {DEFAULT_PRESET})",
+        )
         command.add_argument("--weights", help="a folder that training wrote (default: the preset's own)")
         command.add_argument(
-            "--quantization", default="auto", help="auto, none, 8bit, 4bit or 4bit-double (default: auto)"
+            "--quantization",
+            default=os.environ.get("MMCHAT_QUANTIZATION", "auto"),
+            help="auto, none, 8bit, 4bit or 4bit-double (default: MMCHAT_QUANTIZATION, or auto)",
         )
         command.add_argument(
             "--rewrite", action="store_true", help="have the model without its adapter rewrite each answer"

@@ -21,8 +21,6 @@ from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
-from filelock import FileLock
-
 from .errors import AssetError
 from .presets import WheelMember
 
@@ -115,6 +113,8 @@ def _locked(folder: Path) -> Iterator[Path]:
 
     The same name each time, so that what a killed process left is removed by the next.
     """
+    from filelock import FileLock
+
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:

@@ -60,8 +60,10 @@ def _package(name: str, purpose: str = "") -> Finding:
 
 
 def _device() -> Finding:
-    from .device import choose_device, choose_preset
-
+    try:
+        from .device import choose_device, choose_preset
+    except ImportError as error:
+        return Finding("device", "unknown", f"A package is missing ({error.name}): run make run again.")
     device = choose_device()
     preset, reason = choose_preset()
     return Finding("device", f"{device.type}: {device.reason}; the preset auto means {preset.name}: {reason}")

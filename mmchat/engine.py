@@ -21,7 +21,7 @@ from .errors import BadInput, MmchatError
 from .generation import TEXT_PENALTY, SamplingOptions, stream_text
 from .image_encoder import load_image_encoder, open_image, to_rgb
 from .importing import own_weights
-from .model import load_model, preset_of
+from .model import load_model, preset_of, preset_trained
 from .presets import AUTO, DEFAULT_PRESET, Preset, get_preset
 from .prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, EncodedConversation, Message, encode, has_images
 from .reuse import Reading, Readings, Row
@@ -49,7 +49,8 @@ def load(
     """An engine with the models of a preset, fetched on first use.
 
     Args:
-        preset: a name from ``presets.PRESETS``, or "auto": the best that this machine can run.
+        preset: a name from ``presets.PRESETS``, or "auto": the one that ``weights`` were trained
+            for; without weights, the best that this machine can run.
         weights: a folder that training wrote; the preset's own weights if None.
         quantization: of the language model: a name of ``device.QUANTIZATIONS``.
         speech: another Whisper model than the preset's: a size, a repository, a folder or a .pt file.
@@ -57,7 +58,12 @@ def load(
     Raises:
         MmchatError: no such preset, or models or weights that cannot be had; the text says what to do.
     """
-    chosen, reason = choose_preset() if preset == AUTO else (get_preset(preset), "")
+    if preset != AUTO:
+        chosen, reason = get_preset(preset), ""
+    elif weights:
+        chosen, reason = preset_trained(weights), "the weights were trained for it"
+    else:
+        chosen, reason = choose_preset()
     if reason:
         logger.info("Preset %s: %s", chosen.name, reason)
     if speech:

@@ -213,6 +213,19 @@ def _encoder_of_choice(preset: Preset) -> dict:
     return {"image_encoder_preset": asdict(encoder)} if is_chosen else {}
 
 
+def preset_trained(weights: str | Path) -> Preset:
+    """The preset that the weights of a folder were trained for.
+
+    Raises:
+        WeightsError: the folder is no weights folder, or was made for no preset there is.
+    """
+    name = _read_config(Path(weights)).get("language_model")
+    for preset in PRESETS.values():
+        if preset.language_model.name == name:
+            return preset
+    raise WeightsError(f"The weights in '{Path(weights).name}' were made for {name}, which no preset has.")
+
+
 def preset_of(preset: Preset, weights: str | Path) -> Preset:
     """The preset with the image encoder that the weights of a folder were trained with, where that is another one.
 

@@ -75,6 +75,7 @@ def evaluate_questions(options):
     from tqdm import tqdm
 
     from mmchat.device import choose_device
+    from mmchat.errors import BadInput
     from mmchat.generation import SamplingOptions
     from mmchat.image_encoder import load_image_encoder
     from mmchat.importing import own_weights
@@ -94,6 +95,10 @@ def evaluate_questions(options):
     else:
         features = PictureFolder(options.images, encoder())
     files = {path: read_items(path, options.limit) for path in options.questions}
+    names = {name for items in files.values() for item in items for name in item.conversation.images}
+    missing = sorted(name for name in names if name not in features)
+    if missing:
+        raise BadInput(f"{len(missing)} pictures that are asked about are not there, {missing[0]} for one.")
     sampling = SamplingOptions(
         temperature=0, repetition_penalty=1.0, beams=options.beams, max_new_tokens=options.max_new_tokens
     )

@@ -95,9 +95,9 @@ def from_captions(options):
     from mmchat.errors import BadInput
     from mmchat.training import captions
 
-    pictures = captions.read_captions(options.captions)
+    pictures = all_pictures = captions.read_captions(options.captions)
     if options.splits:
-        splits = json.loads(Path(options.splits).read_text())
+        splits = read_splits(options.splits)
         if options.split not in splits:
             raise BadInput(f"{options.splits} has no split '{options.split}', only {', '.join(splits)}.")
         by_name = {picture["image"]: picture for picture in pictures}
@@ -105,7 +105,11 @@ def from_captions(options):
     elif options.split:
         pictures = [picture for picture in pictures if picture["split"] == options.split]
     if not pictures:
-        raise BadInput(f"There are no pictures in the split '{options.split}'.")
+        known = sorted({picture["split"] for picture in all_pictures if picture["split"]})
+        raise BadInput(
+            f"There are no pictures in the split '{options.split}'. "
+            + (f"There are: {', '.join(known)}." if known else "These captions name no splits: leave --split out.")
+        )
     pictures = [in_folder(options.folder, picture) for picture in pictures[: options.limit]]
     random_numbers = random.Random(options.seed)
     if options.make == "descriptions":
@@ -115,6 +119,15 @@ def from_captions(options):
     return captions.conversations(
         pictures, random_numbers, with_questions=options.make == "conversations", agreement=options.agreement
     )
+
+
+def read_splits(path):
+    from mmchat.errors import BadInput
+
+    try:
+        return dict(json.loads(Path(path).read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} is no JSON of splits: {{name of a split: [file name, …], …}}.") from error
 
 
 def from_easy_vqa(options):

@@ -52,6 +52,7 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
 def write_conversations(path: str | Path, entries: Iterable[dict]) -> int:
     """Writes LLaVA-Instruct entries, one on each line of a JSON list, and returns how many."""
     count = 0
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with Path(path).open("w", encoding="utf-8") as sink:
         for count, entry in enumerate(entries, start=1):
             sink.write(("[\n" if count == 1 else ",\n") + json.dumps(entry, ensure_ascii=False))
