@@ -97,7 +97,7 @@ def test_the_same_words_with_and_without(pair, steps):
 def test_a_follow_up_reads_only_what_is_new(pair, read):
     keeping, _, pictures = pair
     lengths = read(keeping)
-    question = Message("user", "What is in this picture?", pictures[:1])
+    question = Message("user", "What is in this picture? Yes. No. " * 3, pictures[:1])
     answer = "".join(keeping.reply([question], OPTIONS))
     first = lengths[0]
     lengths.clear()

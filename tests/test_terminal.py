@@ -16,7 +16,7 @@ from tests.conftest import ROOT, SPEECH
 @pytest.fixture(autouse=True)
 def loaded_engine(engine, monkeypatch):
     """The real engine, loaded once for all these tests."""
-    monkeypatch.setattr("mmchat.engine.load", lambda preset, weights: engine)
+    monkeypatch.setattr("mmchat.engine.load", lambda preset, weights, quantization, speech: engine)
 
 
 def run(*arguments) -> int:
@@ -42,6 +42,17 @@ def test_ask_as_a_person_runs_it():
 def test_ask_about_a_picture(photo, capsys):
     assert run("ask", "--image", photo, "--temperature", 0, "--max-new-tokens", 20) == 0
     assert capsys.readouterr().out.strip()
+
+
+def test_a_draft_is_rewritten(engine, capsys, tmp_path):
+    assert run("ask", "What is the capital of France?", "--rewrite", "--temperature", 0, "--max-new-tokens", 20) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("Draft: The capital of France is Paris.") and captured.out.strip()
+    (tmp_path / "q.jsonl").write_text('{"image": null, "question": "What is the capital of France?"}\n')
+    batch = ["batch", tmp_path / "q.jsonl", "--out", tmp_path / "a.jsonl", "--rewrite", "--temperature", 0]
+    assert run(*batch, "--max-new-tokens", 20) == 0
+    line = json.loads((tmp_path / "a.jsonl").read_text())
+    assert line["draft"] == "The capital of France is Paris." and line["answer"] == captured.out.strip()
 
 
 def test_a_spoken_question_is_shown_and_answered(capsys):

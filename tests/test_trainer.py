@@ -235,7 +235,7 @@ def test_a_folder_with_checkpoints_is_not_written_over(tiny, tmp_path):
 
 
 def test_features_of_another_encoder_are_refused(tiny, tmp_path):
-    with pytest.raises(BadInput, match=r"features.* 'pooled 1'.*has 'patches 4'"):
+    with pytest.raises(BadInput, match=r"features.* 'pooled 1x20.*has 'patches 4x24"):
         train(recipe(tiny, tmp_path, features=str(tiny / "features-pooled")))
 
 
