@@ -268,13 +268,13 @@ def wait_for(folder: Path, process: subprocess.Popen) -> None:
 @pytest.mark.parametrize("quantization", ["none", "4bit", "int8"])
 def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path, quantization):
     settings = {"quantization": quantization, "max_steps": 40, "save_steps": 10, "dropout": 0.1, "own_tokens": 0.3}
-    whole = start(tiny, recipe(tiny, tmp_path / "whole", **settings), sys.executable)
-    assert whole.wait(240) == 0, whole.stdout.read()
+    whole = start(tiny, recipe(tiny, tmp_path / "whole", **settings), sys.executable)  # beside the other
     cut = start(tiny, recipe(tiny, tmp_path / "cut", **settings), sys.executable)
     wait_for(tmp_path / "cut" / "checkpoint-10", cut)
     os.kill(cut.pid, signal.SIGKILL)
     cut.wait(60)
     assert not (tmp_path / "cut" / "checkpoint-40").exists()
+    assert whole.wait(240) == 0, whole.stdout.read()
     resumed = start(tiny, recipe(tiny, tmp_path / "cut", **settings), sys.executable, extra="--resume")
     assert resumed.wait(240) == 0, resumed.stdout.read()
     one, other = tmp_path / "whole" / "checkpoint-40", tmp_path / "cut" / "checkpoint-40"
