@@ -86,7 +86,7 @@ def _preset(preset: Preset) -> Finding:
     }
     missing = [name for name, source in parts.items() if not _is_present(source)]
     text = f"{', '.join(missing)} not here yet, fetched when first used" if missing else "everything is here"
-    if missing == ["weights"] or isinstance(preset.weights, Path) and "weights" in missing:
+    if "weights" in missing and isinstance(preset.weights, Path):
         text += "; no weights come with it: train or import some"
     return Finding(f"preset {preset.name}", text)
 

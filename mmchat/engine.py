@@ -200,8 +200,7 @@ class Engine:
             question: what the draft answers; it tells what the answer is about.
             draft: what ``reply`` gave.
         """
-        request = REWRITE.format(question=question.strip() or DEFAULT_QUESTION, draft=draft.strip())
-        return self.reply([Message("user", request)], options)
+        return self.reply([rewrite_request(question, draft)], options)
 
     def _fit(self, messages: list[Message], max_new_tokens: int, notify: Callable[[str], None]) -> EncodedConversation:
         """Tokenises the conversation, leaving out whole oldest turns until it fits the model's context."""
@@ -253,6 +252,11 @@ def _digest(source: Any) -> str:
         except OSError as error:
             raise BadInput(f"There is no picture '{Path(source).name}'.") from error
     return hashlib.blake2b(content).hexdigest()
+
+
+def rewrite_request(question: str, draft: str) -> Message:
+    """What the base model is asked, to put a draft answer into better English."""
+    return Message("user", REWRITE.format(question=question.strip() or DEFAULT_QUESTION, draft=draft.strip()))
 
 
 def with_question(messages: Sequence[Message]) -> list[Message]:

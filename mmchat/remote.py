@@ -7,7 +7,7 @@ import io
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from .engine import DEFAULT_QUESTION, REWRITE, with_question
+from .engine import rewrite_request, with_question
 from .errors import BadInput, MmchatError
 from .generation import SamplingOptions
 from .image_encoder import open_image, to_rgb
@@ -110,8 +110,7 @@ class RemoteEngine:
 
     def rewrite(self, question: str, draft: str, options: SamplingOptions | None = None) -> Iterator[str]:
         """A draft answer in better English, as ``Engine.rewrite`` gives it; here its adapter is part of the model."""
-        request = REWRITE.format(question=question.strip() or DEFAULT_QUESTION, draft=draft.strip())
-        return self.reply([Message("user", request)], options)
+        return self.reply([rewrite_request(question, draft)], options)
 
 
 def _as_sent(message: Message) -> dict[str, Any]:
@@ -132,17 +131,14 @@ def _data_url(source: Any) -> str:
     )
 
 
-class _said_in_words:  # noqa: N801 (reads as a sentence where it is used)
+@contextmanager
+def _said_in_words() -> Iterator[None]:
     """Turns the openai package's errors into sentences."""
+    import openai
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        import openai
-
-        if not isinstance(error, openai.OpenAIError):
-            return
+    try:
+        yield
+    except openai.OpenAIError as error:
         logger.debug("model server", exc_info=error)
         raise _sentence(error) from error
 
