@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -63,3 +65,14 @@ def tiny(tmp_path_factory):
         preset = PRESETS[f"phi3-{name}"].image_encoder
         embed_folder(folder / "pictures", folder / f"features-{name}", preset, load_image_encoder(preset))
     return folder
+
+
+def page_address(page, log: Path) -> str:
+    """Where an app.py that runs in a process of its own serves, once its log says so."""
+    for _ in range(1200):
+        found = re.search(r"local URL:\s+(http://\S+)", log.read_text())
+        if found:
+            return found[1]
+        assert page.poll() is None, log.read_text()
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 from mmchat.assets import cache_folder, fetch
 from mmchat.presets import PHI_3_5, SMOL
-from tests.conftest import ROOT
+from tests.conftest import ROOT, page_address
 from tests.hub_server import Hub, serve
 
 PHI, CLIP = PHI_3_5.language_model.source.name, PHI_3_5.image_encoder.source.name
@@ -87,7 +85,7 @@ def test_from_a_name_to_an_answer_in_the_page(hub, fresh, photo, tmp_path):
             [sys.executable, "app.py"], cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT
         )
         try:
-            address = _address(page, log)
+            address = page_address(page, log)
             answer = Client(address, verbose=False).predict("What is it?", handle_file(photo), api_name="/ask")
         finally:
             page.terminate()
@@ -98,16 +96,6 @@ def test_from_a_name_to_an_answer_in_the_page(hub, fresh, photo, tmp_path):
     assert not any(request.endswith((".bin", ".pt")) and PHI in request for request in hub.requests)
     again = ask(fresh, "http://127.0.0.1:9", "--image", str(photo))  # the Hub is gone
     assert again.returncode == 0 and "Fetching" not in again.stderr, again.stderr
-
-
-def _address(page, log):
-    for _ in range(1200):
-        found = re.search(r"http://[\d.]+:\d+", log.read_text().replace("Running on local URL:", ""))
-        if "Running on local URL" in log.read_text() and found:
-            return found[0]
-        assert page.poll() is None, log.read_text()
-        time.sleep(0.1)
-    raise AssertionError(log.read_text())
 
 
 @pytest.mark.parametrize(

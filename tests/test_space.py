@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
-import re
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from mmchat.device import choose_device, choose_quantization
 from mmchat.engine import Engine
 from mmchat.space import assemble, check, front_matter
 from mmchat.zero_gpu import lend_gpu, seconds_needed
-from tests.conftest import ROOT
+from tests.conftest import ROOT, page_address
 
 
 @pytest.mark.slow
@@ -34,7 +32,7 @@ def test_the_folder_of_a_space_runs_by_itself(tmp_path):
             stderr=subprocess.STDOUT,
         )
         try:
-            address = _address(page, log)
+            address = page_address(page, log)
             from gradio_client import Client
 
             assert Client(address, verbose=False).predict("Say hello.", None, api_name="/ask")
@@ -46,16 +44,6 @@ def test_the_folder_of_a_space_runs_by_itself(tmp_path):
         [sys.executable, "-c", where], cwd=tmp_path / "space", capture_output=True, text=True, check=True
     )
     assert shown.stdout.strip() == str(tmp_path / "space" / "mmchat" / "__init__.py")
-
-
-def _address(page, log):
-    for _ in range(1200):
-        found = re.search(r"local URL:\s+(http://\S+)", log.read_text())
-        if found:
-            return found[1]
-        assert page.poll() is None, log.read_text()
-        time.sleep(0.1)
-    raise AssertionError(log.read_text())
 
 
 def test_its_files_are_those_it_needs(tmp_path):
