@@ -94,17 +94,24 @@ class MultimodalModel(nn.Module):
         return embeddings.masked_scatter(is_image.unsqueeze(-1), image_tokens.to(embeddings.dtype))
 
     def forward(
-        self, num_items_in_batch: torch.Tensor | int | None = None, **batch: torch.Tensor
+        self,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        label_weights: torch.Tensor | None = None,
+        **batch: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """The training loss: cross-entropy of each labelled token, predicted from the token before it.
 
         Args:
             num_items_in_batch: what the sum of losses is divided by; the number of labels if None.
+            label_weights: [labels], what each label's loss is multiplied by; below 0 it becomes less likely.
             batch: as ``label_logits`` takes it.
         """
         logits, expected = self.label_logits(**batch)
-        loss = nn.functional.cross_entropy(logits.float(), expected, reduction="sum")
-        return {"loss": loss / (len(expected) if num_items_in_batch is None else num_items_in_batch)}
+        losses = nn.functional.cross_entropy(logits.float(), expected, reduction="none")  # [labels]
+        if label_weights is not None:
+            losses = losses * label_weights
+        count = len(expected) if num_items_in_batch is None else num_items_in_batch
+        return {"loss": losses.sum() / max(count, 1)}
 
     def label_logits(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -49,6 +50,19 @@ class Row:
     @property
     def is_branched(self) -> bool:
         return any(place != index - 1 for index, place in enumerate(self.previous))
+
+    def without(self, places: set[int]) -> Row:
+        """The row without whole branches, which show no picture of their own."""
+        kept = [place for place in range(len(self)) if place not in places]
+        now_at = {place: number for number, place in enumerate(kept)} | {-1: -1}
+        return Row(
+            token_ids=[self.token_ids[place] for place in kept],
+            is_answer=[self.is_answer[place] for place in kept],
+            previous=[now_at[self.previous[place]] for place in kept],
+            position=[self.position[place] for place in kept],
+            end=[bisect_left(kept, self.end[place]) for place in kept],
+            images=self.images,
+        )
 
 
 def lay_out(conversations: Sequence[EncodedConversation], max_length: int) -> list[Row]:

@@ -87,6 +87,13 @@ class Recipe:
     )
     own_tokens_cycle: int = setting(200, SCHEDULE, "steps in which that share rises from 0 and falls back to it")
 
+    own_answers: int = setting(
+        0,
+        SCHEDULE,
+        "answers that the model writes in each step to a question that people answered in several ways; those nearer "
+        "to what people wrote become likelier. 0: people's answers are learnt word by word",
+    )
+
     out: str = setting("runs/train", RUN, "the folder for weights, checkpoints and the log")
     resume: bool = setting(False, RUN, "go on from the newest whole checkpoint in --out; start afresh if there is none")
     save_steps: int = setting(200, RUN, "steps between checkpoints")
@@ -114,6 +121,8 @@ class Recipe:
             raise BadInput("patience needs --eval, and save_steps that are a multiple of eval_steps.")
         if not 0 <= self.own_tokens <= 1:
             raise BadInput("own_tokens is a share between 0 and 1.")
+        if self.own_answers == 1 or self.own_answers < 0:
+            raise BadInput("own_answers are compared with one another: take two or more, or 0 for none.")
 
 
 def parse_recipe(description: str, arguments: list[str] | None = None, **defaults: Any) -> Recipe:

@@ -29,6 +29,7 @@ from .features import FeatureStore, PictureFolder
 from .int8 import round_linear_layers
 from .recipe import Recipe, write_recipe
 from .samples import write_samples
+from .self_critical import SelfCriticalTrainer
 from .trainer import MultimodalTrainer, checkpoints
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,11 @@ def train(recipe: Recipe) -> None:
     callbacks = [HistoryCallback(), StopOnSignal()]
     if recipe.patience:
         callbacks.append(EarlyStoppingCallback(recipe.patience))
-    trainer = MultimodalTrainer(
+    trainer_class, options = MultimodalTrainer, {}
+    if recipe.own_answers:
+        trainer_class, options = SelfCriticalTrainer, {"tokenizer": tokenizer}
+    trainer = trainer_class(
+        **options,
         recipe=recipe,
         preset=preset,
         model=model,

@@ -1,0 +1,270 @@
+"""Descriptions rewarded for what they say: the model writes several, and the better ones become likelier.
+
+Learnt word by word, a description of a picture becomes the likeliest one, which is cautious and general. Here its own
+descriptions are compared with those that people wrote. Self-critical sequence training (Rennie et al. 2017, arXiv
+1612.00563); what is expected of a description is the mean of the picture's others (Luo 2020, arXiv 2003.09971).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import BadInput
+from ..generation import stop_token_ids
+from ..model import MultimodalModel
+from ..prompt import IMAGE_TOKEN_ID, EncodedConversation
+from .data import Row, collate, lay_out
+from .metrics import words
+from .trainer import MultimodalTrainer
+
+FEWEST_ANSWERS = 3  # a question that people answered in so many ways is open: there is more than one right answer
+
+
+@dataclass(frozen=True)
+class OpenQuestion:
+    """A question about a picture, and what people answered, each in their own words."""
+
+    token_ids: list[int]  # up to where the answer begins
+    answers: list[list[int]]  # token ids, without those that end a turn
+    images: list[str]
+
+
+def take_open_questions(row: Row, stop_ids: set[int]) -> tuple[Row, list[OpenQuestion]]:
+    """The open questions of a row, and the row without their answers, which are not to be learnt word by word.
+
+    An answer that more questions follow stays, to be read before these.
+    """
+    beginnings: dict[int, list[int]] = defaultdict(list)  # place of a question's last token -> where answers begin
+    for place, before in enumerate(row.previous):
+        if row.is_answer[place] and before >= 0 and not row.is_answer[before]:
+            beginnings[before].append(place)
+    questions, taken = [], set()
+    for last, starts in beginnings.items():
+        path = _path_to(row, last)
+        shows_all = sum(row.token_ids[place] == IMAGE_TOKEN_ID for place in path) == row.token_ids.count(IMAGE_TOKEN_ID)
+        spans = [_answer_from(row, start) for start in starts]
+        answers = [[row.token_ids[place] for place in span if row.token_ids[place] not in stop_ids] for span in spans]
+        if shows_all and len({tuple(answer) for answer in answers}) >= FEWEST_ANSWERS:
+            questions.append(OpenQuestion([row.token_ids[place] for place in path], answers, row.images))
+            for span in spans:
+                for place in span:
+                    row.is_answer[place] = False
+                branch = range(span.start, row.end[span.start])
+                taken.update(branch if not any(row.is_answer[place] for place in branch) else ())
+    return row.without(taken), questions
+
+
+def _path_to(row: Row, place: int) -> list[int]:
+    """The places of a token and of all before it in its conversation."""
+    path = []
+    while place >= 0:
+        path.append(place)
+        place = row.previous[place]
+    return path[::-1]
+
+
+def _answer_from(row: Row, start: int) -> range:
+    end = start + 1
+    while end < len(row) and row.is_answer[end] and row.previous[end] == end - 1:
+        end += 1
+    return range(start, end)
+
+
+class Reward:
+    """CIDEr-D (Vedantam et al. 2015) plus BLEU-4 of a description, against those that people wrote of the picture.
+
+    How telling a word is, is counted over all pictures. A full stop counts as a word, else descriptions that break off
+    ("… and a") are rewarded, too.
+
+    Args:
+        references: what people wrote of each picture there is.
+    """
+
+    def __init__(self, references: Sequence[Sequence[str]]):
+        from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+        self._all = CiderScorer(n=4, sigma=6.0)
+        for texts in references:
+            self._all += (None, [_with_stop(text) for text in texts])
+        self._all.compute_doc_freq()
+
+    def __call__(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> torch.Tensor:
+        """[texts], about 0 to 10; each text has its own references."""
+        from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+        from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+        cider, bleu = CiderScorer(n=4, sigma=6.0), BleuScorer(n=4)
+        for text, wanted in zip(texts, references, strict=True):
+            pair = (_with_stop(text), [_with_stop(reference) for reference in wanted])
+            cider += pair
+            bleu += pair
+        cider.document_frequency = self._all.document_frequency
+        cider.crefs = cider.crefs + self._all.crefs  # only their number counts: how many pictures there are
+        _, bleu_scores = bleu.compute_score(option="closest", verbose=0)
+        return torch.tensor(cider.compute_cider()) + torch.tensor(bleu_scores[3])
+
+
+def _with_stop(text: str) -> str:
+    return words(text) + (" ." if text.rstrip().endswith(".") else "")
+
+
+def advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """How much better each answer is than the mean of the other answers to its question: [questions, answers]."""
+    others = (rewards.sum(dim=1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+    return rewards - others
+
+
+@torch.no_grad()
+def sample_answers(
+    model: MultimodalModel, questions: Sequence[OpenQuestion], features: torch.Tensor, count: int
+) -> list[list[list[int]]]:
+    """``count`` answers to each question as the model is likely to give them, with the token that ends them.
+
+    The question is read once for all its answers.
+
+    Args:
+        features: [images, features, image_width] of the pictures that the questions show.
+    """
+    longest = max(len(question.token_ids) for question in questions)
+    token_ids = torch.zeros(len(questions), longest, dtype=torch.long, device=model.device)  # [questions, longest]
+    is_token = torch.zeros_like(token_ids)
+    for number, question in enumerate(questions):  # padded on the left, so that all answers begin at the right end
+        token_ids[number, longest - len(question.token_ids) :] = torch.tensor(question.token_ids)
+        is_token[number, longest - len(question.token_ids) :] = 1
+    room = 1 + max(len(answer) for question in questions for answer in question.answers)
+    is_training = model.training
+    model.eval()  # else gradient checkpointing would take the cache away
+    with torch.compiler.set_stance("force_eager"):  # a length more in every step: compiling is for training
+        written = _sample(model, model.splice(token_ids, features), is_token, count, room)
+    model.train(is_training)
+    stop_ids = stop_token_ids(model.causal_language_model)
+    answers = [_up_to_stop(row, stop_ids) for row in written.tolist()]
+    return [answers[start : start + count] for start in range(0, len(answers), count)]
+
+
+def _sample(
+    model: MultimodalModel, embeddings: torch.Tensor, is_token: torch.Tensor, count: int, room: int
+) -> torch.Tensor:
+    """[questions × count, tokens], at most ``room`` tokens."""
+    from transformers import DynamicCache
+
+    language_model = model.causal_language_model
+    stop_ids = torch.tensor(sorted(stop_token_ids(language_model)), device=embeddings.device)
+    cache = DynamicCache(config=language_model.config)
+    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    position = (is_token.cumsum(dim=1) - 1).clamp(min=0)  # [questions, longest]
+    logits = language_model(inputs_embeds=embeddings, attention_mask=is_token, position_ids=position, **options).logits[
+        :, -1
+    ]  # [questions, vocabulary]
+    cache.batch_repeat_interleave(count)
+    logits, is_token, position = (part.repeat_interleave(count, dim=0) for part in (logits, is_token, position[:, -1:]))
+    written = []
+    is_finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    for _ in range(room):
+        token = _draw(logits)  # [questions × count, 1]
+        written.append(token)
+        is_finished |= torch.isin(token[:, 0], stop_ids)
+        if is_finished.all():
+            break
+        is_token, position = nn.functional.pad(is_token, (0, 1), value=1), position + 1
+        logits = language_model(input_ids=token, attention_mask=is_token, position_ids=position, **options).logits[
+            :, -1
+        ]
+    return torch.cat(written, dim=1)
+
+
+def _draw(logits: torch.Tensor) -> torch.Tensor:
+    """A token for each row, by its probability: [rows, vocabulary] → [rows, 1].
+
+    Many times as fast on a CPU as ``torch.multinomial``, which draws a random number for each word of the vocabulary.
+    """
+    reached = logits.float().softmax(dim=-1).cumsum(dim=-1)  # [rows, vocabulary]
+    return torch.searchsorted(reached, torch.rand_like(reached[:, :1]) * reached[:, -1:])
+
+
+def _up_to_stop(token_ids: list[int], stop_ids: set[int]) -> list[int]:
+    """With the token that ends the answer, which is part of what the model decides."""
+    end = next((place + 1 for place, token_id in enumerate(token_ids) if token_id in stop_ids), len(token_ids))
+    return token_ids[:end]
+
+
+class SelfCriticalTrainer(MultimodalTrainer):
+    """Rewards the model's own answers to open questions, and teaches all other answers word by word.
+
+    Args:
+        tokenizer: to read what the model wrote.
+
+    Raises:
+        BadInput: no question of the training set is open.
+    """
+
+    def __init__(self, *, tokenizer: Any, **options: Any):
+        super().__init__(**options)
+        self.tokenizer = tokenizer
+        self.data_collator = _collate_with_rows
+        stop_ids = stop_token_ids(self.model.causal_language_model)
+        taken = [take_open_questions(row, stop_ids) for row in self.train_dataset.rows]
+        self.train_dataset.rows = [row for row, _ in taken]
+        self._questions = {id(row): questions for row, questions in taken}
+        found = [question for questions in self._questions.values() for question in questions]
+        if not found:
+            raise BadInput(f"No question was answered in {FEWEST_ANSWERS} ways, so there is nothing to compare with.")
+        self._reward = Reward([self._texts(question.answers) for question in found])
+        self._rewards: list[float] = []
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        rows = inputs.pop("rows")
+        loss = super().compute_loss(model, inputs, *arguments, **options)
+        questions = [question for row in rows for question in self._questions.get(id(row), [])]
+        if not model.training or not questions:
+            return loss
+        return loss + model(**self._rewarded_batch(questions))["loss"]
+
+    def _rewarded_batch(self, questions: list[OpenQuestion]) -> dict[str, torch.Tensor]:
+        """The model's own answers as what it is to learn, each with its advantage as its weight."""
+        features = [
+            torch.stack([self.train_dataset.features[name] for name in question.images]) for question in questions
+        ]
+        model = self.accelerator.unwrap_model(self.model)
+        shown = torch.cat(features).float().to(model.device)  # [images, features, image_width]
+        sampled = sample_answers(model, questions, shown, self.recipe.own_answers)
+        references = [self._texts(question.answers) for question in questions for _ in range(self.recipe.own_answers)]
+        texts = self._texts([answer for answers in sampled for answer in answers])
+        rewards = self._reward(texts, references).view(len(questions), -1)  # [questions, own answers]
+        self._rewards.append(rewards.mean().item())
+        examples, weights = [], []
+        for question, picture, answers, gains in zip(
+            questions, features, sampled, advantages(rewards).tolist(), strict=True
+        ):
+            conversations = [_answered(question, answer) for answer in answers]
+            row_length = sum(len(conversation.token_ids) for conversation in conversations)
+            examples += [{"row": row, "features": picture} for row in lay_out(conversations, row_length)]
+            in_order = sorted(zip(conversations, gains, strict=True), key=lambda pair: pair[0].token_ids)  # as lay_out
+            weights += [gain for conversation, gain in in_order for _ in range(sum(conversation.is_answer))]
+        batch = {name: tensor.to(model.device) for name, tensor in collate(examples).items()}
+        count = len(weights) * self.args.gradient_accumulation_steps
+        return {**batch, "label_weights": torch.tensor(weights, device=model.device), "num_items_in_batch": count}
+
+    def _texts(self, answers: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._rewards and "loss" in logs:
+            logs["reward"] = round(sum(self._rewards) / len(self._rewards), 4)
+            self._rewards = []
+        super().log(logs, start_time)
+
+
+def _answered(question: OpenQuestion, answer: list[int]) -> EncodedConversation:
+    is_answer = [False] * len(question.token_ids) + [True] * len(answer)
+    return EncodedConversation(question.token_ids + answer, is_answer, question.images)
+
+
+def _collate_with_rows(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {**collate(examples), "rows": [example["row"] for example in examples]}

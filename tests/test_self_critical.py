@@ -1,0 +1,160 @@
+"""Rewarding the model's own descriptions: what is sampled, what is rewarded, and that more of it comes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmchat.errors import BadInput
+from mmchat.language_model import load_language_model
+from mmchat.model import load_model
+from mmchat.presets import get_preset
+from mmchat.prompt import CHAT_FORMATS, Message, encode
+from mmchat.training.conversations import entry_of, write_conversations
+from mmchat.training.data import lay_out
+from mmchat.training.run import train
+from mmchat.training.self_critical import Reward, advantages, sample_answers, take_open_questions
+from tests.test_trainer import assert_same, history, recipe
+
+CAPTIONS = (
+    ("A brown dog runs on the grass.", "A brown dog runs.", "The brown dog runs on grass."),
+    ("Yes, there is a picture.", "What is in the picture?", "There is a picture in this."),
+)
+
+
+@pytest.fixture(scope="module")
+def described(tiny, tmp_path_factory) -> Path:
+    """Weights that describe in words which three people chose, and the conversations they come from."""
+    folder = tmp_path_factory.mktemp("described")
+    entries = []
+    for number in range(8):
+        asked = [[("Describe the image.", caption)] for caption in CAPTIONS[number % 2]]
+        asked += [[("Is there a dog?", "Yes." if number % 2 else "No.")]]
+        entries += [entry_of(f"{number}-{place}", f"{number}.png", turns) for place, turns in enumerate(asked)]
+    write_conversations(folder / "open.json", entries)
+    train(recipe(tiny, folder / "weights", train=[str(folder / "open.json")], max_steps=40, save_steps=40))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(tiny, described):
+    return load_model(get_preset("phi3-patches"), described / "weights", torch.float32)
+
+
+def encoded(tokenizer, *turns: tuple[str, str]):
+    messages = [
+        message
+        for number, (question, answer) in enumerate(turns)
+        for message in (Message("user", question, images=() if number else ("a.png",)), Message("assistant", answer))
+    ]
+    return encode(messages, tokenizer, CHAT_FORMATS["phi-3"], 4)
+
+
+def test_a_question_with_three_answers_is_open_and_leaves_the_row(tiny):
+    _, tokenizer = load_language_model(get_preset("phi3-patches").language_model, torch.float32)
+    captions = [encoded(tokenizer, ("Describe the image.", caption)) for caption in CAPTIONS[0]]
+    others = [
+        encoded(tokenizer, ("Is there a dog?", "Yes.")),
+        encoded(tokenizer, ("What is it?", "A dog.")),
+        encoded(tokenizer, ("What is it?", "A brown dog.")),  # two ways to say it are not enough
+    ]
+    (row,) = lay_out([others[0], *captions, *others[1:]], 1000)
+    stops = set(tokenizer.convert_tokens_to_ids(CHAT_FORMATS["phi-3"].stops))
+    left, (question,) = take_open_questions(row, stops)
+    assert sorted(tokenizer.batch_decode(question.answers)) == sorted(CAPTIONS[0])
+    assert tokenizer.decode(question.token_ids[-3:]).endswith("<|assistant|>") and question.images == ["a.png"]
+    (expected,) = lay_out(others, 1000)
+    # What is left is what the others alone would be, but for the words of the question that was taken.
+    assert len(left) == len(expected) + len(question.token_ids) - shared_with(others, question)
+    assert sum(left.is_answer) == sum(expected.is_answer)
+    for place, before in enumerate(left.previous):
+        assert before < place < left.end[place] and (before < 0 or left.end[before] >= left.end[place])
+
+
+def shared_with(conversations, question) -> int:
+    """How many of the question's tokens stand in a row for the others, too."""
+
+    def common(first, second):
+        return next((n for n, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]), 0)
+
+    return max(common(conversation.token_ids, question.token_ids) for conversation in conversations)
+
+
+def test_an_answer_that_is_asked_about_further_stays_to_be_read(tiny):
+    _, tokenizer = load_language_model(get_preset("phi3-patches").language_model, torch.float32)
+    captions = [[("Describe the image.", caption)] for caption in CAPTIONS[0]]
+    captions[1].append(("Is there a dog?", "Yes."))
+    (row,) = lay_out([encoded(tokenizer, *turns) for turns in captions], 1000)
+    left, (question,) = take_open_questions(row, set())
+    text = tokenizer.decode([token_id for token_id in left.token_ids if token_id >= 0])
+    assert CAPTIONS[0][1] in text and CAPTIONS[0][0] not in text
+    learnt = [token for token, is_answer in zip(left.token_ids, left.is_answer, strict=True) if is_answer]
+    assert tokenizer.decode(learnt).startswith("Yes.") and len(question.answers) == 3
+
+
+def test_reward_is_what_caption_metrics_measure_and_a_broken_off_text_gets_less():
+    references = [["A dog runs on grass.", "The dog runs."], ["A cat sleeps.", "A gray cat sleeps on a bed."]] * 50
+    reward = Reward(references)
+    texts = ["A dog runs on grass.", "A dog runs on grass and a", "A cat.", "A gray cat sleeps."]
+    wanted = [references[0], references[0], references[0], references[1]]
+    scores = reward(texts, wanted).tolist()
+    assert scores[0] > scores[1] > scores[2] and scores[3] > scores[2]
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+    whole = CiderScorer()  # all pictures at once, as in evaluation
+    for texts in references:
+        whole += ("a cat sleeps .", [text.lower().replace(".", " .") for text in texts])
+    alone = reward(["A cat sleeps."], [references[1]]).item()
+    assert alone - 1 == pytest.approx(whole.compute_score()[1][1], abs=0.02)  # BLEU-4 is 1; 101 pictures stand for 100
+
+
+def test_advantages_are_over_the_others():
+    assert advantages(torch.tensor([[1.0, 2.0, 6.0]])).tolist() == [[-3.0, -1.5, 4.5]]
+
+
+def test_sampled_answers_are_as_frequent_as_the_model_says(tiny, model_and_tokenizer):
+    from mmchat.training.features import FeatureStore
+    from mmchat.training.self_critical import OpenQuestion
+
+    model, tokenizer = model_and_tokenizer
+    features = FeatureStore(tiny / "features-patches")
+    prompts = []
+    for words in ("Describe the image.", "What is in this picture? Describe the image."):  # two lengths
+        message = [Message("user", words, images=("0.png",))]
+        prompts.append(encode(message, tokenizer, CHAT_FORMATS["phi-3"], 4, open_reply=True))
+    questions = [OpenQuestion(prompt.token_ids, [[1, 1]], prompt.images) for prompt in prompts]
+    shown = torch.stack([features["0.png"]] * 2).float()
+    torch.manual_seed(0)
+    sampled = sample_answers(model, questions, shown, 3000)
+    for prompt, answers, picture in zip(prompts, sampled, shown, strict=True):
+        embeddings = model.splice(torch.tensor([prompt.token_ids]), picture[None])
+        expected = model.language_model(inputs_embeds=embeddings).logits[0, -1].softmax(dim=-1)
+        counted = torch.bincount(torch.tensor([answer[0] for answer in answers]), minlength=len(expected)) / 3000
+        assert (counted - expected).abs().max() < 0.04 and expected.max() > 0.05
+        assert max(len(answer) for answer in answers) <= 3  # as long as what people wrote, and the end
+
+
+def test_what_is_rewarded_comes_more_often_and_the_rest_is_learnt_on(tiny, described, tmp_path):
+    settings = {
+        "train": [str(described / "open.json")],
+        "start_from": str(described / "weights" / "checkpoint-40"),
+        "own_answers": 6,
+        "lr": 2e-3,
+        "projector_lr": 2e-3,
+    }
+    train(recipe(tiny, tmp_path / "whole", max_steps=40, save_steps=20, **settings))
+    rewards = [float(line["reward"]) for line in history(tmp_path / "whole") if line["reward"]]
+    assert len(rewards) == 40 and sum(rewards[-8:]) > 1.15 * sum(rewards[:8])
+    train(recipe(tiny, tmp_path / "cut", max_steps=20, decay="constant", save_steps=20, **settings))
+    train(recipe(tiny, tmp_path / "on", max_steps=40, decay="constant", save_steps=20, **settings))
+    train(recipe(tiny, tmp_path / "cut", max_steps=40, decay="constant", save_steps=20, resume=True, **settings))
+    assert_same(tmp_path / "cut" / "checkpoint-40", tmp_path / "on" / "checkpoint-40")
+
+
+def test_questions_with_one_answer_each_cannot_be_compared(tiny, tmp_path):
+    with pytest.raises(BadInput, match="answered in 3 ways"):
+        train(recipe(tiny, tmp_path, own_answers=2))
+    with pytest.raises(BadInput, match="take two or more"):
+        recipe(tiny, tmp_path, own_answers=1)
