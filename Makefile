@@ -9,8 +9,9 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 run: .venv/installed-run
 	$(BIN)/python app.py $(OPTIONS)
 
+# In two processes of one thread each: most tests wait for a program of their own to start, which takes one core.
 test: .venv/installed-dev
-	$(BIN)/python -m pytest $(OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(OPTIONS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
