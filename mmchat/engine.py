@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from .decoder import load_decoder
 from .device import choose_device, choose_preset, choose_quantization
 from .errors import BadInput, MmchatError
 from .generation import TEXT_PENALTY, SamplingOptions, stream_text
@@ -97,6 +98,7 @@ class Engine:
             ) from error
         self.chat_format = CHAT_FORMATS[preset.language_model.chat_format]
         self.context_length: int = self.model.language_model.config.max_position_embeddings  # tokens
+        self.decoder = load_decoder(self.model.language_model)
         self._features: OrderedDict[str, torch.Tensor] = OrderedDict()  # picture digest -> [features, width]
         self._readings = Readings(self.model.language_model.config, ROOM_TO_READ[self.device.type])
         self._turn = Lock()  # the adapter is on or off for the whole model, so one reply runs at a time
@@ -170,11 +172,17 @@ class Engine:
         if options.beams > 1:
             yield from stream_text(language_model, self.tokenizer, self._embed(encoded), options)
             return
-        row = self._row(encoded)
-        reading = self._readings.take(row, with_adapter)
-        embeddings = self._embed(encoded, start=len(reading.row))
+        row, ends = self._row(encoded), _ends(encoded)
+        reading = self._readings.take(row, ends, with_adapter)
+        *earlier, last = [end for end in ends if end > len(reading.row)]
+        start = len(reading.row)
+        for end in earlier:
+            self._read(self._embed(encoded, start, end), reading.cache)
+            start = end
         with closing(
-            stream_text(language_model, self.tokenizer, embeddings, options, reading.cache, written=row)
+            stream_text(
+                language_model, self.tokenizer, self._embed(encoded, start, last), options, reading.cache, self.decoder
+            )
         ) as pieces:
             try:
                 yield from pieces
@@ -183,8 +191,12 @@ class Engine:
                 raise
             self._keep(reading, row)
 
+    @torch.inference_mode()
+    def _read(self, embeddings: torch.Tensor, cache: Any) -> None:
+        self.model.language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
     def _keep(self, reading: Reading, row: Row) -> None:
-        reading.row = row[: reading.cache.get_seq_length()]  # the last token of an answer is written, but not read
+        reading.shorten(row)  # the answer is read anew, with the question that follows
         self._readings.keep(reading)
 
     def _row(self, encoded: EncodedConversation) -> Row:
@@ -223,11 +235,13 @@ class Engine:
         return encode(messages, self.tokenizer, self.chat_format, self.model.tokens_per_image, open_reply=True)
 
     @torch.inference_mode()
-    def _embed(self, encoded: EncodedConversation, start: int = 0) -> torch.Tensor:
-        """[1, length - start, token_width]; a picture lies before ``start`` as a whole or not at all."""
-        token_ids = torch.tensor([encoded.token_ids[start:]], device=self.model.device)
-        read = encoded.token_ids[:start].count(IMAGE_TOKEN_ID) // self.model.tokens_per_image
-        features = [self._image_features(image) for image in encoded.images[read:]]
+    def _embed(self, encoded: EncodedConversation, start: int = 0, end: int | None = None) -> torch.Tensor:
+        """[1, end - start, token_width]; a picture lies between them as a whole or not at all."""
+        token_ids = torch.tensor([encoded.token_ids[start:end]], device=self.model.device)
+        first, last = (
+            encoded.token_ids[:place].count(IMAGE_TOKEN_ID) // self.model.tokens_per_image for place in (start, end)
+        )
+        features = [self._image_features(image) for image in encoded.images[first:last]]
         return self.model.splice(token_ids, torch.stack(features) if features else None)
 
     def _image_features(self, source: Any) -> torch.Tensor:
@@ -240,6 +254,13 @@ class Engine:
                 self._features.popitem(last=False)
         self._features.move_to_end(digest)
         return self._features[digest]
+
+
+def _ends(encoded: EncodedConversation) -> list[int]:
+    """Where a conversation is cut to be read in pieces: before each answer, and at its end."""
+    before = zip(encoded.is_answer, encoded.is_answer[1:], strict=False)
+    starts = [place for place, (one, next_one) in enumerate(before, start=1) if next_one and not one]
+    return [*starts, len(encoded.token_ids)]
 
 
 def _digest(source: Any) -> str:

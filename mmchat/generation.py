@@ -64,7 +64,7 @@ def stream_text(
     embeddings: torch.Tensor,
     options: SamplingOptions,
     cache: Any = None,
-    written: list[int] | None = None,
+    decoder: Any = None,
 ) -> Iterator[str]:
     """The answer in pieces that are whole characters.
 
@@ -72,28 +72,30 @@ def stream_text(
 
     Args:
         embeddings: [1, length, token_width], what the model is to read before it writes.
-        cache: what it has read before that, a DynamicCache; it grows.
-        written: the token ids of the answer are added to it. Beam search needs everything in ``embeddings``, and adds
-            to neither.
+        cache: what it has read before that, a DynamicCache; it grows. Beam search needs everything in ``embeddings``.
+        decoder: a ``Decoder`` of the model, to write faster; the model writes if None.
     """
     from tokenizers.decoders import DecodeStream
 
     if options.beams > 1:
         yield from generate_texts(model, tokenizer, [embeddings[0]], options)
         return
-    decoder = DecodeStream(skip_special_tokens=True)
-    with closing(stream_token_ids(model, embeddings, options, stop_token_ids(model), cache)) as token_ids:
+    text = DecodeStream(skip_special_tokens=True)
+    with closing(stream_token_ids(model, embeddings, options, stop_token_ids(model), cache, decoder)) as token_ids:
         for token_id in token_ids:
-            if written is not None:
-                written.append(token_id)
-            piece = decoder.step(tokenizer.backend_tokenizer, token_id)
+            piece = text.step(tokenizer.backend_tokenizer, token_id)
             if piece:
                 yield piece
 
 
 @torch.inference_mode()
 def stream_token_ids(
-    model: nn.Module, embeddings: torch.Tensor, options: SamplingOptions, stop_ids: set[int], cache: Any = None
+    model: nn.Module,
+    embeddings: torch.Tensor,
+    options: SamplingOptions,
+    stop_ids: set[int],
+    cache: Any = None,
+    decoder: Any = None,
 ) -> Iterator[int]:
     """Token ids one by one, without the one that ends the answer."""
     from transformers import DynamicCache
@@ -103,17 +105,23 @@ def stream_token_ids(
     generator.manual_seed(options.seed) if options.seed is not None else generator.seed()
     cache = DynamicCache(config=model.config) if cache is None else cache
     written = torch.empty(1, 0, dtype=torch.long, device=embeddings.device)  # [1, tokens of the answer]
-    inputs = {"inputs_embeds": embeddings}
-    for _ in range(options.max_new_tokens):
-        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        scores = process(written, output.logits[:, -1].float())  # [1, vocabulary]
-        token = _choose(scores, options.temperature, generator)  # [1, 1]
+    logits = _read(model, cache, inputs_embeds=embeddings)  # [1, vocabulary]
+    writing = decoder.start(cache, options.max_new_tokens) if decoder else None
+    while True:
+        token = _choose(process(written, logits.float()), options.temperature, generator)  # [1, 1]
         token_id = token.item()
         if token_id in stop_ids:
             return
         yield token_id
         written = torch.cat([written, token], dim=1)
-        inputs = {"input_ids": token}
+        if written.shape[1] == options.max_new_tokens:
+            return
+        logits = writing.read(token_id) if writing else _read(model, cache, input_ids=token)
+
+
+def _read(model: nn.Module, cache: Any, **inputs: torch.Tensor) -> torch.Tensor:
+    """What may come after the inputs: [1, vocabulary]."""
+    return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
 @torch.inference_mode()

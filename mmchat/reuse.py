@@ -1,4 +1,9 @@
-"""What the model has read already: kept between turns, so that a follow-up question reads only what is new."""
+"""What the model has read already: kept between turns, so that a follow-up question reads only what is new.
+
+A conversation is always read in the same pieces, each up to where an answer begins. What is kept is therefore what
+would be computed anew, to the bit; it makes no difference to an answer whether the conversation is remembered. The
+answers themselves are read as part of the next piece.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +28,13 @@ class Reading:
         layers = [layer for layer in self.cache.layers if layer.is_initialized]
         return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
 
+    def shorten(self, row: Row) -> None:
+        """Forgets what comes after a row."""
+        beyond = self.cache.get_seq_length() - len(row)
+        if beyond > 0:
+            self.cache.crop(-beyond)  # takes as many off the end
+        self.row = row
+
 
 class Readings:
     """The latest conversations' readings, as many as have room.
@@ -35,29 +47,25 @@ class Readings:
         self.config, self.room = config, room
         self._kept: list[Reading] = []  # the latest last
 
-    def take(self, row: Row, with_adapter: bool) -> Reading:
+    def take(self, row: Row, ends: Sequence[int], with_adapter: bool) -> Reading:
         """The reading of the longest beginning of a row; an empty one if no conversation began like it.
 
-        At least the last token is left to read, since its logits are wanted. A conversation that goes on takes its
+        The last piece is always left to read, since what follows it is wanted. A conversation that goes on takes its
         reading along; one that only begins like another leaves that one its own.
+
+        Args:
+            ends: where the pieces end in which the row is read; the last is the row's own end.
         """
-        best, length = None, 0
-        for reading in self._kept:
-            if reading.with_adapter == with_adapter:
-                common = _common(reading.row, row)
-                if common > length:
-                    best, length = reading, common
-        length = min(length, len(row) - 1)
-        while length and isinstance(row[length], tuple) and row[length][1]:  # a picture is read as a whole
-            length -= 1
+        alike = [reading for reading in self._kept if reading.with_adapter == with_adapter]
+        best = max(alike, key=lambda reading: _common(reading.row, row), default=None)
+        common = _common(best.row, row) if best else 0
+        length = max((end for end in ends[:-1] if end <= common), default=0)
         if not length:
             return Reading(with_adapter, self._empty_cache())
         if length < len(best.row) // 2:
             return self._beginning(best, length)
         self._kept.remove(best)
-        if length < len(best.row):
-            best.cache.crop(length - len(best.row))  # takes as many off the end
-        best.row = best.row[:length]
+        best.shorten(row[:length])
         return best
 
     def keep(self, reading: Reading) -> None:

@@ -22,10 +22,11 @@ def answer(engine, *messages, options=GREEDY, **more):
 
 @pytest.fixture
 def read_by_model(engine, monkeypatch):
-    """What reaches the language model: (token ids, embeddings) of each reply, which reads everything anew."""
+    """What reaches the language model: (token ids, embeddings) of each reply, which reads all anew, in one piece."""
     seen, splice = [], engine.model.splice
-    anew = lambda row, with_adapter: Reading(with_adapter, DynamicCache(config=engine._readings.config))  # noqa: E731
+    anew = lambda row, ends, with_adapter: Reading(with_adapter, DynamicCache(config=engine._readings.config))  # noqa: E731
     monkeypatch.setattr(engine._readings, "take", anew)
+    monkeypatch.setattr("mmchat.engine._ends", lambda encoded: [len(encoded.token_ids)])
 
     def spy(token_ids, image_features):
         embeddings = splice(token_ids, image_features)
