@@ -18,7 +18,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 
 benchmark: .venv/installed-dev
-	$(BIN)/python benchmarks/chat.py
+	$(BIN)/python benchmarks/run.py
 
 # From nothing to a page with weights of your own, on easy-VQA: see training_scripts/recipes/demo.yaml.
 DEMO := runs/demo

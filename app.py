@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from mmchat.errors import MmchatError
 from mmchat.presets import AUTO, DEFAULT_PRESET, PRESETS
@@ -48,25 +49,43 @@ def main() -> None:
         logging.getLogger(client).setLevel(logging.WARNING)
     if os.environ.get("SPACES_ZERO_GPU"):
         import spaces  # noqa: F401 (it has to come before torch, which it changes)
-    from mmchat import load, ui
-    from mmchat.zero_gpu import lend_gpu
+    from mmchat import ui
+    from mmchat.device import on_zero_gpu
+    from mmchat.loading import LoadingEngine
 
+    engine = LoadingEngine(lambda: load_engine(options), notify=ui.gr.Info)
     try:
-        if options.server:
-            from mmchat.remote import RemoteEngine
-
-            engine = RemoteEngine(options.server, os.environ.get("MMCHAT_MODEL"))
-        else:
-            logging.info("Loading the models of '%s' …", options.preset)
-            engine = lend_gpu(load(options.preset, options.weights, options.quantization, options.speech))
-        engine.warm_up()
+        if on_zero_gpu():  # models have to be there before the page is
+            engine.start()
+            engine.wait()
+        demo = ui.build(engine, EXAMPLES)
+        ui.launch(demo, server_name=options.host, server_port=options.port, prevent_thread_lock=True)
+        if not on_zero_gpu():
+            engine.start()
+        engine.wait()
     except MmchatError as error:
         sys.exit(str(error))
-    try:
-        ui.launch(ui.build(engine, EXAMPLES), server_name=options.host, server_port=options.port)
     except OSError as error:
         logging.debug("launch", exc_info=error)
         sys.exit("That address or port cannot be used, perhaps because it is taken. Name another with --port.")
+    logging.info("Ready")
+    demo.block_thread()
+
+
+def load_engine(options: argparse.Namespace) -> Any:
+    """What answers: models here, or a server that has them."""
+    if options.server:
+        from mmchat.remote import RemoteEngine
+
+        engine = RemoteEngine(options.server, os.environ.get("MMCHAT_MODEL"))
+    else:
+        from mmchat import load
+        from mmchat.zero_gpu import lend_gpu
+
+        logging.info("Loading the models of '%s' …", options.preset)
+        engine = lend_gpu(load(options.preset, options.weights, options.quantization, options.speech))
+    engine.warm_up()
+    return engine
 
 
 if __name__ == "__main__":

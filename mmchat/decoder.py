@@ -103,7 +103,7 @@ class Decoder:
         options.add_session_config_entry("session.force_spinning_stop", "1")  # between tokens PyTorch has the cores
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self._embedding = model.get_input_embeddings().weight.detach().numpy()  # [vocabulary, width]
-        self._model = model
+        self._model, self.path = model, path
         self._adapters: dict[bool, dict[str, Any]] = {}
 
     def start(self, cache: Any, room: int) -> Writing:

@@ -316,12 +316,13 @@ def build(engine: Engine, examples: Path) -> gr.Blocks:
                     )
                 if rows := read_examples(examples):
                     gr.Examples(rows, inputs=[text, image], label="Examples")
-        gr.Markdown(engine.about, elem_id="about")
+        about = gr.Markdown(elem_id="about")
 
         # The Stop button takes the place of the conversation as the thing that shows progress and errors: an error
         # there would cover the whole conversation.
         private = {"api_visibility": "private", "show_progress_on": stop}
         quick = {**private, "show_progress": "hidden"}
+        demo.load(lambda: engine.about, None, about, queue=False, show_progress="hidden", api_visibility="private")
         visit = gr.State(Visit())
         asked = gr.Number(visible=False)  # in the browser, so that a reply knows which request it belongs to
         run = {

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -11,6 +15,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from mmchat import ui
+from mmchat.loading import PATIENCE, LoadingEngine
 from mmchat.speech import Transcript
 from tests.conftest import ROOT
 
@@ -142,3 +147,27 @@ def test_an_error_of_ours_never_shows_its_insides(engine, monkeypatch, address, 
     with pytest.raises(AppError, match="Something went wrong on my side") as caught:
         client.predict("Hi", None, api_name="/ask")
     assert "secret" not in str(caught.value)
+
+
+def test_the_page_is_there_before_the_models(engine):
+    loaded, told = threading.Event(), []
+    waiting = LoadingEngine(lambda: loaded.wait(60) and engine, notify=told.append)
+    demo = ui.build(waiting, ROOT / "examples")
+    ui.launch(demo, prevent_thread_lock=True, quiet=True)
+    try:
+        waiting.start()
+        job = Client(demo.local_url, verbose=False).submit("What is the capital of France?", api_name="/ask")
+        time.sleep(2)
+        assert not job.done() and told == [PATIENCE]
+        loaded.set()
+        assert job.result(timeout=60)
+    finally:
+        demo.close()
+
+
+def test_models_that_cannot_be_loaded_end_the_app_with_a_sentence(tmp_path):
+    (tmp_path / "empty").mkdir()
+    command = [sys.executable, "app.py", "--preset", "smol", "--weights", str(tmp_path / "empty")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("'empty' is not a folder of mmchat weights")

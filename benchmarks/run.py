@@ -1,0 +1,472 @@
+#!/usr/bin/env python
+"""How fast `smol` is on this machine, each time beside the plain way to do the same, measured in the same run.
+
+The cache should be warm: run the app once before. It takes about five minutes on two cores.
+
+python benchmarks/run.py
+python benchmarks/run.py --only decoding follow-up --out figures.json
+python benchmarks/run.py --only quality --captions dev-captions.json --photos photos/
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SPEECH = ROOT / "tests" / "data" / "jfk.flac"
+PHOTOS = sorted((ROOT / "examples").glob("*.jpg"))
+PICTURE_QUESTION = "Describe the image."
+BEAMS = 5  # that faster-whisper takes unless told
+
+
+@dataclass
+class Row:
+    """One line of the table: what we take, what the plain way takes, and how many times better ours is."""
+
+    what: str
+    ours: str
+    plain: str
+    ratio: float | None
+    wanted: str
+
+
+def timed(work: Callable) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+@cache
+def engine():
+    import mmchat
+
+    loaded = mmchat.load("smol")
+    loaded.warm_up()
+    return loaded
+
+
+def first_token(messages) -> float:
+    """Seconds until the first piece of an answer."""
+    from mmchat import SamplingOptions
+
+    start = time.perf_counter()
+    with closing(engine().reply(messages, SamplingOptions(temperature=0))) as pieces:
+        next(pieces)
+    return time.perf_counter() - start
+
+
+# The rows of the table
+
+
+def follow_up() -> Iterator[Row]:
+    """A conversation about a picture that goes on and on."""
+    from mmchat import Message, SamplingOptions
+
+    questions = ("What is in this picture?", "What color is it?", "Is there a dog?", "What is happening here?")
+    options = SamplingOptions(temperature=0, max_new_tokens=16)
+    with_reuse: dict[int, list[float]] = {}
+    without = []
+    for repeat in range(3):
+        messages = []
+        for turn in range(1, 13):
+            picture = [PHOTOS[repeat]] if turn == 1 else []
+            messages.append(Message("user", questions[turn % len(questions)], picture))
+            with_reuse.setdefault(turn, []).append(first_token(messages))
+            messages.append(Message("assistant", "".join(engine().reply(messages, options))))
+        engine()._readings._kept.clear()
+        without.append(first_token(messages[:11]))
+    at = {turn: median(seconds) for turn, seconds in with_reuse.items()}
+    plain = median(without)
+    yield Row("turn 6: first token", f"{at[6]:.2f} s", f"{plain:.2f} s, all read anew", plain / at[6], "5")
+    yield Row("turn 12 against turn 2", f"{at[12]:.2f} s", f"{at[2]:.2f} s", at[12] / at[2], "at most 1.3")
+
+
+def _embeddings():
+    from mmchat import Message
+
+    encoded = engine()._encode([Message("user", PICTURE_QUESTION, [PHOTOS[0]])])
+    return engine()._embed(encoded)
+
+
+def decoding() -> Iterator[Row]:
+    """64 tokens about a picture, whatever the model would say; the first is not counted."""
+    import torch
+
+    from mmchat import SamplingOptions
+    from mmchat.generation import stream_token_ids
+
+    model, embeddings, count = engine().model.language_model, _embeddings(), 64
+    options = SamplingOptions(temperature=0, max_new_tokens=count)
+
+    def ours() -> float:
+        stream = stream_token_ids(model, embeddings, options, set(), decoder=engine().decoder)
+        next(stream)
+        return (count - 1) / timed(lambda: list(stream))
+
+    @torch.inference_mode()
+    def generate(length: int) -> None:
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.long)
+        lengths = {"max_new_tokens": length, "min_new_tokens": length}
+        model.generate(inputs_embeds=embeddings, attention_mask=mask, do_sample=False, pad_token_id=0, **lengths)
+
+    def plain() -> float:
+        return (count - 1) / (timed(lambda: generate(count)) - timed(lambda: generate(1)))
+
+    ours(), plain()
+    pairs = [(ours(), plain()) for _ in range(5)]
+    speed, plain_speed = (median(column) for column in zip(*pairs, strict=True))
+    yield Row(
+        "writing about a picture",
+        f"{speed:.0f} tokens/s",
+        f"{plain_speed:.0f}, transformers' generate in fp32",
+        median(one / other for one, other in pairs),
+        "2.5",
+    )
+    if engine().decoder:
+        weights = sum(path.stat().st_size for path in engine().decoder.path.parent.iterdir())
+        yield Row(
+            "the limit: memory read for each token",
+            f"{weights / 1e6:.0f} MB",
+            f"at {_bandwidth() / 1e9:.0f} GB/s {_bandwidth() / weights:.0f} tokens/s at most",
+            None,
+            "",
+        )
+
+    def loop() -> None:
+        """Without keys and values of what was read: all of it again for every token."""
+        rows = embeddings
+        for _ in range(count):
+            with torch.inference_mode():
+                token = model(inputs_embeds=rows, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(dim=-1)
+                rows = torch.cat([rows, model.get_input_embeddings()(token)[:, None]], dim=1)
+
+    whole = timed(lambda: list(stream_token_ids(model, embeddings, options, set(), decoder=engine().decoder)))
+    again = timed(loop)
+    yield Row(
+        "an answer of 64 tokens", f"{whole:.2f} s", f"{again:.1f} s, all read for each token", again / whole, "10"
+    )
+
+
+@cache
+def _bandwidth() -> float:
+    """Bytes per second that this machine reads from memory."""
+    import torch
+
+    block = torch.ones(1 << 27)  # 512 MiB
+    return block.nbytes / min(timed(block.sum) for _ in range(5))
+
+
+def encoder_runs() -> Iterator[Row]:
+    """Five questions about one picture."""
+    from mmchat import Message, SamplingOptions
+
+    encoder, runs = engine().image_encoder, []
+    original = encoder.encode
+    encoder.encode = lambda images: (runs.append(len(images)), original(images))[1]
+    engine()._features.clear()
+    messages = []
+    for number in range(5):
+        messages.append(Message("user", f"Is there a dog? {number}", [] if number else [PHOTOS[0]]))
+        said = "".join(engine().reply(messages, SamplingOptions(temperature=0, max_new_tokens=4)))
+        messages.append(Message("assistant", said))
+    del encoder.encode
+    yield Row("five questions about a picture", f"encoded {sum(runs)} time", "5 times", 5 / sum(runs), "5")
+
+
+@contextmanager
+def serving() -> Iterator[tuple[subprocess.Popen, str, float]]:
+    """app.py in a process of its own, its address, and the seconds until it showed a page."""
+    import httpx
+
+    with tempfile.TemporaryFile("w+") as log:
+        begun = time.perf_counter()
+        page = subprocess.Popen(
+            [sys.executable, "app.py", "--preset", "smol"],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        try:
+            while not (found := re.search(r"local URL:\s+(http://\S+)", _written(log))):
+                time.sleep(0.02)
+                if page.poll() is not None:
+                    raise SystemExit(_written(log))
+            httpx.get(found[1], timeout=60).raise_for_status()
+            yield page, found[1], time.perf_counter() - begun
+        finally:
+            page.terminate()
+            page.wait()
+
+
+def _written(log) -> str:
+    """What a process has written so far; its place in the file stays."""
+    return os.pread(log.fileno(), 1 << 20, 0).decode()
+
+
+def start() -> Iterator[Row]:
+    """From the command to the page."""
+
+    def packages() -> None:
+        subprocess.run([sys.executable, "-c", "import gradio, torch, transformers"], check=True)
+
+    def page() -> float:
+        with serving() as (_, _, seconds):
+            return seconds
+
+    packages(), page()
+    pairs = [(page(), timed(packages)) for _ in range(3)]
+    ours, plain = (median(column) for column in zip(*pairs, strict=True))
+    yield Row(
+        "python app.py to the first page",
+        f"{ours:.1f} s",
+        f"{plain:.1f} s, importing gradio, torch, transformers",
+        ours / plain,
+        "at most 1.3",
+    )
+
+
+def memory() -> Iterator[Row]:
+    """The app's, over 20 questions about 20 pictures."""
+    from gradio_client import Client, handle_file
+    from PIL import Image
+
+    with serving() as (page, address, _), tempfile.TemporaryDirectory() as folder:
+        client = Client(address, verbose=False)
+        resident = []
+        for number in range(20):
+            picture = Path(folder) / f"{number}.jpg"
+            Image.open(PHOTOS[number % len(PHOTOS)]).rotate(number).save(picture)
+            client.predict(PICTURE_QUESTION, handle_file(picture), api_name="/ask")
+            resident.append(_status(page.pid, "VmRSS"))
+        yield Row(
+            "memory after 20 picture questions, peak",
+            f"{_status(page.pid, 'VmHWM') / 1e9:.2f} GB",
+            f"{resident[4] / 1e9:.2f} GB after 5, {resident[-1] / 1e9:.2f} after 20",
+            None,
+            "below 1.5 GB",
+        )
+
+
+def _status(process: int, field: str) -> int:
+    """Bytes, as Linux counts them."""
+    return int(re.search(rf"{field}:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1]) * 1024
+
+
+def speech() -> Iterator[Row]:
+    """A recording of 11 s, against OpenAI's package with the same architecture, beams and number of tokens."""
+    import torch
+    import whisper
+
+    from mmchat.speech import SAMPLE_RATE, read_audio
+
+    recognizer = engine().speech_recognizer
+    text = recognizer.transcribe(SPEECH).text
+    # Weights are not at hand in that package's format; random ones take as long, if told how many tokens to write.
+    sizes = {"n_mels": 80, "n_audio_ctx": 1500, "n_audio_state": 384, "n_audio_head": 6, "n_audio_layer": 4}
+    sizes |= {"n_vocab": 51864, "n_text_ctx": 448, "n_text_state": 384, "n_text_head": 6, "n_text_layer": 4}
+    torch.manual_seed(0)
+    model = whisper.model.Whisper(whisper.model.ModelDimensions(**sizes)).eval()
+    length = len(whisper.tokenizer.get_tokenizer(False).encode(text))
+    options = whisper.DecodingOptions(
+        language="en", beam_size=BEAMS, sample_len=length, fp16=False, without_timestamps=True
+    )
+
+    def plain() -> None:
+        sound = whisper.pad_or_trim(torch.from_numpy(read_audio(SPEECH)))  # to half a minute, as it always reads
+        model.decode(whisper.log_mel_spectrogram(sound), options)
+
+    plain()
+    pairs = [(timed(lambda: recognizer.transcribe(SPEECH)), timed(plain)) for _ in range(5)]
+    ours, theirs = (median(column) for column in zip(*pairs, strict=True))
+    seconds = len(read_audio(SPEECH)) / SAMPLE_RATE
+    yield Row(
+        "speech: work for a second of it",
+        f"{ours / seconds:.2f} s",
+        f"{theirs / seconds:.2f} s, openai-whisper tiny.en",
+        theirs / ours,
+        "3",
+    )
+
+
+def training() -> Iterator[Row]:
+    """Captions of 14 words, five to a picture, 32 or so in a step; forward, backward and AdamW."""
+    import torch
+    from torch import nn
+
+    from mmchat.model import IGNORED
+    from mmchat.training.conversations import conversation_of, entry_of
+    from mmchat.training.data import ConversationDataset, collate
+    from mmchat.training.recipe import Recipe
+    from mmchat.training.run import build_model, chosen_preset
+
+    recipe = Recipe(train=["none"], features="none", rank=16)
+    model, tokenizer = build_model(recipe, chosen_preset(recipe))
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    rng, nouns = random.Random(0), "dog man woman ball beach street child car snow water horse bike".split()
+    pictures = {f"{number}.jpg": PHOTOS[number % len(PHOTOS)] for number in range(26)}
+    stored = {name: engine()._image_features(path) for name, path in pictures.items()}
+    captions = [
+        conversation_of(
+            entry_of(f"{name}-{number}", name, [(PICTURE_QUESTION, f"A {' '.join(rng.choices(nouns, k=13))}.")]), "-"
+        )
+        for name in pictures
+        for number in range(5)
+    ]
+
+    def dataset(share: bool) -> ConversationDataset:
+        return ConversationDataset(
+            captions, stored, tokenizer, engine().chat_format, model.tokens_per_image, share=share
+        )
+
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+    def step(loss: torch.Tensor) -> None:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def ours(rows: ConversationDataset, number: int) -> int:
+        batch = collate([rows[index] for index in range(6 * number, 6 * number + 6)])  # 30 captions
+        step(model(**batch)["loss"])
+        return int((batch["labels"] != IGNORED).sum())
+
+    def plain(rows: ConversationDataset, number: int) -> int:
+        """Every caption by itself, pictures encoded in the step, logits everywhere."""
+        chosen = random.Random(number).sample(range(len(rows)), 32)
+        batch = collate([rows[index] for index in chosen])
+        images = [engine().image_encoder.encode([_opened(pictures[rows.rows[i].images[0]])])[0] for i in chosen]
+        embeddings = model.splice(batch["input_ids"], torch.stack(images))
+        logits = model.language_model(
+            inputs_embeds=embeddings, attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
+        labels = batch["labels"]
+        step(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED))
+        return int((labels != IGNORED).sum())
+
+    shared, single = dataset(True), dataset(False)
+    speeds = []
+    for number in range(4):  # the first is not counted
+        pair = []
+        for work, rows in ((ours, shared), (plain, single)):
+            begun = time.perf_counter()
+            pair.append(work(rows, number) / (time.perf_counter() - begun))
+        speeds.append(pair)
+    one, other = (median(column) for column in zip(*speeds[1:], strict=True))
+    yield Row(
+        "training: tokens of answers learnt",
+        f"{one:.0f} per second",
+        f"{other:.0f}, the straightforward loop",
+        one / other,
+        "2.5",
+    )
+
+
+def _opened(path: Path):
+    from mmchat import open_image
+
+    return open_image(path)
+
+
+def precomputing() -> Iterator[Row]:
+    """Features of 160 photos, against one photo after the other."""
+    from mmchat.training.features import embed_folder
+
+    encoder = engine().image_encoder
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = Path(folder) / "pictures"
+        pictures.mkdir()
+        for number in range(160):
+            photo = _opened(PHOTOS[number % len(PHOTOS)]).resize((500, 375))
+            photo.save(pictures / f"{number}.jpg", quality=90)
+
+        def ours(number: int) -> None:
+            embed_folder(pictures, Path(folder) / f"features-{number}", engine().preset.image_encoder, encoder)
+
+        def plain() -> None:
+            for path in pictures.iterdir():
+                encoder.encode([_opened(path)])[0].half()
+
+        pairs = [(timed(lambda number=number: ours(number)), timed(plain)) for number in range(3)]
+    one, other = (160 / median(column) for column in zip(*pairs, strict=True))
+    yield Row("features of photos", f"{one:.0f} per second", f"{other:.0f}, one at a time", one / other, "1.8")
+
+
+def quality(captions: str, photos: str, limit: int) -> Iterator[Row]:
+    """Greedy captions, written in 8 bits and in full precision."""
+    from mmchat import Message, SamplingOptions
+    from mmchat.training.evaluation import read_items
+    from mmchat.training.metrics import caption_metrics
+
+    items, options = read_items(captions, limit), SamplingOptions(temperature=0, max_new_tokens=48)
+    figures, decoder = {}, engine().decoder
+    for name, used in (("8 bits", decoder), ("fp32", None)):
+        engine().decoder = used
+        said = [
+            "".join(
+                engine().reply(
+                    [Message("user", PICTURE_QUESTION, [Path(photos) / item.conversation.images[0]])], options
+                )
+            )
+            for item in items
+        ]
+        figures[name] = caption_metrics(said, [item.references for item in items])
+    engine().decoder = decoder
+    for metric in ("BLEU-4", "CIDEr"):
+        fast, exact = (figures[name][metric].value for name in ("8 bits", "fp32"))
+        yield Row(f"{metric} of {len(items)} captions", f"{fast:.3f}", f"{exact:.3f} in fp32", fast / exact, "0.99")
+
+
+ROWS = {
+    "follow-up": follow_up,
+    "decoding": decoding,
+    "encoder-runs": encoder_runs,
+    "start": start,
+    "memory": memory,
+    "speech": speech,
+    "training": training,
+    "precomputing": precomputing,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=[*ROWS, "quality"], default=list(ROWS), help="some of the rows")
+    parser.add_argument("--captions", help="for quality: descriptions with references, as prepare_data.py writes them")
+    parser.add_argument("--photos", help="for quality: the folder of their pictures")
+    parser.add_argument("--limit", type=int, default=200, help="for quality: so many captions (default: 200)")
+    parser.add_argument("--out", help="a JSON file for the figures")
+    options = parser.parse_args()
+    if "quality" in options.only and not (options.captions and options.photos):
+        parser.error("quality needs --captions and --photos")
+    logging.disable(logging.WARNING)
+    rows = []
+    for name in options.only:
+        measure = ROWS.get(name) or (lambda: quality(options.captions, options.photos, options.limit))
+        for row in measure():
+            rows.append(row)
+            ratio = "" if row.ratio is None else f"{row.ratio:.2f}×"
+            print(f"{row.what:<40} {ratio:>7}  (wanted: {row.wanted})   {row.ours}; {row.plain}", flush=True)
+    if options.out:
+        Path(options.out).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Models that load behind the page, which opens at once; the first question waits for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from threading import Thread
+from typing import Any
+
+PATIENCE = "The models are still being loaded. Your answer comes as soon as they are."
+
+
+class LoadingEngine:
+    """Stands in for an engine while that is loaded, and passes on what it is asked.
+
+    Args:
+        load: gives the engine; it runs in a thread of its own.
+        notify: is told to be patient, when something is asked before the engine is there.
+    """
+
+    def __init__(self, load: Callable[[], Any], notify: Callable[[str], None]):
+        self._load, self._notify = load, notify
+        self._loaded: Future = Future()
+
+    def start(self) -> None:
+        """Begins to load."""
+        Thread(target=self._run, daemon=True).start()
+
+    def wait(self) -> Any:
+        """The engine, once it is there.
+
+        Raises:
+            MmchatError: what went wrong in loading it.
+        """
+        return self._loaded.result()
+
+    @property
+    def about(self) -> str:
+        return self.wait().about
+
+    def transcribe(self, *arguments: Any) -> Any:
+        return self._engine().transcribe(*arguments)
+
+    def reply(self, *arguments: Any, **options: Any) -> Iterator[str]:
+        yield from self._engine().reply(*arguments, **options)
+
+    def rewrite(self, *arguments: Any) -> Iterator[str]:
+        yield from self._engine().rewrite(*arguments)
+
+    def _engine(self) -> Any:
+        if not self._loaded.done():
+            self._notify(PATIENCE)
+        return self.wait()
+
+    def _run(self) -> None:
+        try:
+            self._loaded.set_result(self._load())
+        except Exception as error:
+            self._loaded.set_exception(error)
