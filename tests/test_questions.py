@@ -140,6 +140,8 @@ def test_every_caption_is_a_description_and_every_question_is_asked():
     assert all(entry["conversations"][0]["value"].startswith("<image>\n") for entry in entries)
     described = {entry["conversations"][0]["value"] for entry in entries if tidy_caption(DOGS[0]) in str(entry)}
     assert len(described) == 1
+    few = list(conversations(pictures, random.Random(3), per_image=2, apart=True))
+    assert all(len(entry["conversations"]) == 2 for entry in few) and len(few) == len(DOGS + CAR) + 2 * len(pictures)
     plain = list(conversations(pictures, random.Random(3), with_questions=False))
     assert len(plain) == 10 and all(len(entry["conversations"]) == 2 for entry in plain)
 

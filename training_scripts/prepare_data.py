@@ -43,6 +43,8 @@ def parse():
         help="captions that have to name the same color or number before it is asked for; 1 gives three times the "
         "questions, a little less sure (default: 2)",
     )
+    captions.add_argument("--per-image", type=int, help="only so many questions about a picture, drawn by chance")
+    captions.add_argument("--apart", action="store_true", help="questions by themselves, none after a description")
     captions.add_argument(
         "--make",
         choices=("conversations", "captions", "descriptions", "questions"),
@@ -117,7 +119,12 @@ def from_captions(options):
     if options.make == "questions":
         return captions.questions_only(pictures, random_numbers)
     return captions.conversations(
-        pictures, random_numbers, with_questions=options.make == "conversations", agreement=options.agreement
+        pictures,
+        random_numbers,
+        with_questions=options.make == "conversations",
+        agreement=options.agreement,
+        per_image=options.per_image,
+        apart=options.apart,
     )
 
 

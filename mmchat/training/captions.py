@@ -101,7 +101,13 @@ def tidy_caption(caption: str) -> str:
 
 
 def conversations(
-    pictures: Sequence[dict], rng: random.Random, *, with_questions: bool = True, agreement: int = AGREEMENT
+    pictures: Sequence[dict],
+    rng: random.Random,
+    *,
+    with_questions: bool = True,
+    agreement: int = AGREEMENT,
+    per_image: int | None = None,
+    apart: bool = False,
 ) -> Iterator[dict]:
     """LLaVA-Instruct entries: each caption as a description, the questions after it or by themselves.
 
@@ -113,6 +119,8 @@ def conversations(
         pictures: as ``read_captions`` gives them.
         with_questions: ask what the captions answer, too.
         agreement: as for ``ask``.
+        per_image: only so many questions about a picture.
+        apart: every question by itself, none after a description.
     """
     asked = ask(pictures, rng, agreement=agreement) if with_questions else [[] for _ in pictures]
     if with_questions:  # few captions give a color or a number, so these are asked again in other words
@@ -123,8 +131,8 @@ def conversations(
         wording = DESCRIBE if rng.random() < 0.5 else rng.choice(OTHER_WORDINGS)
         captions = [tidy_caption(caption) for caption in picture["captions"] if len(caption.split()) >= 3]
         turns = [[(wording, caption)] for caption in captions]
-        for question in rng.sample(questions, len(questions)):
-            open_turns = [turn for turn in turns if not _gives_away(turn, question)]
+        for question in rng.sample(questions, len(questions))[:per_image]:
+            open_turns = [] if apart else [turn for turn in turns if not _gives_away(turn, question)]
             if open_turns and rng.random() < 0.5:
                 turn = rng.choice(open_turns)
                 turn.append((_follow_up(question, turn[0][1], rng), question.answer))
