@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,17 +48,47 @@ def read_audio(path: str | Path) -> np.ndarray:
     """Samples of any container that PyAV reads (of a video, its sound): 16 kHz, mono, float32 in −1 to 1.
 
     Raises:
-        BadInput: the file is missing, holds no sound, or is damaged.
+        BadInput: the file is missing, holds no sound, is damaged, or is too long.
     """
     from av.error import FFmpegError
-    from faster_whisper.audio import decode_audio
 
     try:
-        return decode_audio(str(path), sampling_rate=SAMPLE_RATE)
+        blocks = list(_up_to_longest(_decode(path)))
     except FileNotFoundError as error:
         raise BadInput(f"There is no recording '{Path(path).name}'.") from error
     except (FFmpegError, IndexError, ValueError, OSError) as error:
         raise BadInput("That file is not a recording I can read. Please send WAV, MP3, FLAC, OGG or WebM.") from error
+    return np.concatenate([np.zeros(0, np.int16), *blocks]).astype(np.float32) / (1 << 15)
+
+
+def _decode(path: str | Path) -> Iterator[np.ndarray]:
+    """Samples as they are decoded: 16 kHz, mono, 16 bits."""
+    import av
+
+    resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
+    with av.open(str(path), metadata_errors="ignore") as container:
+        frames = container.decode(audio=0)
+        while True:
+            try:
+                frame = next(frames, None)  # None at the end: what the resampler still holds comes out
+            except av.error.InvalidDataError:
+                continue  # a damaged packet costs its own sound only
+            if frame:
+                frame.pts = None  # recordings of browsers may jump in time
+            for part in resampler.resample(frame):
+                yield part.to_ndarray()[0]
+            if frame is None:
+                return
+
+
+def _up_to_longest(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Stops at what is too long: a small file may hold days of silence, which would fill the memory."""
+    length = 0
+    for block in blocks:
+        length += len(block)
+        if length > MAX_SECONDS * SAMPLE_RATE:
+            raise BadInput(f"That recording is too long. Please send at most {MAX_SECONDS // 60} minutes.")
+        yield block
 
 
 class SpeechRecognizer:
@@ -77,8 +107,6 @@ class SpeechRecognizer:
         samples = read_audio(path)
         if len(samples) < MIN_SECONDS * SAMPLE_RATE or np.abs(samples).max() < SILENT_LEVEL:
             raise _no_speech()
-        if len(samples) > MAX_SECONDS * SAMPLE_RATE:
-            raise BadInput(f"That recording is too long. Please send at most {MAX_SECONDS // 60} minutes.")
         transcript = self._hear(samples)
         if not any(character.isalnum() for character in transcript.text):
             raise _no_speech()
