@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mmchat.errors import MmchatError
+from mmchat.errors import BadInput, MmchatError
+from mmchat.limits import RateLimit
 from mmchat.presets import AUTO, DEFAULT_PRESET, PRESETS
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -37,6 +38,12 @@ def parse() -> argparse.Namespace:
         default=os.environ.get("MMCHAT_SERVER"),
         help="in place of a model here: a server that speaks OpenAI's API, as http://localhost:8000/v1 (MMCHAT_SERVER)",
     )
+    parser.add_argument(
+        "--rate-limit",
+        type=int,
+        default=int(os.environ.get("MMCHAT_RATE_LIMIT") or 0),
+        help="questions that one address may ask in a minute; 0 for any number (default: MMCHAT_RATE_LIMIT, or 0)",
+    )
     parser.add_argument("--host", help="the address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, help="the port to listen on (default: the first free one from 7860)")
     return parser.parse_args()
@@ -58,8 +65,9 @@ def main() -> None:
         if on_zero_gpu():  # models have to be there before the page is
             engine.start()
             engine.wait()
-        demo = ui.build(engine, EXAMPLES)
-        ui.launch(demo, server_name=options.host, server_port=options.port, prevent_thread_lock=True)
+        demo = ui.build(engine, EXAMPLES, RateLimit(options.rate_limit))
+        address = {"server_name": options.host, "server_port": options.port}
+        ui.launch(demo, **address, auth=sign_in(), prevent_thread_lock=True)
         if not on_zero_gpu():
             engine.start()
         engine.wait()
@@ -70,6 +78,21 @@ def main() -> None:
         sys.exit("That address or port cannot be used, perhaps because it is taken. Name another with --port.")
     logging.info("Ready")
     demo.block_thread()
+
+
+def sign_in() -> tuple[str, str] | None:
+    """The name and password that MMCHAT_SIGN_IN asks visitors for, as "name:password"; it is no flag, which others see.
+
+    Raises:
+        BadInput: it is not of that form.
+    """
+    asked = os.environ.get("MMCHAT_SIGN_IN")
+    if not asked:
+        return None
+    name, _, password = asked.partition(":")
+    if not name or not password:
+        raise BadInput("MMCHAT_SIGN_IN has to be a name and a password with a colon between them.")
+    return name, password
 
 
 def load_engine(options: argparse.Namespace) -> Any:

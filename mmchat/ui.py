@@ -15,6 +15,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from . import BadInput, Engine, Message, MmchatError, SamplingOptions, open_image
+from .limits import RateLimit
 
 logger = logging.getLogger(__name__)
 
@@ -134,18 +135,35 @@ class Visit:
 class Page:
     """The handlers of the page's events, around one engine."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, limit: RateLimit | None = None):
         self.engine = engine
+        self.limit = limit or RateLimit(0)
 
-    def add_text(self, text: str, image: str | None, history: History, visit: Visit):
+    def admit(self, request: gr.Request | None) -> None:
+        """Counts a question of an address; too many are refused."""
+        try:
+            self.limit.count(request.client.host if request and request.client else "")
+        except BadInput as error:
+            raise shown_error(error) from error
+
+    def add_text(self, text: str, image: str | None, history: History, visit: Visit, request: gr.Request | None = None):
         """Moves a typed question and its picture into the conversation, and empties both inputs."""
         question = checked_question(text, image)
+        self.admit(request)
         return "", None, [*history, user_turn(question, image)], visit.request()
 
-    def add_voice(self, recording: str | None, image: str | None, history: History, visit: Visit):
+    def add_voice(
+        self,
+        recording: str | None,
+        image: str | None,
+        history: History,
+        visit: Visit,
+        request: gr.Request | None = None,
+    ):
         """Moves what was said, in writing, into the conversation."""
         if not recording:
             raise gr.Error("Please record or upload a question first.", print_exception=False)
+        self.admit(request)
         number = visit.request()  # before the work: what is being written would overwrite this question
         try:
             question = self.engine.transcribe(recording).text
@@ -154,6 +172,13 @@ class Page:
         if visit.latest != number:  # the person went on while this was being heard
             return gr.skip(), gr.skip(), gr.skip(), NO_REQUEST
         return None, None, [*history, user_turn(question, image)], number
+
+    def drop_reply(
+        self, history: History, visit: Visit, event: gr.RetryData, request: gr.Request | None = None
+    ) -> tuple[History, int]:
+        """Retry: the conversation up to the question that is asked again."""
+        self.admit(request)
+        return history[: event.index + 1], visit.request()
 
     def reply(
         self, history: History, visit: Visit, asked: int, temperature: float, max_new_tokens: float, rewrite: bool
@@ -168,12 +193,15 @@ class Page:
                     yield [*history, *turn]
         yield gr.skip()  # gradio sends the last value once more at the end, when the page may have moved on
 
-    def ask(self, question: str, image: str | None = None, rewrite: bool = False) -> Iterator[str]:
+    def ask(
+        self, question: str, image: str | None = None, rewrite: bool = False, request: gr.Request | None = None
+    ) -> Iterator[str]:
         """Answers one question, about a picture if there is one; each piece is the answer so far.
 
         With ``rewrite``, the draft is replaced by its better English as that is written.
         """
         question = checked_question(question, image)
+        self.admit(request)
         for turn in self.answer([Message("user", question, [image] if image else [])], rewrite=rewrite):
             yield turn[-1]["content"]
 
@@ -222,11 +250,6 @@ def grow(pieces: Iterator[str]) -> Iterator[str]:
         raise BadInput("I have no answer to that. Please ask in other words.")
 
 
-def drop_reply(history: History, visit: Visit, event: gr.RetryData) -> tuple[History, int]:
-    """Retry: the conversation up to the question that is asked again."""
-    return history[: event.index + 1], visit.request()
-
-
 def undo(history: History, visit: Visit, event: gr.UndoData) -> tuple[History, str, str | None]:
     """Undo: the last question goes back into the inputs, its picture with it."""
     visit.request()
@@ -256,9 +279,14 @@ def read_examples(folder: Path) -> list[list[str]]:
         return [[row["question"], str(folder / row["image"])] for row in csv.DictReader(lines)]
 
 
-def build(engine: Engine, examples: Path) -> gr.Blocks:
-    """The page around an engine."""
-    page = Page(engine)
+def build(engine: Engine, examples: Path, limit: RateLimit | None = None) -> gr.Blocks:
+    """The page around an engine.
+
+    Args:
+        examples: a folder with examples.csv and its pictures.
+        limit: how often one address may ask; any number of times if None.
+    """
+    page = Page(engine, limit)
     defaults = SamplingOptions()
     with gr.Blocks(title="mmchat", fill_height=True, delete_cache=(KEEP_UPLOADS, KEEP_UPLOADS)) as demo:
         gr.Markdown("# mmchat\nAsk by typing or speaking. Add a picture to talk about it.")
@@ -338,7 +366,7 @@ def build(engine: Engine, examples: Path) -> gr.Blocks:
         typed, spoken = [text, image, chat, visit], [recording, image, chat, visit]
         text.submit(page.add_text, typed, [text, image, chat, asked], **quick).success(**run)
         send_recording.click(page.add_voice, spoken, [recording, image, chat, asked], **quick).success(**run)
-        chat.retry(drop_reply, [chat, visit], [chat, asked], **quick).success(**run)
+        chat.retry(page.drop_reply, [chat, visit], [chat, asked], **quick).success(**run)
         chat.undo(undo, [chat, visit], [chat, text, image], queue=False, **quick)
         stop.click(stop_reply, visit, None, queue=False, **quick)
         everything = [text, image, recording, chat]

@@ -15,6 +15,8 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from mmchat import ui
+from mmchat.errors import BadInput
+from mmchat.limits import RateLimit
 from mmchat.loading import PATIENCE, LoadingEngine
 from mmchat.speech import Transcript
 from tests.conftest import ROOT
@@ -171,3 +173,50 @@ def test_models_that_cannot_be_loaded_end_the_app_with_a_sentence(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("'empty' is not a folder of mmchat weights")
+
+
+def test_one_address_may_ask_only_so_often(engine):
+    demo = ui.build(engine, ROOT / "examples", RateLimit(2))
+    ui.launch(demo, prevent_thread_lock=True, quiet=True)
+    try:
+        client = Client(demo.local_url, verbose=False)
+        for _ in range(2):
+            assert client.predict("Is one more than two?", None, api_name="/ask")
+        with pytest.raises(AppError, match=r"more than 2 questions a minute. Please wait \d+ seconds"):
+            client.predict("Is one more than two?", None, api_name="/ask")
+    finally:
+        demo.close()
+
+
+def test_the_limit_is_of_any_minute_and_of_each_address():
+    now = [0.0]
+    limit = RateLimit(2, clock=lambda: now[0])
+    for second in (0, 50):
+        now[0] = second
+        limit.count("a")
+    limit.count("b")
+    now[0] = 59
+    with pytest.raises(BadInput, match="Please wait 2 seconds"):
+        limit.count("a")
+    now[0] = 60
+    limit.count("a")
+    with pytest.raises(BadInput, match="Please wait 51 seconds"):
+        limit.count("a")
+
+
+def test_visitors_can_be_asked_to_sign_in(engine, monkeypatch):
+    import app
+
+    monkeypatch.setenv("MMCHAT_SIGN_IN", "ann:a secret: with a colon")
+    demo = ui.build(engine, ROOT / "examples")
+    ui.launch(demo, prevent_thread_lock=True, quiet=True, auth=app.sign_in())
+    try:
+        assert httpx.get(f"{demo.local_url}config").status_code == 401
+        assert call(demo.local_url, "ask", ["Hi", None]).count("Not authenticated") == 1
+        client = Client(demo.local_url, auth=("ann", "a secret: with a colon"), verbose=False)
+        assert client.predict("Is one more than two?", None, api_name="/ask")
+    finally:
+        demo.close()
+    monkeypatch.setenv("MMCHAT_SIGN_IN", "no colon")
+    with pytest.raises(BadInput, match="colon between them"):
+        app.sign_in()
