@@ -155,3 +155,12 @@ def test_mistakes_end_with_one_sentence(prepared):
         result = script(prepared, command)
         assert result.returncode != 0 and says in result.stderr + result.stdout, result.stderr
         assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_and_writes(tmp_path):
+    path, out = ROOT / "benchmarks" / "run.py", tmp_path / "figures.json"
+    command = [sys.executable, str(path), "--only", "encoder-runs", "--out", str(out)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (row,) = json.loads(out.read_text())
+    assert row["ours"] == "encoded 1 time" and row["what"] in shown

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,7 @@ def embed_folder(
 
     Args:
         encoder: as ``load_image_encoder(preset)`` gives it.
+        batch_size: pictures that a GPU encodes at once; a CPU encodes each by itself, several side by side.
         mirror: embed every picture a second time, mirrored, under its name after ``MIRRORED``: more to learn from.
         progress: wraps the iterator of batches, as tqdm does; called with it and the number of batches.
 
@@ -149,29 +151,58 @@ def embed_folder(
     manifest = _start_manifest(folder, preset)
     manifest["pictures"] = str(pictures.resolve())
     known = {name: digest for shard in manifest["shards"] for name, digest in shard["pictures"].items()}
-    with ThreadPoolExecutor() as pool:  # reading and decoding leave Python's lock; the encoder works meanwhile
+    device = next(encoder.parameters()).device
+    batch_size = 1 if device.type == "cpu" else batch_size
+
+    def embed(batch: list[str]) -> tuple[dict[str, str], np.ndarray | None]:
+        """Why pictures cannot be read, and the features of the others, in order."""
+        found = {name: _pixels(pictures, name, encoder) for name in batch}
+        unreadable = {name: reason for name, reason in found.items() if isinstance(reason, str)}
+        readable = [pixels for name, pixels in found.items() if name not in unreadable]
+        return unreadable, _features(encoder, torch.stack(readable).to(device)) if readable else None
+
+    with _workers(device) as pool:
         digests = dict(
             zip(names, pool.map(lambda name: _digest(pictures / name.removeprefix(MIRRORED)), names), strict=True)
         )
         waiting = [name for name in names if known.get(name) != digests[name]]
         writer = _ShardWriter(folder, manifest, digests)
         batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
-        decoded = _ahead(pool, lambda batch: [_pixels(pictures, name, encoder) for name in batch], batches)
-        for batch, found in progress(zip(batches, decoded, strict=True), len(batches)):
-            readable = [(name, pixels) for name, pixels in zip(batch, found, strict=True) if torch.is_tensor(pixels)]
-            manifest["unreadable"].update(
-                {name: reason for name, reason in zip(batch, found, strict=True) if isinstance(reason, str)}
-            )
-            if readable:
-                device = next(encoder.parameters()).device
-                features = encoder(torch.stack([pixels for _, pixels in readable]).to(device))
-                writer.add([name for name, _ in readable], features.half().cpu().numpy())
+        embedded = _ahead(pool, embed, batches)
+        for batch, (unreadable, features) in progress(zip(batches, embedded, strict=True), len(batches)):
+            manifest["unreadable"].update(unreadable)
+            if features is not None:
+                writer.add([name for name in batch if name not in unreadable], features)
         writer.flush()
     unreadable = {name: reason for name, reason in manifest["unreadable"].items() if name in digests}
     return EmbedReport(writer.written, len(names) - len(waiting), unreadable)
 
 
-def _ahead(pool: ThreadPoolExecutor, work: Callable, items: list, depth: int = 2) -> Iterator:
+@contextmanager
+def _workers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """Threads that read, decode and encode pictures side by side.
+
+    On a CPU each computes with one core: as many pictures at once as there are cores take half the time of one picture
+    after another with all of them.
+    """
+    if device.type != "cpu":
+        with ThreadPoolExecutor() as pool:
+            yield pool
+        return
+    cores = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(cores, initializer=lambda: torch.set_num_threads(1)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(cores)
+
+
+@torch.inference_mode()
+def _features(encoder: Any, pixels: torch.Tensor) -> np.ndarray:
+    return encoder(pixels).half().cpu().numpy()
+
+
+def _ahead(pool: ThreadPoolExecutor, work: Callable, items: list, depth: int = 8) -> Iterator:
     """``map`` in other threads, at most ``depth`` items ahead, so that memory stays bounded."""
     futures = [pool.submit(work, item) for item in items[:depth]]
     for position in range(len(items)):
