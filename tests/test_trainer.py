@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from mmchat.errors import BadInput, WeightsError
 from mmchat.model import load_model
 from mmchat.presets import get_preset
+from mmchat.training.averaging import average_weights
 from mmchat.training.conversations import entry_of, write_conversations
 from mmchat.training.int8 import Int8Linear
 from mmchat.training.recipe import Recipe
@@ -305,3 +306,22 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(tiny, tmp_path):
     assert pair.wait(240) == 0, pair.stdout.read()
     train(recipe(tiny, tmp_path / "single", batch_size=3, accumulate=2))
     assert_same(tmp_path / "pair" / "checkpoint-6", tmp_path / "single" / "checkpoint-6", tolerance=1e-5)
+
+
+def test_weights_between_two_runs(tiny, tmp_path):
+    train(recipe(tiny, tmp_path / "one"))
+    first = tmp_path / "one" / "checkpoint-6"
+    train(recipe(tiny, tmp_path / "two", start_from=str(first)))
+    second = tmp_path / "two" / "checkpoint-6"
+    average_weights(first, second, 0.25, tmp_path / "between")
+    one, other, between = weights(first), weights(second), weights(tmp_path / "between")
+    for name, tensor in between.items():
+        torch.testing.assert_close(tensor, 0.75 * one[name] + 0.25 * other[name])
+    load_model(get_preset("phi3-patches"), tmp_path / "between", torch.float32)
+    train(recipe(tiny, tmp_path / "narrow", rank=2))
+    with pytest.raises(WeightsError, match="differ in shape"):
+        average_weights(first, tmp_path / "narrow" / "checkpoint-6", 0.5, tmp_path / "x")
+    with pytest.raises(WeightsError, match="no projector"):
+        average_weights(first, tiny, 0.5, tmp_path / "x")
+    with pytest.raises(BadInput, match="between 0 and 1"):
+        average_weights(first, second, 2, tmp_path / "x")

@@ -1,0 +1,47 @@
+"""Weights between two runs' weights, which are often better than either (Wortsman et al. 2022, arXiv 2109.01903)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from ..errors import BadInput, WeightsError
+from ..language_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..model import ADAPTER, CONFIG, PROJECTOR
+
+
+def average_weights(first: str | Path, second: str | Path, share: float, out: str | Path) -> None:
+    """Writes weights on the way from one run's to those of a run that started from it.
+
+    Args:
+        share: how far on the way: 0 is ``first``, 1 is ``second``.
+
+    Raises:
+        BadInput: the share is none.
+        WeightsError: a folder holds no weights, or the two are not of the same shape.
+    """
+    if not 0 <= share <= 1:
+        raise BadInput("The share lies between 0 and 1.")
+    first, second, out = Path(first), Path(second), Path(out)
+    names = [PROJECTOR, f"{ADAPTER}/{ADAPTER_WEIGHTS}"]
+    averaged = {name: _average(first / name, second / name, share) for name in names if (second / name).is_file()}
+    if PROJECTOR not in averaged:
+        raise WeightsError(f"'{second.name}' is not a folder of mmchat weights: it has no {PROJECTOR}.")
+    for name, tensors in averaged.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, out / name)
+    for name in (CONFIG, f"{ADAPTER}/{ADAPTER_CONFIG}"):
+        if (second / name).is_file():
+            shutil.copy(second / name, out / name)
+
+
+def _average(first: Path, second: Path, share: float) -> dict:
+    try:
+        one, other = load_file(first), load_file(second)
+        if one.keys() != other.keys():
+            raise ValueError("other tensors")
+        return {name: one[name].float().lerp(tensor.float(), share).to(tensor.dtype) for name, tensor in other.items()}
+    except (OSError, RuntimeError, ValueError) as error:
+        raise WeightsError(f"{first.name} of the two folders cannot be averaged: they differ in shape.") from error
