@@ -261,13 +261,16 @@ def load_model(
     folder = Path(weights)
     config = _read_config(folder)
     _check_identity(config, folder, preset)
-    projector_config = ProjectorConfig(**config["projector"])
-    projector = build_projector(projector_config)
+    try:
+        projector_config = ProjectorConfig(**config["projector"])
+        projector, has_adapter = build_projector(projector_config), config["adapter"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"The {CONFIG} in '{folder.name}' describes no projector I know.") from error
     _load_projector(projector, folder)
     language_model, tokenizer = load_language_model(preset.language_model, dtype, quantization)
     if projector_config.token_width != language_model.config.hidden_size:
         raise WeightsError(f"The projector in '{folder.name}' makes tokens of another width than the model reads.")
-    if config["adapter"]:
+    if has_adapter:
         language_model = load_adapter(language_model, folder / ADAPTER, trainable=trainable)
     model = MultimodalModel(language_model, projector.float().requires_grad_(trainable), projector_config)
     return model.train(trainable), tokenizer
@@ -287,6 +290,8 @@ def _read_config(folder: Path) -> dict:
         raise WeightsError(
             f"'{folder.name}' is not a folder of mmchat weights: it has no readable {CONFIG}."
         ) from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"'{folder.name}' is not a folder of mmchat weights: its {CONFIG} holds no settings.")
     if config.get("format_version") != FORMAT_VERSION:
         raise WeightsError(
             f"'{folder.name}' has format version {config.get('format_version')}; this mmchat reads {FORMAT_VERSION}."
