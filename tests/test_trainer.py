@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mmchat.errors import BadInput, WeightsError
@@ -20,9 +21,9 @@ from mmchat.presets import get_preset
 from mmchat.training.averaging import average_weights
 from mmchat.training.conversations import entry_of, write_conversations
 from mmchat.training.int8 import Int8Linear
-from mmchat.training.recipe import Recipe
+from mmchat.training.recipe import Recipe, write_recipe
 from mmchat.training.run import build_model, train
-from mmchat.training.trainer import EpochSampler, MultimodalTrainer, checkpoints, own_token_share
+from mmchat.training.trainer import STAGING, EpochSampler, MultimodalTrainer, checkpoints, own_token_share
 from tests.conftest import ROOT
 
 WEIGHTS = ("projector.safetensors", "adapter/adapter_model.safetensors")
@@ -229,6 +230,39 @@ def test_a_checkpoint_that_was_not_written_well_is_not_called_one(tiny, tmp_path
     assert checkpoints(tmp_path) == []
 
 
+@pytest.mark.parametrize("writer", ["mmchat.model.save_file", "torch.save"])
+def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch, writer):
+    module, name = writer.rsplit(".", 1)
+    original, room = getattr(sys.modules[module], name), [True]
+
+    def write(*arguments, **options):
+        if not room[0]:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        original(*arguments, **options)
+
+    monkeypatch.setattr(writer, write)
+    train(recipe(tiny, tmp_path, max_steps=3, decay="constant"))
+    room[0] = False
+    with pytest.raises(WeightsError, match=r"is the disk full\? checkpoint-3 is whole"):
+        train(recipe(tiny, tmp_path, max_steps=6, decay="constant", resume=True))
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-3"] and not (tmp_path / STAGING).exists()
+    room[0] = True
+    train(recipe(tiny, tmp_path, max_steps=6, decay="constant", resume=True))
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-6"]
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_any_moment_cost_nothing(tiny, tmp_path):
+    settings = {"max_steps": 120, "save_steps": 5, "dropout": 0.1}
+    write_recipe(recipe(tiny, tmp_path / "cut", **settings), tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "tests.killed", str(tiny), str(tmp_path / "recipe.yaml"), "20"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert killed.splitlines()[-1] == "20 kills; the last run ended with 0"
+    train(recipe(tiny, tmp_path / "whole", **settings))
+    assert_same(tmp_path / "whole" / "checkpoint-120", tmp_path / "cut" / "checkpoint-120")
+
+
 def test_a_folder_with_checkpoints_is_not_written_over(tiny, tmp_path):
     train(recipe(tiny, tmp_path))
     with pytest.raises(BadInput, match="--resume"):
@@ -242,8 +276,6 @@ def test_features_of_another_encoder_are_refused(tiny, tmp_path):
 
 def start(tiny: Path, settings: Recipe, *launcher: str, extra: str = "") -> subprocess.Popen:
     """A training script in a process of its own."""
-    from mmchat.training.recipe import write_recipe
-
     path = Path(settings.out).with_suffix(".yaml")
     write_recipe(settings, path)
     command = [*launcher, "-m", "tests.tiny", str(tiny), "training_scripts/finetune_qlora.py", "--recipe", str(path)]

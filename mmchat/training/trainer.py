@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Sampler
@@ -224,14 +225,20 @@ class MultimodalTrainer(Trainer):
         best_folder = out / f"{PREFIX_CHECKPOINT_DIR}-{best}"
         if best == self.state.global_step or best_folder.exists():
             self.state.best_model_checkpoint = str(best_folder)  # not in the staging folder, where the Trainer looks
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                staged = out / STAGING / name
+                self._compare_with_disk(staged)
+                shutil.rmtree(out / name, ignore_errors=True)
+                staged.rename(out / name)
+        except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk each library says so in its own way
+            raise WeightsError(_not_written(name, checkpoints(out))) from error
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(out / STAGING, ignore_errors=True)
         if self.args.should_save:
-            staged = out / STAGING / name
-            self._compare_with_disk(staged)
-            shutil.rmtree(out / name, ignore_errors=True)
-            staged.rename(out / name)
-            shutil.rmtree(out / STAGING, ignore_errors=True)
             self._prune(out)
         self.accelerator.wait_for_everyone()
 
@@ -264,6 +271,11 @@ def checkpoints(folder: str | Path) -> list[Path]:
     """Whole checkpoints in the output folder of a run, the newest last."""
     found = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")
     return sorted((path.parent for path in found), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def _not_written(name: str, whole: list[Path]) -> str:
+    kept = f"{whole[-1].name} is whole: with --resume the run goes on from it" if whole else "There is none before it"
+    return f"{name} could not be written; is the disk full? {kept}, once there is room."
 
 
 def own_token_share(step: int, recipe: Recipe) -> float:
