@@ -10,7 +10,7 @@ from typing import Any
 
 from mmchat.errors import BadInput, MmchatError
 from mmchat.limits import RateLimit
-from mmchat.presets import AUTO, DEFAULT_PRESET, PRESETS
+from mmchat.presets import AUTO, DEFAULT_PRESET, PRESETS, get_preset
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 
@@ -62,6 +62,8 @@ def main() -> None:
 
     engine = LoadingEngine(lambda: load_engine(options), notify=ui.gr.Info)
     try:
+        if options.preset != AUTO:
+            get_preset(options.preset)  # a mistake is said before a page is shown
         if on_zero_gpu():  # models have to be there before the page is
             engine.start()
             engine.wait()

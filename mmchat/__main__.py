@@ -112,7 +112,7 @@ def batch(options: argparse.Namespace) -> int:
     lines = _read_lines(options.questions)
     done = _finished(options.out, lines)
     if done == len(lines):
-        print(f"All {done} lines are answered in {options.out} already.", file=sys.stderr)
+        print(f"{options.out} holds all {done} lines already. Delete it to ask again.", file=sys.stderr)
         return 0
     try:
         sink = options.out.open("a", encoding="utf-8")

@@ -215,5 +215,5 @@ def get_preset(name: str) -> Preset:
         MmchatError: there is none; the message lists those there are.
     """
     if name not in PRESETS:
-        raise MmchatError(f"There is no preset '{name}'. The presets are: {', '.join(PRESETS)}.")
+        raise MmchatError(f"There is no preset '{name}'. The presets are: {', '.join([AUTO, *PRESETS])}.")
     return PRESETS[name]
