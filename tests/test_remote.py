@@ -114,7 +114,7 @@ def test_the_page_is_its_client(tiny, served):
         client = Client(demo.local_url, verbose=False)
         picture = handle_file(tiny / "pictures" / "1.png")
         assert client.predict("Describe the image.", picture, api_name="/ask")
-        assert "model server" in str(client.config["components"])
+        assert "model server" in remote.about
     finally:
         demo.close()
 

@@ -151,7 +151,7 @@ class TestBatch:
         self.batch(questions, out)
         before = out.read_text()
         assert self.batch(questions, out) == 0
-        assert "answered" in capsys.readouterr().err and out.read_text() == before
+        assert "already" in capsys.readouterr().err and out.read_text() == before
 
     def test_a_file_that_cannot_be_written_is_named(self, questions, tmp_path, capsys):
         assert self.batch(questions, tmp_path / "nowhere" / "answers.jsonl") == 1
