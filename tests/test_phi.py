@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from PIL import Image
@@ -10,7 +12,7 @@ from mmchat import Message, SamplingOptions
 from mmchat.device import Device, choose_preset, choose_quantization
 from mmchat.engine import REWRITE, Engine
 from mmchat.errors import BadInput
-from mmchat.generation import generate_texts, stream_text
+from mmchat.generation import _beam_settings, generate_texts, stream_text
 from mmchat.image_encoder import find_image_encoder, load_image_encoder
 from mmchat.language_model import add_adapter, load_language_model
 from mmchat.model import MultimodalModel, preset_of
@@ -280,6 +282,29 @@ def test_rewriting_is_the_base_model_alone(tiny, trained):
     assert rewritten == "".join(stream_text(base, tokenizer, embeddings, options))
     adapted = "".join(stream_text(engine.model.language_model, tokenizer, embeddings, options))
     assert adapted != rewritten  # or the test could not fail
+
+
+@pytest.mark.parametrize(("kind", "is_nested"), [("4bit", False), ("4bit-double", True)])
+def test_four_bits_are_nf4_and_double_quantises_the_scales(tiny, kind, is_nested):
+    model, _ = load_language_model(PRESETS["phi3-pooled"].language_model, torch.float32, kind)
+    weights = [weight for name, weight in model.named_parameters() if "o_proj" in name]
+    assert weights and {weight.quant_type for weight in weights} == {"nf4"}
+    assert {weight.quant_state.nested for weight in weights} == {is_nested}
+
+
+def test_what_the_presets_name_is_pinned():
+    """Stops as the models' authors list them; models by commit, but for the weights, whose repository has one."""
+    assert set(CHAT_FORMATS["phi-3"].stops) == {"<|end|>", "<|endoftext|>"}
+    assert set(CHAT_FORMATS["phi-2"].stops) == {"<|endoftext|>"}
+    for preset in (PHI_2, PHI_3_5):
+        for part in (preset.language_model, preset.image_encoder, preset.speech):
+            assert re.fullmatch(r"[0-9a-f]{40}", part.source.revision), part
+
+
+def test_padding_is_no_stop():
+    stop_ids = {0, 1, 7}
+    settings = _beam_settings(SamplingOptions(), stop_ids)
+    assert settings.pad_token_id not in stop_ids and set(settings.eos_token_id) == stop_ids
 
 
 def test_quantization_is_chosen_with_a_reason(monkeypatch):
