@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from mmchat.assets import cache_folder, fetch
-from mmchat.presets import PHI_3_5, SMOL
+from mmchat.hub import _note, is_here
+from mmchat.presets import PHI_3_5, SMOL, HubRepository
 from tests.conftest import ROOT, page_address
 from tests.hub_server import Hub, serve
 
@@ -131,3 +133,15 @@ def test_without_a_hub_one_sentence_says_what_works(fresh):
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith(f"{PUBLISHED} could not be fetched from the Hugging Face Hub (it cannot be reached)")
     assert "MMCHAT_PRESET=smol" in last and str(cache_folder()) not in last
+
+
+def test_a_file_that_was_cut_off_later_is_fetched_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
+    repository = HubRepository("somebody/model", "main")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    note = _note(repository)
+    note.parent.mkdir(parents=True)
+    note.write_text(json.dumps({"folder": str(tmp_path), "files": {"model.safetensors": 7}}))
+    assert is_here(repository)
+    (tmp_path / "model.safetensors").write_bytes(b"weig")
+    assert not is_here(repository)

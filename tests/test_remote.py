@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import subprocess
@@ -20,7 +22,7 @@ from mmchat import BadInput, Message, MmchatError, SamplingOptions
 from mmchat.engine import Engine
 from mmchat.exporting import export_llava
 from mmchat.presets import PRESETS
-from mmchat.remote import RemoteEngine
+from mmchat.remote import RemoteEngine, _as_sent
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
 from tests.conftest import ROOT
@@ -213,3 +215,9 @@ def test_bad_input_does_not_reach_the_server(tmp_path):
         with pytest.raises(BadInput, match="not a picture"):
             list(remote.reply([Message("user", "What?", [tmp_path / "no.png"])], OPTIONS))
     assert not requests
+
+
+def test_large_pictures_are_sent_smaller():
+    sent = _as_sent(Message("user", "What is it?", [Image.new("RGB", (3000, 2000), "red")]))
+    kind, data = sent["content"][0]["image_url"]["url"].split(",")
+    assert kind == "data:image/jpeg;base64" and Image.open(io.BytesIO(base64.b64decode(data))).size == (1024, 683)
