@@ -170,7 +170,7 @@ def _adapter_inputs(model: nn.Module, is_on: bool) -> Iterator[tuple[str, Any]]:
             down, up = [], []
             for linear in linears:
                 outputs, inputs = linear.weight.shape
-                if is_on:
+                if is_on and hasattr(linear, "lora_A"):
                     down.append(linear.lora_A["default"].weight.T)  # [inputs, rank]
                     up.append(linear.lora_B["default"].weight.T * linear.scaling["default"])  # [rank, outputs]
                 else:

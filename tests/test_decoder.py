@@ -59,6 +59,22 @@ def test_logits_are_the_models_but_for_rounding(adapted, is_on):
 
 
 @torch.inference_mode()
+def test_an_adapter_may_be_on_some_layers_only(tiny, monkeypatch, tmp_path):
+    monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
+    model, _ = load_language_model(get_preset("llama-patches").language_model, torch.float32)
+    model = add_adapter(model, rank=4, alpha=8, dropout=0.0, base_name="tiny", target_modules=["k_proj", "up_proj"])
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.3)
+    embeddings = torch.randn(1, 9, 64)
+    near = load_decoder(model).start(read(model, embeddings), 1).read(5)[0]
+    written = model.get_input_embeddings()(torch.tensor([[5]]))
+    exact = model(inputs_embeds=torch.cat([embeddings, written], dim=1)).logits[0, -1]
+    assert (near - exact).std() < 0.05 * exact.std()
+
+
+@torch.inference_mode()
 def test_two_answers_at_once_do_not_disturb_each_other_or_what_was_read(adapted):
     decoder = load_decoder(adapted)
     torch.manual_seed(1)
