@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--rate-limit",
         type=int,
-        default=int(os.environ.get("MMCHAT_RATE_LIMIT") or 0),
+        default=os.environ.get("MMCHAT_RATE_LIMIT") or "0",
         help="questions that one address may ask in a minute; 0 for any number (default: MMCHAT_RATE_LIMIT, or 0)",
     )
     parser.add_argument("--host", help="the address to listen on (default: this machine only)")

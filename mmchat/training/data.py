@@ -43,6 +43,7 @@ class Row:
     position: list[int] = field(default_factory=list)  # how many tokens come before it in its conversation
     end: list[int] = field(default_factory=list)  # place after the last token that reads this one
     images: list[str] = field(default_factory=list)  # in the order of their IMAGE_TOKEN_IDs
+    open_questions: list[Any] = field(default_factory=list)  # taken out of it, to be rewarded (self_critical.py)
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -209,10 +209,12 @@ class SelfCriticalTrainer(MultimodalTrainer):
         self.tokenizer = tokenizer
         self.data_collator = _collate_with_rows
         stop_ids = stop_token_ids(self.model.causal_language_model)
-        taken = [take_open_questions(row, stop_ids) for row in self.train_dataset.rows]
-        self.train_dataset.rows = [row for row, _ in taken]
-        self._questions = {id(row): questions for row, questions in taken}
-        found = [question for questions in self._questions.values() for question in questions]
+        found = []
+        for number, row in enumerate(self.train_dataset.rows):
+            left, questions = take_open_questions(row, stop_ids)
+            left.open_questions = questions
+            self.train_dataset.rows[number] = left
+            found += questions
         if not found:
             raise BadInput(f"No question was answered in {FEWEST_ANSWERS} ways, so there is nothing to compare with.")
         self._reward = Reward([self._texts(question.answers) for question in found])
@@ -221,7 +223,7 @@ class SelfCriticalTrainer(MultimodalTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
         rows = inputs.pop("rows")
         loss = super().compute_loss(model, inputs, *arguments, **options)
-        questions = [question for row in rows for question in self._questions.get(id(row), [])]
+        questions = [question for row in rows for question in row.open_questions]
         if not model.training or not questions:
             return loss
         return loss + model(**self._rewarded_batch(questions))["loss"]
