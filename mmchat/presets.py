@@ -85,6 +85,7 @@ class SpeechPreset:
 
     source: tuple[WheelMember, ...] | HubRepository | Path
     language: str | None  # None: detected from the recording
+    threads: int = 0  # on a CPU; 0: as many as there are cores
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ SMOL = Preset(
             ),
         ),
         language="en",
+        threads=1,  # its layers are so narrow that two threads take longer than one
     ),
     projector=ProjectorPreset(kind="mlp", hidden_width=1152),
     weights=WEIGHTS_FOLDER / "smol",

@@ -119,7 +119,8 @@ def _faster_whisper(preset: SpeechPreset) -> Callable[[np.ndarray], Transcript]:
 
     is_on_hub = isinstance(preset.source, HubRepository)
     folder = fetch_repository(preset.source) if is_on_hub else fetch(preset.source)[0].parent
-    model = WhisperModel(str(folder), device="cpu", compute_type="int8", local_files_only=True)
+    options = {"compute_type": "int8", "cpu_threads": preset.threads, "local_files_only": True}
+    model = WhisperModel(str(folder), device="cpu", **options)
 
     def hear(samples: np.ndarray) -> Transcript:
         # The voice filter drops silence first: on silence Whisper makes words up.
@@ -182,7 +183,7 @@ def find_speech_model(name: str) -> SpeechPreset:
         return SpeechPreset(HubRepository(name), language)
     if name not in available_models():
         raise BadInput(f"There is no Whisper model '{name}'. The sizes are {', '.join(available_models())}.")
-    return SpeechPreset(HubRepository(_repository(name)), language)
+    return SpeechPreset(HubRepository(_repository(name)), language, threads=1 if name.startswith("tiny") else 0)
 
 
 def _repository(size: str) -> str:

@@ -1,0 +1,98 @@
+"""The speech model that mmchat uses, in OpenAI's own package: the same weights, for a fair comparison."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+# A minute of a talk, in English, from the source package of a voice detector.
+PACKAGE, MEMBER = "silero-vad==5.0.1b2", "silero_vad-5.0.1b2/en_example.wav"
+SHA256 = "89f17d9c94c4b31eb320f424628bcbc920abaddbee6e2760fd868bfb1d9a2e47"
+
+
+def minute_of_speech(cache: Path) -> Path:
+    """60 s of real speech, fetched with pip the first time."""
+    path = cache / "benchmark" / "minute.wav"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:all:", "--dest", path.parent]
+        subprocess.run([*command, PACKAGE], check=True, stdout=sys.stderr)
+        with tarfile.open(next(path.parent.glob("silero*.tar.gz"))) as archive:
+            content = archive.extractfile(MEMBER).read()
+        if hashlib.sha256(content).hexdigest() != SHA256:
+            raise SystemExit(f"{MEMBER} of {PACKAGE} is not the recording that was measured with.")
+        path.write_bytes(content)
+    return path
+
+
+def load(path: Path) -> Any:
+    """tiny.en in OpenAI's package, from a model.bin of CTranslate2.
+
+    https://github.com/OpenNMT/CTranslate2/blob/master/python/ctranslate2/specs/model_spec.py tells the format.
+    """
+    from whisper.model import ModelDimensions, Whisper
+
+    tensors = dict(_read(path))
+    weights = {
+        "encoder.positional_embedding": tensors["encoder/position_encodings/encodings"],
+        "decoder.positional_embedding": tensors["decoder/position_encodings/encodings"],
+        "decoder.token_embedding.weight": tensors["decoder/embeddings/weight"],
+    }
+
+    def norm(name: str, target: str) -> None:
+        weights[f"{target}.weight"], weights[f"{target}.bias"] = tensors[f"{name}/gamma"], tensors[f"{name}/beta"]
+
+    def linear(name: str, *targets: str) -> None:
+        """Layers that CTranslate2 keeps as one."""
+        for kind in ("weight", "bias"):
+            for target, part in zip(targets, tensors[f"{name}/{kind}"].chunk(len(targets)), strict=True):
+                weights[f"{target}.{kind}"] = part
+
+    for side in ("encoder", "decoder"):
+        for number in range(4):
+            layer, block = f"{side}/layer_{number}", f"{side}.blocks.{number}"
+            norm(f"{layer}/self_attention/layer_norm", f"{block}.attn_ln")
+            linear(f"{layer}/self_attention/linear_0", *(f"{block}.attn.{part}" for part in ("query", "key", "value")))
+            linear(f"{layer}/self_attention/linear_1", f"{block}.attn.out")
+            if side == "decoder":
+                norm(f"{layer}/attention/layer_norm", f"{block}.cross_attn_ln")
+                linear(f"{layer}/attention/linear_0", f"{block}.cross_attn.query")
+                linear(f"{layer}/attention/linear_1", f"{block}.cross_attn.key", f"{block}.cross_attn.value")
+                linear(f"{layer}/attention/linear_2", f"{block}.cross_attn.out")
+            norm(f"{layer}/ffn/layer_norm", f"{block}.mlp_ln")
+            linear(f"{layer}/ffn/linear_0", f"{block}.mlp.0")
+            linear(f"{layer}/ffn/linear_1", f"{block}.mlp.2")
+    linear("encoder/conv1", "encoder.conv1")
+    linear("encoder/conv2", "encoder.conv2")
+    norm("encoder/layer_norm", "encoder.ln_post")
+    norm("decoder/layer_norm", "decoder.ln")
+    model = Whisper(ModelDimensions(80, 1500, 384, 6, 4, 51864, 448, 384, 6, 4)).eval()
+    wanted = model.state_dict()  # keys have no bias there
+    model.load_state_dict({name: tensor for name, tensor in weights.items() if name in wanted})
+    return model
+
+
+def _read(path: Path):
+    """The name and float32 tensor of each variable."""
+    with path.open("rb") as file:
+
+        def number(kind: str) -> int:
+            return struct.unpack(f"<{kind}", file.read(struct.calcsize(kind)))[0]
+
+        def text() -> str:
+            return file.read(number("H"))[:-1].decode()
+
+        number("I"), text(), number("I")  # version, kind of model and its revision
+        for _ in range(number("I")):
+            name, shape = text(), [number("I") for _ in range(number("B"))]
+            kind = {0: "f4", 1: "i1", 2: "i2", 3: "i4", 4: "f2"}[number("B")]
+            values = np.frombuffer(file.read(number("I")), kind).reshape(shape)
+            yield name, torch.from_numpy(values.astype(np.float32))
