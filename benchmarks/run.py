@@ -109,13 +109,14 @@ def decoding() -> Iterator[Row]:
     import torch
 
     from mmchat import SamplingOptions
+    from mmchat.decoder import TorchDecoder
     from mmchat.generation import stream_token_ids
 
     model, embeddings, count = engine().model.language_model, _embeddings(), 64
     options = SamplingOptions(temperature=0, max_new_tokens=count)
 
     def ours() -> float:
-        stream = stream_token_ids(model, embeddings, options, set(), decoder=engine().decoder)
+        stream = stream_token_ids(engine().decoder, embeddings, options, set())
         next(stream)
         return (count - 1) / timed(lambda: list(stream))
 
@@ -138,7 +139,7 @@ def decoding() -> Iterator[Row]:
         median(one / other for one, other in pairs),
         "2.5",
     )
-    if engine().decoder:
+    if not isinstance(engine().decoder, TorchDecoder):
         weights = sum(path.stat().st_size for path in engine().decoder.path.parent.iterdir())
         yield Row(
             "the limit: memory read for each token",
@@ -156,7 +157,7 @@ def decoding() -> Iterator[Row]:
                 token = model(inputs_embeds=rows, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(dim=-1)
                 rows = torch.cat([rows, model.get_input_embeddings()(token)[:, None]], dim=1)
 
-    whole = timed(lambda: list(stream_token_ids(model, embeddings, options, set(), decoder=engine().decoder)))
+    whole = timed(lambda: list(stream_token_ids(engine().decoder, embeddings, options, set())))
     again = timed(loop)
     yield Row(
         "an answer of 64 tokens", f"{whole:.2f} s", f"{again:.1f} s, all read for each token", again / whole, "10"
@@ -414,16 +415,18 @@ def precomputing() -> Iterator[Row]:
 
 
 def quality(captions: str, photos: str, limit: int) -> Iterator[Row]:
-    """Greedy captions, written in 8 bits and in full precision."""
+    """Greedy captions, written with packed weights and by PyTorch."""
     from mmchat import Message, SamplingOptions
+    from mmchat.decoder import TorchDecoder
+    from mmchat.reuse import Readings
     from mmchat.training.evaluation import read_items
     from mmchat.training.metrics import caption_metrics
 
     items, options = read_items(captions, limit), SamplingOptions(temperature=0, max_new_tokens=48)
-    figures, decoder = {}, engine().decoder
-    for name, used in (("8 bits", decoder), ("fp32", None)):
-        engine().decoder = used
-        said = [
+    figures, said, decoder = {}, {}, engine().decoder
+    for name, used in (("packed", decoder), ("PyTorch", TorchDecoder(engine().model.language_model))):
+        engine().decoder, engine()._readings = used, Readings(used, 0)
+        said[name] = [
             "".join(
                 engine().reply(
                     [Message("user", PICTURE_QUESTION, [Path(photos) / item.conversation.images[0]])], options
@@ -431,11 +434,13 @@ def quality(captions: str, photos: str, limit: int) -> Iterator[Row]:
             )
             for item in items
         ]
-        figures[name] = caption_metrics(said, [item.references for item in items])
-    engine().decoder = decoder
+        figures[name] = caption_metrics(said[name], [item.references for item in items])
+    engine().decoder, engine()._readings = decoder, Readings(decoder, 0)
+    same = sum(one == other for one, other in zip(*said.values(), strict=True))
+    yield Row("captions that are the same", f"{same} of {len(items)}", "written by PyTorch in fp32", None, "")
     for metric in ("BLEU-4", "CIDEr"):
-        fast, exact = (figures[name][metric].value for name in ("8 bits", "fp32"))
-        yield Row(f"{metric} of {len(items)} captions", f"{fast:.3f}", f"{exact:.3f} in fp32", fast / exact, "0.99")
+        fast, exact = (figure[metric].value for figure in figures.values())
+        yield Row(f"{metric} of {len(items)} captions", f"{fast:.3f}", f"{exact:.3f}", fast / exact, "0.99")
 
 
 ROWS = {

@@ -19,7 +19,7 @@ from PIL import Image
 from .decoder import load_decoder
 from .device import choose_device, choose_preset, choose_quantization
 from .errors import BadInput, MmchatError
-from .generation import TEXT_PENALTY, SamplingOptions, stream_text
+from .generation import TEXT_PENALTY, SamplingOptions, generate_texts, stream_text
 from .image_encoder import load_image_encoder, open_image, to_rgb
 from .importing import own_weights
 from .model import load_model, preset_of, preset_trained
@@ -100,7 +100,7 @@ class Engine:
         self.context_length: int = self.model.language_model.config.max_position_embeddings  # tokens
         self.decoder = load_decoder(self.model.language_model)
         self._features: OrderedDict[str, torch.Tensor] = OrderedDict()  # picture digest -> [features, width]
-        self._readings = Readings(self.model.language_model.config, ROOM_TO_READ[self.device.type])
+        self._readings = Readings(self.decoder, ROOM_TO_READ[self.device.type])
         self._turn = Lock()  # the adapter is on or off for the whole model, so one reply runs at a time
         self._loading = Lock()
 
@@ -168,32 +168,25 @@ class Engine:
 
     def _write(self, encoded: EncodedConversation, options: SamplingOptions, with_adapter: bool) -> Iterator[str]:
         """The answer to an encoded conversation; what was read of it in earlier turns is not read again."""
-        language_model = self.model.language_model
-        if options.beams > 1:
-            yield from stream_text(language_model, self.tokenizer, self._embed(encoded), options)
+        if options.beams > 1:  # the answer comes in one piece, and all is read anew
+            prompt = self._embed(encoded)[0]  # [length, token_width]
+            yield from generate_texts(self.model.language_model, self.tokenizer, [prompt], options)
             return
         row, ends = self._row(encoded), _ends(encoded)
         reading = self._readings.take(row, ends, with_adapter)
         *earlier, last = [end for end in ends if end > len(reading.row)]
         start = len(reading.row)
         for end in earlier:
-            self._read(self._embed(encoded, start, end), reading.cache)
+            self.decoder.read(self._embed(encoded, start, end), reading.cache)
             start = end
-        with closing(
-            stream_text(
-                language_model, self.tokenizer, self._embed(encoded, start, last), options, reading.cache, self.decoder
-            )
-        ) as pieces:
+        embeddings = self._embed(encoded, start, last)
+        with closing(stream_text(self.decoder, self.tokenizer, embeddings, options, reading.cache)) as pieces:
             try:
                 yield from pieces
             except GeneratorExit:  # stopped; after an error, some layers may have read more than others
                 self._keep(reading, row)
                 raise
             self._keep(reading, row)
-
-    @torch.inference_mode()
-    def _read(self, embeddings: torch.Tensor, cache: Any) -> None:
-        self.model.language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     def _keep(self, reading: Reading, row: Row) -> None:
         reading.shorten(row)  # the answer is read anew, with the question that follows

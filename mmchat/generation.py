@@ -59,29 +59,22 @@ def stop_token_ids(model: nn.Module) -> set[int]:
 
 
 def stream_text(
-    model: nn.Module,
-    tokenizer: Any,
-    embeddings: torch.Tensor,
-    options: SamplingOptions,
-    cache: Any = None,
-    decoder: Any = None,
+    decoder: Any, tokenizer: Any, embeddings: torch.Tensor, options: SamplingOptions, cache: Any = None
 ) -> Iterator[str]:
     """The answer in pieces that are whole characters.
 
     Closing the iterator ends the work: nothing is computed before the next piece is asked for.
 
     Args:
-        embeddings: [1, length, token_width], what the model is to read before it writes.
-        cache: what it has read before that, a DynamicCache; it grows. Beam search needs everything in ``embeddings``.
-        decoder: a ``Decoder`` of the model, to write faster; the model writes if None.
+        decoder: what reads and writes, a ``TorchDecoder`` or ``OnnxDecoder``.
+        embeddings: [1, length, token_width], what it is to read before it writes.
+        cache: what it has read before that; it grows.
+        options: of which ``beams`` do not count; they are ``generate_texts``'s business.
     """
     from tokenizers.decoders import DecodeStream
 
-    if options.beams > 1:
-        yield from generate_texts(model, tokenizer, [embeddings[0]], options)
-        return
     text = DecodeStream(skip_special_tokens=True)
-    with closing(stream_token_ids(model, embeddings, options, stop_token_ids(model), cache, decoder)) as token_ids:
+    with closing(stream_token_ids(decoder, embeddings, options, stop_token_ids(decoder.model), cache)) as token_ids:
         for token_id in token_ids:
             piece = text.step(tokenizer.backend_tokenizer, token_id)
             if piece:
@@ -90,24 +83,17 @@ def stream_text(
 
 @torch.inference_mode()
 def stream_token_ids(
-    model: nn.Module,
-    embeddings: torch.Tensor,
-    options: SamplingOptions,
-    stop_ids: set[int],
-    cache: Any = None,
-    decoder: Any = None,
+    decoder: Any, embeddings: torch.Tensor, options: SamplingOptions, stop_ids: set[int], cache: Any = None
 ) -> Iterator[int]:
     """Token ids one by one, without the one that ends the answer."""
-    from transformers import DynamicCache
-
     process = _logits_processors(options)
     generator = torch.Generator(embeddings.device)
     generator.manual_seed(options.seed) if options.seed is not None else generator.seed()
-    cache = DynamicCache(config=model.config) if cache is None else cache
+    cache = decoder.empty_cache() if cache is None else cache
+    embed = decoder.model.get_input_embeddings()
     written = torch.empty(1, 0, dtype=torch.long, device=embeddings.device)  # [1, tokens of the answer]
-    logits = _read(model, cache, inputs_embeds=embeddings)  # [1, vocabulary]
-    writing = decoder.start(cache, options.max_new_tokens) if decoder else None
     while True:
+        logits = decoder.read(embeddings, cache)  # [1, vocabulary]
         token = _choose(process(written, logits.float()), options.temperature, generator)  # [1, 1]
         token_id = token.item()
         if token_id in stop_ids:
@@ -116,12 +102,7 @@ def stream_token_ids(
         written = torch.cat([written, token], dim=1)
         if written.shape[1] == options.max_new_tokens:
             return
-        logits = writing.read(token_id) if writing else _read(model, cache, input_ids=token)
-
-
-def _read(model: nn.Module, cache: Any, **inputs: torch.Tensor) -> torch.Tensor:
-    """What may come after the inputs: [1, vocabulary]."""
-    return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        embeddings = embed(token)  # [1, 1, token_width]
 
 
 @torch.inference_mode()

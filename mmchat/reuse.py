@@ -19,20 +19,12 @@ class Reading:
     """A row of tokens that the model has read, and the keys and values it computed for them."""
 
     with_adapter: bool  # the adapter changes what is computed, so on and off do not mix
-    cache: Any  # a DynamicCache of transformers
+    cache: Any  # of a decoder
     row: Row = field(default_factory=list)
-
-    @property
-    def size(self) -> int:
-        """Bytes of the keys and values."""
-        layers = [layer for layer in self.cache.layers if layer.is_initialized]
-        return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
 
     def shorten(self, row: Row) -> None:
         """Forgets what comes after a row."""
-        beyond = self.cache.get_seq_length() - len(row)
-        if beyond > 0:
-            self.cache.crop(-beyond)  # takes as many off the end
+        self.cache.crop(len(row))
         self.row = row
 
 
@@ -40,11 +32,12 @@ class Readings:
     """The latest conversations' readings, as many as have room.
 
     Args:
+        decoder: what reads.
         room: bytes that all of them together may take.
     """
 
-    def __init__(self, config: Any, room: float):
-        self.config, self.room = config, room
+    def __init__(self, decoder: Any, room: float):
+        self.decoder, self.room = decoder, room
         self._kept: list[Reading] = []  # the latest last
 
     def take(self, row: Row, ends: Sequence[int], with_adapter: bool) -> Reading:
@@ -61,9 +54,9 @@ class Readings:
         common = _common(best.row, row) if best else 0
         length = max((end for end in ends[:-1] if end <= common), default=0)
         if not length:
-            return Reading(with_adapter, self._empty_cache())
+            return Reading(with_adapter, self.decoder.empty_cache())
         if length < len(best.row) // 2:
-            return self._beginning(best, length)
+            return Reading(with_adapter, best.cache.beginning(length), row[:length])
         self._kept.remove(best)
         best.shorten(row[:length])
         return best
@@ -71,21 +64,10 @@ class Readings:
     def keep(self, reading: Reading) -> None:
         """Puts a reading back, and drops the oldest that have no room."""
         self._kept.append(reading)
-        while len(self._kept) > 1 and sum(kept.size for kept in self._kept) > self.room:
+        while len(self._kept) > 1 and sum(kept.cache.size for kept in self._kept) > self.room:
             self._kept.pop(0)
-        if reading.size > self.room:
+        if reading.cache.size > self.room:
             self._kept.clear()
-
-    def _beginning(self, reading: Reading, length: int) -> Reading:
-        cache = self._empty_cache()
-        for number, layer in enumerate(reading.cache.layers):  # keys and values: [1, heads, tokens, head width]
-            cache.update(layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), number)
-        return Reading(reading.with_adapter, cache, reading.row[:length])
-
-    def _empty_cache(self) -> Any:
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self.config)
 
 
 def _common(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:

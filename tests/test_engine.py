@@ -6,7 +6,6 @@ import threading
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from mmchat import BadInput, Message, SamplingOptions
 from mmchat.errors import MmchatError
@@ -24,7 +23,7 @@ def answer(engine, *messages, options=GREEDY, **more):
 def read_by_model(engine, monkeypatch):
     """What reaches the language model: (token ids, embeddings) of each reply, which reads all anew, in one piece."""
     seen, splice = [], engine.model.splice
-    anew = lambda row, ends, with_adapter: Reading(with_adapter, DynamicCache(config=engine._readings.config))  # noqa: E731
+    anew = lambda row, ends, with_adapter: Reading(with_adapter, engine.decoder.empty_cache())  # noqa: E731
     monkeypatch.setattr(engine._readings, "take", anew)
     monkeypatch.setattr("mmchat.engine._ends", lambda encoded: [len(encoded.token_ids)])
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mmchat import SamplingOptions
+from mmchat.decoder import TorchDecoder
 from mmchat.errors import BadInput
 from mmchat.generation import generate_texts, stream_text
 from mmchat.model import load_model
@@ -144,8 +145,11 @@ def test_answers_in_batches_are_those_of_each_alone(tiny, trained, beams):
         prompts = [evaluator._embed(evaluator._encode(item), store) for item in items]
         together = generate_texts(model.language_model, tokenizer, prompts, options)
         for prompt, text in zip(prompts, together, strict=True):
-            alone = "".join(stream_text(model.language_model, tokenizer, prompt[None], options)).strip()
+            (alone,) = generate_texts(model.language_model, tokenizer, [prompt], options)
             assert alone == text
+            if beams == 1:
+                streamed = "".join(stream_text(TorchDecoder(model.language_model), tokenizer, prompt[None], options))
+                assert streamed.strip() == text
 
 
 def test_the_last_answer_is_asked_for(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mmchat.decoder import TorchDecoder
 from mmchat.errors import BadInput
 from mmchat.generation import SamplingOptions, stop_token_ids, stream_text, stream_token_ids
 from mmchat.prompt import Message
@@ -45,19 +46,19 @@ def generated(engine, embeddings, stop_ids, **options):
 
 
 def test_greedy_words_are_those_of_generate(engine, embeddings, stop_ids):
-    ours = list(stream_token_ids(engine.model.language_model, embeddings, GREEDY, stop_ids))
+    ours = list(stream_token_ids(TorchDecoder(engine.model.language_model), embeddings, GREEDY, stop_ids))
     assert ours == generated(engine, embeddings, stop_ids)
 
 
 def test_the_repetition_penalty_is_that_of_generate(engine, embeddings, stop_ids):
     options = SamplingOptions(temperature=0, repetition_penalty=1.3, max_new_tokens=24)
-    ours = list(stream_token_ids(engine.model.language_model, embeddings, options, stop_ids))
+    ours = list(stream_token_ids(TorchDecoder(engine.model.language_model), embeddings, options, stop_ids))
     assert ours == generated(engine, embeddings, stop_ids, repetition_penalty=1.3)
 
 
 def test_closing_ends_the_work_within_a_token(engine, embeddings, stop_ids, monkeypatch):
     steps = count_steps(engine, monkeypatch)
-    tokens = stream_token_ids(engine.model.language_model, embeddings, GREEDY, stop_ids)
+    tokens = stream_token_ids(TorchDecoder(engine.model.language_model), embeddings, GREEDY, stop_ids)
     next(tokens), next(tokens)
     tokens.close()
     assert len(steps) == 2
@@ -66,7 +67,7 @@ def test_closing_ends_the_work_within_a_token(engine, embeddings, stop_ids, monk
 def test_a_seed_makes_sampling_repeatable(engine, embeddings, stop_ids):
     def sample(seed):
         options = SamplingOptions(temperature=1.0, max_new_tokens=12, seed=seed)
-        return list(stream_token_ids(engine.model.language_model, embeddings, options, stop_ids))
+        return list(stream_token_ids(TorchDecoder(engine.model.language_model), embeddings, options, stop_ids))
 
     assert sample(1) == sample(1)
     assert len({tuple(sample(seed)) for seed in range(4)}) > 1
@@ -74,13 +75,15 @@ def test_a_seed_makes_sampling_repeatable(engine, embeddings, stop_ids):
 
 def test_the_longest_answer_is_kept_to(engine, embeddings, stop_ids):
     options = SamplingOptions(temperature=0, max_new_tokens=5)
-    assert len(list(stream_token_ids(engine.model.language_model, embeddings, options, stop_ids))) == 5
+    assert len(list(stream_token_ids(TorchDecoder(engine.model.language_model), embeddings, options, stop_ids))) == 5
 
 
 def test_pieces_are_whole_characters(engine):
     """Emoji and accents take several tokens each; no piece may hold half of one."""
     encoded = engine._encode([Message("user", "Repeat exactly: 日本語 😀 café")])
-    pieces = list(stream_text(engine.model.language_model, engine.tokenizer, engine._embed(encoded), GREEDY))
+    pieces = list(
+        stream_text(TorchDecoder(engine.model.language_model), engine.tokenizer, engine._embed(encoded), GREEDY)
+    )
     assert len(pieces) > 1
     assert not any("\ufffd" in piece for piece in pieces)
     assert "".join(pieces).strip()

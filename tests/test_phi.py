@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from mmchat import Message, SamplingOptions
+from mmchat.decoder import TorchDecoder
 from mmchat.device import Device, choose_preset, choose_quantization
 from mmchat.engine import REWRITE, Engine
 from mmchat.errors import BadInput
@@ -279,8 +280,8 @@ def test_rewriting_is_the_base_model_alone(tiny, trained):
     asked = Message("user", REWRITE.format(question="Is there a dog?", draft="dog yes"))
     encoded = encode([asked], tokenizer, CHAT_FORMATS[preset.language_model.chat_format], 1, open_reply=True)
     embeddings = base.get_input_embeddings()(torch.tensor([encoded.token_ids]))
-    assert rewritten == "".join(stream_text(base, tokenizer, embeddings, options))
-    adapted = "".join(stream_text(engine.model.language_model, tokenizer, embeddings, options))
+    assert rewritten == "".join(stream_text(TorchDecoder(base), tokenizer, embeddings, options))
+    adapted = "".join(stream_text(TorchDecoder(engine.model.language_model), tokenizer, embeddings, options))
     assert adapted != rewritten  # or the test could not fail
 
 

@@ -17,40 +17,41 @@ from mmchat.training.run import train
 OPTIONS = SamplingOptions(temperature=0, max_new_tokens=6)
 
 
-@pytest.fixture(scope="module")
-def pair(tiny, tmp_path_factory):
-    """Two engines with the same weights, one of which forgets everything between turns; and pictures."""
+@pytest.fixture(scope="module", params=["phi3-patches", "llama-patches"])
+def pair(request, tiny, tmp_path_factory):
+    """Two engines with the same weights, one of which forgets everything between turns; and pictures.
+
+    Phi-3 is read by PyTorch, Llama by ONNX Runtime.
+    """
     folder = tmp_path_factory.mktemp("reuse")
     recipe = Recipe(
         train=[str(tiny / "train.json")],
         features=str(tiny / "features-patches"),
-        preset="phi3-patches",
+        preset=request.param,
         out=str(folder),
         max_steps=10,
         lr=1e-2,
         report_to=["none"],
     )
     train(recipe)
-    keeping, forgetting = (Engine(PRESETS["phi3-patches"], folder) for _ in range(2))
+    keeping, forgetting = (Engine(PRESETS[request.param], folder) for _ in range(2))
     forgetting._readings.room = 0
     return keeping, forgetting, [tiny / "pictures" / f"{number}.png" for number in range(3)]
 
 
 @pytest.fixture
 def read(monkeypatch):
-    """How many tokens each call of the language model reads."""
+    """How many tokens each call of the decoder reads."""
     lengths = []
 
     def watch(engine):
-        model = engine.model.causal_language_model
-        forward = model.forward
+        original = engine.decoder.read
 
-        def spy(*arguments, **named):
-            tokens = named.get("inputs_embeds") if named.get("inputs_embeds") is not None else named["input_ids"]
-            lengths.append(tokens.shape[1])
-            return forward(*arguments, **named)
+        def spy(embeddings, cache):
+            lengths.append(embeddings.shape[1])
+            return original(embeddings, cache)
 
-        monkeypatch.setattr(model, "forward", spy)
+        monkeypatch.setattr(engine.decoder, "read", spy)
         return lengths
 
     return watch
@@ -125,7 +126,7 @@ def test_what_idle_conversations_keep_is_bounded(pair):
         for number in range(12):
             "".join(keeping.reply([Message("user", f"{number} is a number?", pictures[:1])], OPTIONS))
         kept = keeping._readings._kept
-        assert 1 <= len(kept) < 12 and sum(reading.size for reading in kept) <= 150_000
+        assert 1 <= len(kept) < 12 and sum(reading.cache.size for reading in kept) <= 150_000
     finally:
         keeping._readings.room = room
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from mmchat.presets import PRESETS, SMOL, HubRepository, ImageEncoderPreset, LanguageModelPreset, ProjectorPreset
 from mmchat.training.conversations import entry_of, write_conversations
@@ -74,7 +75,10 @@ def make(folder: Path) -> None:
         ("phi", PhiConfig, PhiForCausalLM),
         ("llama", LlamaConfig, LlamaForCausalLM),
     ):
-        model_class(config_class(vocab_size=len(tokenizer), **WIDTHS)).save_pretrained(folder / name)
+        model = model_class(config_class(vocab_size=len(tokenizer), **WIDTHS))
+        if name == "llama":
+            round_weights(model)
+        model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     clip = CLIPVisionConfig(**CLIP_WIDTHS, projection_dim=20)
     CLIPVisionModelWithProjection(clip).save_pretrained(folder / "clip")
@@ -82,6 +86,19 @@ def make(folder: Path) -> None:
     CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder / "clip")
     SiglipVisionModel(SiglipVisionConfig(**CLIP_WIDTHS)).save_pretrained(folder / "siglip")
     SiglipImageProcessorPil(size=size).save_pretrained(folder / "siglip")
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module) -> None:
+    """Gives linear layers 16 levels in each block of 32 weights and the head 255, as a GGUF file of kind Q4_1 has."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            blocks = layer.weight.view(len(layer.weight), -1, 32)
+            lowest, highest = blocks.aminmax(dim=2, keepdim=True)
+            step, zero = (highest - lowest) / 15, lowest
+            if name == "lm_head":
+                step, zero = blocks.abs().amax(dim=2, keepdim=True) / 127, 0
+            layer.weight.copy_(((blocks - zero) / step).round().mul(step).add(zero).view_as(layer.weight))
 
 
 def make_data(folder: Path) -> None:
