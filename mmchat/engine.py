@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -77,8 +77,8 @@ def load(
 class Engine:
     """One set of models in memory.
 
-    Threads may share it: replies take their turn. Read a reply to its end or close it before asking for the next one
-    in the same thread, which would otherwise wait for it for ever.
+    Threads may share it: replies that are read at the same time are written by turns, a piece of each, so that a short
+    one need not wait for a long one.
     """
 
     def __init__(self, preset: Preset, weights: str | Path | None = None, quantization: str = "auto"):
@@ -101,7 +101,7 @@ class Engine:
         self.decoder = load_decoder(self.model.language_model)
         self._features: OrderedDict[str, torch.Tensor] = OrderedDict()  # picture digest -> [features, width]
         self._readings = Readings(self.decoder, ROOM_TO_READ[self.device.type])
-        self._turn = Lock()  # the adapter is on or off for the whole model, so one reply runs at a time
+        self._turn = Lock()  # the adapter is on or off for the whole model, so one piece is written at a time
         self._loading = Lock()
 
     @property
@@ -162,9 +162,19 @@ class Engine:
             options = replace(options, repetition_penalty=1.0 if has_images(messages) else TEXT_PENALTY)
         with self._turn:  # the tokenizer, too, is not for two threads at once
             encoded = self._fit(messages, options.max_new_tokens, notify)
-            with_adapter = has_images(messages)
-            with nullcontext() if with_adapter else self.model.without_adapter():
-                yield from self._write(encoded, options, with_adapter)
+        with_adapter = has_images(messages)
+        pieces = self._write(encoded, options, with_adapter)
+        try:
+            while True:
+                with self._turn:
+                    self.model.switch_adapter(with_adapter)
+                    piece = next(pieces, None)
+                if piece is None:
+                    return
+                yield piece
+        finally:
+            with self._turn:
+                pieces.close()
 
     def _write(self, encoded: EncodedConversation, options: SamplingOptions, with_adapter: bool) -> Iterator[str]:
         """The answer to an encoded conversation; what was read of it in earlier turns is not read again."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -48,6 +47,7 @@ class MultimodalModel(nn.Module):
         self.language_model = language_model
         self.projector = projector
         self.projector_config = projector_config
+        self._adapter_is_on = True
 
     @property
     def has_adapter(self) -> bool:
@@ -62,10 +62,12 @@ class MultimodalModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.projector.parameters()).device
 
-    def without_adapter(self):
-        """A context in which the base model speaks alone."""
-        disable = getattr(self.language_model, "disable_adapter", None)
-        return disable() if disable else nullcontext()
+    def switch_adapter(self, on: bool) -> None:
+        """Switches the adapter on or off, if there is one and it is not so already."""
+        if self.has_adapter and on != self._adapter_is_on:
+            adapted = self.language_model.base_model
+            adapted.enable_adapter_layers() if on else adapted.disable_adapter_layers()
+            self._adapter_is_on = on
 
     def splice(self, token_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
         """Token ids with pictures in their places → input embeddings.

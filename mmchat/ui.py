@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 MAX_UPLOAD = "10mb"
 MAX_QUESTION = 4000  # characters
+AT_ONCE = 4  # answers that are written at the same time, by turns: a short one need not wait for a long one
 MAX_WAITING = 16  # questions in the queue; the next one is told to come back later
 KEEP_UPLOADS = 3600  # seconds
 
@@ -358,7 +359,7 @@ def build(engine: Engine, examples: Path, limit: RateLimit | None = None) -> gr.
             "inputs": [chat, visit, asked, temperature, max_new_tokens, rewrite],
             "outputs": chat,
             "concurrency_id": "engine",
-            "concurrency_limit": 1,
+            "concurrency_limit": AT_ONCE,
             "trigger_mode": "multiple",  # a new question does not wait for the reply it ends
             "show_progress": "minimal",
             **private,
@@ -382,7 +383,12 @@ def _add_endpoint(page: Page) -> None:
         question, picture = gr.Textbox(label="question"), SafeImage(type="filepath", label="image")
         rewrite, answer = gr.Checkbox(label="rewrite"), gr.Textbox(label="answer")
         gr.Button().click(
-            page.ask, [question, picture, rewrite], answer, api_name="ask", concurrency_id="engine", concurrency_limit=1
+            page.ask,
+            [question, picture, rewrite],
+            answer,
+            api_name="ask",
+            concurrency_id="engine",
+            concurrency_limit=AT_ONCE,
         )
 
 

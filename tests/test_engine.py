@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mmchat import BadInput, Message, SamplingOptions
+from mmchat.decoder import TorchDecoder
 from mmchat.errors import MmchatError
 from mmchat.prompt import IMAGE_TOKEN_ID
-from mmchat.reuse import Reading
+from mmchat.reuse import Reading, Readings
 
 GREEDY = SamplingOptions(temperature=0, max_new_tokens=16)
 
@@ -66,14 +69,12 @@ def test_answers_about_pictures_may_repeat_words(engine, photo):
 
 def test_adapter_and_projector_are_on_once_there_is_a_picture(engine, photo, monkeypatch):
     """With the adapter off, the same question about the same picture is answered in other words."""
-    from contextlib import nullcontext
-
     question = Message("user", "Describe the image.", images=[photo])
     with_adapter = answer(engine, question)
-    base_alone = type(engine.model).without_adapter
-    monkeypatch.setattr("mmchat.engine.nullcontext", lambda: base_alone(engine.model))
-    assert answer(engine, question) != with_adapter
-    monkeypatch.setattr("mmchat.engine.nullcontext", nullcontext)
+    switch = engine.model.switch_adapter
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.model, "switch_adapter", lambda on: switch(False))
+        assert answer(engine, question) != with_adapter
     assert answer(engine, question) == with_adapter
 
 
@@ -226,6 +227,40 @@ def test_replies_at_once_do_not_disturb_each_other(engine, photo):
     for thread in threads:
         thread.join()
     assert together == alone
+
+
+@pytest.mark.parametrize("decoder", ["onnx", "torch"])
+def test_a_short_answer_does_not_wait_for_a_long_one(engine, photo, monkeypatch, decoder):
+    if decoder == "torch":
+        exact = TorchDecoder(engine.model.language_model)
+        monkeypatch.setattr(engine, "decoder", exact)
+        monkeypatch.setattr(engine, "_readings", Readings(exact, 2e8))
+    picture = Message("user", "Describe the image.", images=[photo])
+    alone = answer(engine, picture)
+    long = engine.reply([Message("user", "Tell me a long story.")], SamplingOptions(temperature=0, max_new_tokens=40))
+    beginning = [next(long) for _ in range(5)]
+    assert answer(engine, picture) == alone  # in the same thread: nothing is held between pieces
+    story = "".join([*beginning, *long])
+    assert story == answer(engine, Message("user", "Tell me a long story."), options=replace(GREEDY, max_new_tokens=40))
+
+
+def test_a_question_is_answered_while_another_thread_writes(engine):
+    """The one that writes does not take every turn."""
+    written: list[str] = []
+
+    def write():
+        options = SamplingOptions(temperature=0, max_new_tokens=200, repetition_penalty=1.3)
+        written.extend(engine.reply([Message("user", "Tell me a long story.")], options))
+        written.append("END")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    while len(written) < 5:
+        time.sleep(0.01)
+    next(reply := engine.reply([Message("user", "Is one more than two?")], GREEDY))
+    assert "END" not in written
+    reply.close()
+    thread.join()
 
 
 def test_an_unknown_preset_lists_the_known(engine):

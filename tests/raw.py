@@ -1,0 +1,45 @@
+"""Requests as anybody can send them, past the page."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+sessions = itertools.count()
+
+
+def endpoints(address: str) -> dict[str, dict]:
+    """Every endpoint by its name, those that are hidden, too; ``kinds`` are the components that it takes."""
+    config = httpx.get(f"{address}config", timeout=60).json()
+    kinds = {component["id"]: component["type"] for component in config["components"]}
+    return {
+        endpoint["api_name"]: {**endpoint, "kinds": [kinds[number] for number in endpoint["inputs"]]}
+        for endpoint in config["dependencies"]
+        if endpoint["backend_fn"]
+    }
+
+
+def upload(address: str, path: Path, name: str = "") -> dict[str, Any]:
+    """A file on the server, as requests name one that was uploaded."""
+    files = {"files": (name or path.name, path.read_bytes())}
+    answer = httpx.post(f"{address}gradio_api/upload", files=files, timeout=60)
+    return {"path": answer.raise_for_status().json()[0], "meta": {"_type": "gradio.FileData"}}
+
+
+def served(address: str, endpoint: dict, data: list) -> str:
+    """All that an endpoint answers, by way of the queue, where private ones can be called, too."""
+    session = f"raw-{next(sessions)}"
+    body = {"data": data, "fn_index": endpoint["id"], "session_hash": session, "event_data": {"index": 0}}
+    joined = httpx.post(f"{address}gradio_api/queue/join", json=body, timeout=60)
+    if joined.status_code != 200:
+        return joined.text
+    said = ""
+    with httpx.stream("GET", f"{address}gradio_api/queue/data?session_hash={session}", timeout=120) as events:
+        for line in events.iter_lines():
+            said += line + "\n"
+            if any(end in line for end in ('"process_completed"', '"close_stream"', '"unexpected_error"')):
+                break
+    return said

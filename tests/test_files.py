@@ -1,0 +1,210 @@
+"""No file of the server can be read, whatever a raw request says, on any endpoint of the page."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from gradio.utils import get_upload_folder
+from PIL import Image
+
+from tests.conftest import ROOT
+from tests.raw import endpoints, served, upload
+
+CANARY = "canary-7f3a"
+PHOTO = ROOT / "examples" / "ball.jpg"
+USUAL = {"textbox": "Hi", "checkbox": False, "slider": 1, "number": 0, "chatbot": []}  # what inputs hold
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory):
+    """Files that nobody may see: in the temporary folder and in the working folder, a text and a picture."""
+    folder = tmp_path_factory.mktemp("secret")
+    picture = Image.new("RGB", (32, 32), (12, 34, 56))
+    made = [folder / "token.txt", folder / "private.png", ROOT / "canary.txt", ROOT / "canary.png"]
+    for path in made:
+        if path.suffix == ".png":
+            picture.info["note"] = CANARY
+            picture.save(path)
+            path.write_bytes(path.read_bytes() + CANARY.encode())  # behind the picture's end: still a picture
+        else:
+            path.write_text(CANARY)
+    yield made
+    for path in made[2:]:
+        path.unlink()
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    """A server on this machine that nobody outside could reach, and what was asked of it."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(CANARY.encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+
+
+def ways_to_name(path: str) -> list[dict]:
+    """A file as a request may name it."""
+    meta = {"_type": "gradio.FileData"}
+    return [
+        {"path": path},
+        {"path": path, "meta": meta},
+        {"path": path, "orig_name": "x.svg"},
+        {"path": path, "orig_name": "x.svg", "meta": meta, "mime_type": "image/svg+xml"},
+        {"path": f"{get_upload_folder()}/../{'../' * 8}{path.lstrip('/')}"},
+        {"path": f"{get_upload_folder()}/../{'../' * 8}{path.lstrip('/')}", "meta": meta},
+        {"path": None, "url": f"file://{path}", "meta": meta},
+        {"path": path, "url": f"/gradio_api/file={path}", "meta": meta, "is_stream": True},
+        {"path": f"/gradio_api/file={path}", "meta": meta},
+        {"path": "x.png", "url": path},
+        {"image": {"path": path}, "path": path},
+        {"video": {"path": path}, "subtitles": None},
+    ]
+
+
+def histories(path: str) -> list[list]:
+    """A conversation, as a browser sends it, that names a file."""
+    turns = [
+        {"role": "user", "content": [{"type": "file", "file": file}, {"type": "text", "text": "What is it?"}]}
+        for file in ways_to_name(path)
+    ]
+    turns += [
+        {"role": "user", "content": {"path": path}},
+        {"role": "user", "content": [{"path": path, "alt_text": "x"}]},
+        {"role": "user", "content": [path]},
+        {
+            "role": "user",
+            "content": [{"type": "component", "component": "image", "value": {"path": path}, "constructor_args": {}}],
+        },
+        {"role": "user", "content": f"![x](/gradio_api/file={path}) <img src='file://{path}'>"},
+        {"role": "assistant", "content": [{"type": "file", "file": {"path": path}}]},
+    ]
+    return [[turn] if turn["role"] == "user" else [turn, {"role": "user", "content": "Yes?"}] for turn in turns]
+
+
+def attacks(kinds: list[str], path: str):
+    """Requests for an endpoint: each input that takes a file names it in each way, the others are as usual."""
+    for place, kind in enumerate(kinds):
+        named = {"image": ways_to_name(path), "audio": ways_to_name(path), "chatbot": histories(path)}.get(kind, [])
+        for value in [*named, *([path] if kind in ("image", "audio") else [])]:
+            data = [USUAL.get(other) for other in kinds]
+            data[place] = value
+            yield data
+
+
+def test_no_endpoint_reads_a_file_that_was_not_uploaded(address, secrets, engine, monkeypatch):
+    seen = []
+
+    def reply(messages, *_, **__):
+        seen.extend(image for message in messages for image in message.images)
+        yield "An answer."
+
+    def transcribe(path):
+        seen.append(path)
+        raise AssertionError("a recording that was not uploaded was heard")
+
+    monkeypatch.setattr(engine, "reply", reply)
+    monkeypatch.setattr(engine, "transcribe", transcribe)
+    named, tried = endpoints(address), 0
+    for name, endpoint in named.items():
+        for path in [str(secrets[0]), str(secrets[3]), "/etc/passwd"]:
+            for data in attacks(endpoint["kinds"], path):
+                answer = served(address, endpoint, data)
+                tried += 1
+                assert CANARY not in answer and "root:" not in answer, (name, data)
+    assert tried > 300
+    good = upload(address, PHOTO)
+    assert "An answer." in served(address, named["ask"], ["Hi", good, False]) and len(seen) == 1
+    turn = {"role": "user", "content": [{"type": "file", "file": good}, {"type": "text", "text": "Hi"}]}
+    answer = served(address, named["reply"], [[turn], None, 0, 1, 16, False])
+    assert "An answer." in answer and len(seen) == 2
+    allowed = Path(get_upload_folder()).resolve()
+    assert all(Path(path).resolve().is_relative_to(allowed) for path in seen), seen
+    copied = [path for path in allowed.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
+    assert copied == [], "what lies in this folder is served to anybody who knows its address"
+
+
+def test_no_address_serves_a_file(address, secrets):
+    for path in [str(secrets[0]), str(secrets[2]), "/etc/passwd", "canary.png"]:
+        relative = path.lstrip("/")
+        doubled = relative.replace("/", "%2f")
+        for place in (
+            f"gradio_api/file={path}",
+            f"gradio_api/file={get_upload_folder()}/../../../../../../{relative}",
+            f"gradio_api/file=..%2f..%2f..%2f..%2f{doubled}",
+            f"gradio_api/file=%252e%252e%252f{doubled}",
+            f"gradio_api/file/{path}",
+            f"file={path}",
+            f"static/../../../../../../../{relative}",
+            f"static/..%2f..%2f..%2f..%2f..%2f{doubled}",
+            f"assets/..%2f..%2f..%2f..%2f..%2f{doubled}",
+            f"svelte/..%2f..%2f..%2f..%2f{doubled}",
+            f"custom_component/1/client/component/..%2f..%2f..%2f{doubled}",
+            f"gradio_api/custom_component/1/client/component/{path}",
+            f"gradio_api/stream/x/0/..%2f..%2f{doubled}",
+            f"gradio_api/proxy=file://{path}",
+            f"gradio_api/upload_progress?upload_id={doubled}",
+            f"deep_link?deep_link=..%2f..%2f{doubled}",
+        ):
+            with httpx.stream("GET", f"{address}{place}", timeout=20) as answer:
+                said = next(answer.iter_bytes(4096), b"") if answer.status_code == 200 else b""
+            assert CANARY.encode() not in said and b"root:" not in said and b"import argparse" not in said, place
+
+
+def test_nothing_is_fetched_for_a_request(address, elsewhere, engine, monkeypatch):
+    """No visitor can make the server ask other machines, or this one, for anything."""
+    monkeypatch.setattr(engine, "reply", lambda *_, **__: iter(["An answer."]))
+    home, asked = elsewhere
+    meta = {"_type": "gradio.FileData"}
+    tried = 0
+    for url in (f"{home}/picture.png", f"{home.replace('127.0.0.1', 'localhost')}/x.png", "http://[::1]:1/x.png"):
+        for endpoint in endpoints(address).values():
+            if not {"image", "audio"} & set(endpoint["kinds"]):
+                continue
+            for file in ({"path": url, "meta": meta}, {"path": "x.png", "url": url, "meta": meta}, {"url": url}, url):
+                data = [file if kind in ("image", "audio") else USUAL.get(kind) for kind in endpoint["kinds"]]
+                served(address, endpoint, data)
+                tried += 1
+        httpx.get(f"{address}gradio_api/proxy={url}", timeout=20)
+        httpx.get(f"{address}gradio_api/file={url}", timeout=20)
+    assert tried > 20 and asked == []
+
+
+def test_an_upload_stays_where_uploads_go(address):
+    for name in (
+        "../../escaped.png",
+        "/tmp/escaped.png",
+        "..\\escaped.png",
+        "a/../../escaped.png",
+        "x\0.png",
+        "x" * 400,
+    ):
+        answer = httpx.post(f"{address}gradio_api/upload", files={"files": (name, b"hello", "image/png")}, timeout=60)
+        for path in answer.json() if answer.status_code == 200 else []:
+            assert Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()), name
+    assert not (ROOT / "escaped.png").exists() and not Path("/tmp/escaped.png").exists()
+
+
+def test_an_uploaded_page_is_not_shown_as_one(address):
+    """Else somebody's script would run under the page's own address."""
+    for name, kind in (("x.html", "text/html"), ("x.svg", "image/svg+xml")):
+        content = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
+        (path,) = httpx.post(f"{address}gradio_api/upload", files={"files": (name, content, kind)}, timeout=60).json()
+        answer = httpx.get(f"{address}gradio_api/file={path}", timeout=60)
+        if answer.status_code == 200:
+            assert answer.headers["content-disposition"].startswith("attachment"), name
