@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ class Engine:
         self.decoder = load_decoder(self.model.language_model)
         self._features: OrderedDict[str, torch.Tensor] = OrderedDict()  # picture digest -> [features, width]
         self._readings = Readings(self.decoder, ROOM_TO_READ[self.device.type])
-        self._turn = Lock()  # the adapter is on or off for the whole model, so one piece is written at a time
+        self._turn = RLock()  # the adapter is on or off for the whole model, so one piece is written at a time
         self._loading = Lock()
 
     @property

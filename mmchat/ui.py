@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import closing
@@ -12,18 +11,14 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 
 import gradio as gr
-from gradio.utils import get_upload_folder
 
-from . import BadInput, Engine, Message, MmchatError, SamplingOptions, open_image
+from . import BadInput, Engine, Message, SamplingOptions
 from .limits import RateLimit
+from .uploads import KEEP_UPLOADS, MAX_UPLOAD, SafeImage, is_uploaded, shown_error
 
-logger = logging.getLogger(__name__)
-
-MAX_UPLOAD = "10mb"
 MAX_QUESTION = 4000  # characters
 AT_ONCE = 4  # answers that are written at the same time, by turns: a short one need not wait for a long one
 MAX_WAITING = 16  # questions in the queue; the next one is told to come back later
-KEEP_UPLOADS = 3600  # seconds
 
 # Markdown in an answer may name a picture anywhere on the web; the browser must not fetch it.
 CONTENT_SECURITY = (
@@ -46,39 +41,6 @@ History = list[dict[str, Any]]
 DRAFT = "Draft"  # the title of an answer that was rewritten: the page folds it up, and the model does not read it again
 
 
-def shown_error(error: Exception) -> gr.Error:
-    """What a person reads when something went wrong: our own sentence, never a stack trace."""
-    if isinstance(error, MmchatError):
-        return gr.Error(str(error), print_exception=False)
-    logger.exception("A request failed", exc_info=error)
-    return gr.Error("Something went wrong on my side. Please try again.", print_exception=False)
-
-
-class SafeImage(gr.Image):
-    """An image input that hands over uploaded pictures only.
-
-    gr.Image takes any path of the server from a raw request that leaves out ``meta``, and passes damaged files on.
-    """
-
-    is_template = True  # or the browser would look for a component of this class's name
-
-    def preprocess(self, payload):
-        if payload is None:
-            return None
-        path = Path(payload.path or "").resolve()
-        if not _is_uploaded(path):
-            raise gr.Error("I do not know that picture. Please upload it.", print_exception=False)
-        try:
-            open_image(path)
-        except BadInput as error:
-            raise shown_error(error) from error
-        return str(path)
-
-
-def _is_uploaded(path: Path) -> bool:
-    return path.is_relative_to(Path(get_upload_folder()).resolve())
-
-
 def to_messages(history: History) -> list[Message]:
     """The page's conversation → the engine's.
 
@@ -93,7 +55,7 @@ def to_messages(history: History) -> list[Message]:
         text = "\n".join(part["text"] for part in parts if part.get("type") == "text")
         files = [Path(part["file"]["path"]) for part in parts if part.get("type") == "file"]
         messages.append(
-            Message(turn["role"], text, [path for path in files if _is_uploaded(path.resolve()) and path.is_file()])
+            Message(turn["role"], text, [path for path in files if is_uploaded(path.resolve()) and path.is_file()])
         )
     return messages
 
@@ -289,7 +251,7 @@ def build(engine: Engine, examples: Path, limit: RateLimit | None = None) -> gr.
     """
     page = Page(engine, limit)
     defaults = SamplingOptions()
-    with gr.Blocks(title="mmchat", fill_height=True, delete_cache=(KEEP_UPLOADS, KEEP_UPLOADS)) as demo:
+    with gr.Blocks(title="mmchat", fill_height=True, delete_cache=(KEEP_UPLOADS // 12, KEEP_UPLOADS)) as demo:
         gr.Markdown("# mmchat\nAsk by typing or speaking. Add a picture to talk about it.")
         with gr.Row(scale=1):
             with gr.Column(scale=2, min_width=320):

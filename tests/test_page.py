@@ -14,12 +14,13 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-from mmchat import ui
+from mmchat import ui, uploads
 from mmchat.errors import BadInput
 from mmchat.limits import RateLimit
 from mmchat.loading import PATIENCE, LoadingEngine
 from mmchat.speech import Transcript
 from tests.conftest import ROOT
+from tests.raw import upload
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +95,28 @@ def test_uploads_have_a_limit(address):
 
 
 def test_pictures_whose_time_is_up_are_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(ui, "get_upload_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(uploads, "get_upload_folder", lambda: str(tmp_path))
     (tmp_path / "here.png").write_bytes(b"picture")
     for name, count in (("here.png", 1), ("gone.png", 0)):
         file = {"type": "file", "file": {"path": str(tmp_path / name)}}
         (message,) = ui.to_messages([{"role": "user", "content": [file, {"type": "text", "text": "Hi"}]}])
         assert len(message.images) == count and message.text == "Hi"
+
+
+def test_uploads_are_deleted_when_their_time_is_up(engine, photo, monkeypatch):
+    monkeypatch.setattr(ui, "KEEP_UPLOADS", 12)  # and one looks every second
+    demo = ui.build(engine, ROOT / "examples")
+    ui.launch(demo, prevent_thread_lock=True, quiet=True)
+    try:
+        uploaded = Path(upload(demo.local_url, photo, "mine.jpg")["path"])
+        assert uploaded.is_file()
+        for _ in range(300):
+            if not uploaded.exists():
+                break
+            time.sleep(0.1)
+        assert not uploaded.exists()
+    finally:
+        demo.close()
 
 
 def test_a_late_transcript_does_not_overwrite_what_came_after(engine, monkeypatch):
