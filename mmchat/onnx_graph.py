@@ -14,6 +14,7 @@ from .errors import AssetError
 
 logger = logging.getLogger(__name__)
 
+FLOAT, INT32 = 1, 6  # as ONNX numbers them
 BLOCK = 32  # weights that share a scale
 PARTS = {  # what is multiplied at once -> the layers in it
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -54,9 +55,9 @@ class _Graph:
         self.config = model.config
         self.nodes, self.weights, self.inputs, self.outputs = [], [], [], []
         decoder = model.get_decoder()
-        self._input("embeddings", 1, [1, "tokens", self.config.hidden_size])
-        self._input("last", 6, [1])
-        self._input("length", 6, [1])
+        self._input("embeddings", FLOAT, [1, "tokens", self.config.hidden_size])
+        self._input("last", INT32, [1])
+        self._input("length", INT32, [1])
         self._rotations(decoder)
         stream, normed = "embeddings", self._norm("embeddings", decoder.layers[0].input_layernorm, "first")
         after = [layer.input_layernorm for layer in decoder.layers[1:]] + [decoder.norm]
@@ -68,10 +69,10 @@ class _Graph:
         last = self._node("Gather", [normed, self._weight("end", torch.tensor([-1]))], ["last.normed"], axis=1)
         logits = self._head(last, model.get_output_embeddings().weight)
         self._node("Identity", [logits], ["logits"])
-        self.outputs.append(("logits", 1, [1, 1, self.config.vocab_size]))
+        self.outputs.append(("logits", FLOAT, [1, 1, self.config.vocab_size]))
 
     def finish(self) -> Any:
-        """The model, checked."""
+        """The model."""
         from onnx import helper
 
         def described(values):
@@ -85,8 +86,8 @@ class _Graph:
         heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
         past, present = ([f"{when}.{number}.{kind}" for kind in ("key", "value")] for when in ("past", "present"))
         for name in past:
-            self._input(name, 1, [1, groups, "room", layer.self_attn.head_dim])
-        self.outputs += [(name, 1, [1, groups, "room", layer.self_attn.head_dim]) for name in present]
+            self._input(name, FLOAT, [1, groups, "room", layer.self_attn.head_dim])
+        self.outputs += [(name, FLOAT, [1, groups, "room", layer.self_attn.head_dim]) for name in present]
         attended = self._node(
             "GroupQueryAttention",
             [self._part(normed, layer, number, "qkv"), "", "", *past, "last", "length", "cosines", "sines"],
@@ -109,9 +110,9 @@ class _Graph:
         weight = torch.cat([linear.weight for kind, linear in base_layers(layer) if kind == part])
         name = f"{number}.{part}"
         down, up = f"adapter.{name}.down", f"adapter.{name}.up"
-        rank = f"rank.{part}"
-        self._input(down, 1, [weight.shape[1], rank])
-        self._input(up, 1, [rank, weight.shape[0]])
+        rank = f"rank.{name}"  # an adapter may be on some layers only
+        self._input(down, FLOAT, [weight.shape[1], rank])
+        self._input(up, FLOAT, [rank, weight.shape[0]])
         narrow = self._node("MatMul", [x, down], [f"{name}.narrow"])
         change = self._node("MatMul", [narrow, up], [f"{name}.change"])
         return self._node("Add", [self._product(x, weight, name), change], [f"{name}.sum"])

@@ -11,7 +11,8 @@ import torch
 from mmchat import Message, SamplingOptions
 from mmchat.decoder import TorchDecoder, load_decoder
 from mmchat.language_model import add_adapter, load_language_model
-from mmchat.onnx_decoder import BLOCK, OnnxDecoder, eight_bits, four_bits, load_onnx_decoder
+from mmchat.onnx_decoder import OnnxDecoder, load_onnx_decoder
+from mmchat.onnx_graph import BLOCK, eight_bits, four_bits
 from mmchat.presets import get_preset
 from mmchat.reuse import Readings
 from tests.conftest import ROOT
@@ -56,10 +57,11 @@ def test_logits_are_the_models(adapted, is_on):
 
 
 @torch.inference_mode()
-def test_an_adapter_may_be_on_some_layers_only(tiny, monkeypatch, tmp_path):
+@pytest.mark.parametrize("targets", [["k_proj", "up_proj"], ["0.self_attn.k_proj"], ["1.mlp.up_proj"]])
+def test_an_adapter_may_be_on_some_layers_only(tiny, monkeypatch, tmp_path, targets):
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
     model, _ = load_language_model(get_preset("llama-patches").language_model, torch.float32)
-    model = add_adapter(model, rank=4, alpha=8, dropout=0.0, base_name="tiny", target_modules=["k_proj", "up_proj"])
+    model = add_adapter(model, rank=4, alpha=8, dropout=0.0, base_name="tiny", target_modules=targets)
     torch.manual_seed(0)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
