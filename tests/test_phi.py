@@ -281,6 +281,7 @@ def test_rewriting_is_the_base_model_alone(tiny, trained):
     encoded = encode([asked], tokenizer, CHAT_FORMATS[preset.language_model.chat_format], 1, open_reply=True)
     embeddings = base.get_input_embeddings()(torch.tensor([encoded.token_ids]))
     assert rewritten == "".join(stream_text(TorchDecoder(base), tokenizer, embeddings, options))
+    engine.model.switch_adapter(True)
     adapted = "".join(stream_text(TorchDecoder(engine.model.language_model), tokenizer, embeddings, options))
     assert adapted != rewritten  # or the test could not fail
 
