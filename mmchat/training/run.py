@@ -186,5 +186,4 @@ def run_from_terminal(recipe: Recipe) -> None:
         train(recipe)
     except MmchatError as error:
         sys.exit(str(error))
-    if is_first:
-        print(f"Chat with the weights: python app.py --weights {recipe.out}")
+    logger.info("Chat with the weights: python app.py --weights %s", recipe.out)
