@@ -126,7 +126,7 @@ def test_both_stages_train_the_real_model_to_tell_two_photos_apart(prepared):
     script(prepared, f"pretrain_projector.py --train describe.json --out one --max-steps 12 {common}", check=True)
     second = "--start-from one --train train.json --out two --max-steps 8 --lr 2e-3 --save-steps 4"
     shown = script(prepared, f"finetune_qlora.py {second} {common}", check=True)
-    assert "python app.py --weights two" in shown.stdout and "adapter: all 420 tensors" in shown.stderr
+    assert "python app.py --weights two" in shown.stderr and "adapter: all 420 tensors" in shown.stderr
     greedy = SamplingOptions(temperature=0, max_new_tokens=16)
     for weights in ("two", "two/checkpoint-8"):
         engine = load("smol", prepared / weights)
