@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from .assets import convert_once
-from .onnx_graph import PARTS, base_layers, build, eight_bits, four_bits
+from .onnx_graph import PARTS, base_layers, build_decoder, eight_bits, four_bits
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ def load_onnx_decoder(model: nn.Module) -> OnnxDecoder | None:
     if os.environ.get("MMCHAT_DECODER") == "torch" or not _is_fit(base):
         return None
     try:
-        # "4" is the version of what build() writes: raise it when that changes
-        folder = convert_once(f"decoder-4-{_digest(base)}", lambda target: build(base, target))
+        # "4" is the version of what build_decoder() writes: raise it when that changes
+        folder = convert_once(f"decoder-4-{_digest(base)}", lambda target: build_decoder(base, target))
         decoder = OnnxDecoder(folder / "decoder.onnx", model)
     except Exception as error:  # onnxruntime's own come in many kinds; whatever it is, PyTorch can do the work
         logger.warning("Answers are written by PyTorch, which is slower: %s", error)
@@ -81,7 +81,7 @@ class OnnxDecoder:
     """Reads embeddings and says what may come next.
 
     Args:
-        path: what ``build`` wrote.
+        path: what ``build_decoder`` wrote.
         model: the language model whose adapter is used while it is on.
     """
 

@@ -115,12 +115,15 @@ class SpeechRecognizer:
 
 def _faster_whisper(preset: SpeechPreset) -> Callable[[np.ndarray], Transcript]:
     """A model in CTranslate2's format, with 8-bit weights."""
+    import torch
     from faster_whisper import WhisperModel
 
     is_on_hub = isinstance(preset.source, HubRepository)
     folder = fetch_repository(preset.source) if is_on_hub else fetch(preset.source)[0].parent
     options = {"compute_type": "int8", "cpu_threads": preset.threads, "local_files_only": True}
+    threads = torch.get_num_threads()
     model = WhisperModel(str(folder), device="cpu", **options)
+    torch.set_num_threads(threads)  # CTranslate2 sets its own number for whoever loads it, too
 
     def hear(samples: np.ndarray) -> Transcript:
         # The voice filter drops silence first: on silence Whisper makes words up.

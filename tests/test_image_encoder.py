@@ -109,6 +109,14 @@ def test_a_batch_gives_what_single_pictures_give(engine, photo, small_picture):
     torch.testing.assert_close(batch, single, atol=1e-4, rtol=1e-4)
 
 
+def test_onnx_runtime_and_pytorch_see_the_same(engine, photo, small_picture, monkeypatch):
+    encoder, images = engine.image_encoder, [open_image(photo), small_picture]
+    features = encoder.encode(images)
+    assert encoder._session
+    monkeypatch.setattr(encoder, "_session", None)  # as on a GPU, or where there is no ONNX Runtime
+    torch.testing.assert_close(encoder.encode(images), features, atol=1e-4, rtol=1e-4)
+
+
 def test_the_encoder_recognises_what_it_was_trained_on(engine, photo):
     """Wrong weights or scaling would still give features; the ImageNet head says whether they mean anything."""
     encoder = engine.image_encoder

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmchat.errors import BadInput, WeightsError
-from mmchat.presets import HubRepository, SpeechPreset
+from mmchat.presets import SMOL, HubRepository, SpeechPreset
 from mmchat.speech import SpeechRecognizer, Transcript, find_speech_model, read_audio
 from tests.conftest import SPEECH
 
@@ -119,6 +119,16 @@ def test_a_recording_that_is_too_long_is_refused(engine, tmp_path, monkeypatch):
 def test_a_picture_is_no_recording(engine, photo):
     with pytest.raises(BadInput, match="not a recording"):
         engine.transcribe(photo)
+
+
+def test_whisper_leaves_pytorch_its_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)  # tiny.en is given one
+    try:
+        SpeechRecognizer(SMOL.speech)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
