@@ -1,6 +1,6 @@
 """Networks as ONNX graphs, which ONNX Runtime computes faster on a CPU than PyTorch does.
 
-A Llama model's weights are packed as they came, in 4 bits, and those of its head in 8; an EfficientNet-Lite's stay in 32.
+A Llama model's weights are packed as they came, in 4 bits, those of its head in 8; an EfficientNet-Lite's stay in 32.
 """
 
 from __future__ import annotations
