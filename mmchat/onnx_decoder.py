@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from .assets import convert_once
-from .onnx_graph import PARTS, base_layers, build_decoder, eight_bits, four_bits
+from .onnx_graph import BLOCK, PARTS, REST, base_layers, build_decoder, eight_bits, four_bits
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ def load_onnx_decoder(model: nn.Module) -> OnnxDecoder | None:
     if os.environ.get("MMCHAT_DECODER") == "torch" or not _is_fit(base):
         return None
     try:
-        # "4" is the version of what build_decoder() writes: raise it when that changes
-        folder = convert_once(f"decoder-4-{_digest(base)}", lambda target: build_decoder(base, target))
+        # "5" is the version of what build_decoder() writes: raise it when that changes
+        folder = convert_once(f"decoder-5-{_digest(base)}", lambda target: build_decoder(base, target))
         decoder = OnnxDecoder(folder / "decoder.onnx", model)
     except Exception as error:  # onnxruntime's own come in many kinds; whatever it is, PyTorch can do the work
         logger.warning("Answers are written by PyTorch, which is slower: %s", error)
@@ -93,14 +93,14 @@ class OnnxDecoder:
         options.add_session_config_entry("session.force_spinning_stop", "1")  # between tokens PyTorch has the cores
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.model, self.path = model, path
-        self._adapters: dict[bool, dict[str, Any]] = {}
+        self._rests: dict[bool, dict[str, Any]] = {}  # with the adapter, and without
 
     def empty_cache(self) -> OnnxCache:
         """For the keys and values of what will be read; the adapter is on in it if it is on now."""
         is_on = _adapter_is_on(self.model)
-        if is_on not in self._adapters:
-            self._adapters[is_on] = dict(_adapter_inputs(self.model, is_on))
-        return OnnxCache(self._session, self._adapters[is_on])
+        if is_on not in self._rests:
+            self._rests[is_on] = dict(_rest_inputs(self.model, self.path.with_name(REST), is_on))
+        return OnnxCache(self._session, self._rests[is_on])
 
     def read(self, embeddings: torch.Tensor, cache: OnnxCache) -> torch.Tensor:
         """What may come after them: [1, tokens, token_width] → logits, [1, vocabulary]. The cache grows."""
@@ -110,8 +110,8 @@ class OnnxDecoder:
 class OnnxCache:
     """Keys and values, kept where ONNX Runtime adds to them in place."""
 
-    def __init__(self, session: Any, adapter: dict[str, Any]):
-        self._session, self._adapter = session, adapter
+    def __init__(self, session: Any, rest: dict[str, Any]):
+        self._session, self._rest = session, rest
         self._room = 0  # tokens
         self._kept: dict[str, np.ndarray] = {}  # [1, heads, room, head width] each
         self.length = 0  # tokens read
@@ -129,7 +129,7 @@ class OnnxCache:
 
     def beginning(self, length: int) -> OnnxCache:
         """A copy of the first tokens' keys and values."""
-        copy = OnnxCache(self._session, self._adapter)
+        copy = OnnxCache(self._session, self._rest)
         copy._make_room(length, self._kept)
         copy.length = length
         return copy
@@ -151,7 +151,7 @@ class OnnxCache:
         from onnxruntime import OrtValue
 
         self._room, self._kept, self._binding = room, {}, self._session.io_binding()
-        for name, value in self._adapter.items():
+        for name, value in self._rest.items():
             self._binding.bind_ortvalue_input(name, value)
         for value in self._session.get_inputs():
             if value.name.startswith("past."):
@@ -186,22 +186,23 @@ def _adapter_is_on(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) and not module.disable_adapters for module in model.modules())
 
 
-def _adapter_inputs(model: nn.Module, is_on: bool) -> Iterator[tuple[str, Any]]:
-    """The two small matrices of each part: [inputs, rank] and [rank, outputs]; of rank 0 where the adapter is off."""
+def _rest_inputs(model: nn.Module, path: Path, is_on: bool) -> Iterator[tuple[str, Any]]:
+    """What is added to the product of each part, [inputs, rank] and [rank, outputs]: see REST."""
     from onnxruntime import OrtValue
+    from safetensors.torch import load_file
 
+    blocks = load_file(path)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for number, layer in enumerate(base.get_decoder().layers):
         for part, names in PARTS.items():
-            linears = [layer.get_submodule(name) for name in names]
-            down, up = [], []
-            for linear in linears:
-                outputs, inputs = linear.weight.shape
+            left_out = blocks[f"{number}.{part}"]  # [blocks, outputs]
+            down, up = [torch.eye(len(left_out)).repeat_interleave(BLOCK, dim=0)], []
+            for linear in map(layer.get_submodule, names):
                 if is_on and hasattr(linear, "lora_A"):
                     down.append(linear.lora_A["default"].weight.T)  # [inputs, rank]
                     up.append(linear.lora_B["default"].weight.T * linear.scaling["default"])  # [rank, outputs]
                 else:
-                    down.append(torch.zeros(inputs, 0))
-                    up.append(torch.zeros(0, outputs))
-            for kind, matrix in (("down", torch.cat(down, dim=1)), ("up", torch.block_diag(*up))):
-                yield f"adapter.{number}.{part}.{kind}", OrtValue.ortvalue_from_numpy(matrix.detach().numpy().copy())
+                    up.append(torch.zeros(0, linear.weight.shape[0]))
+            matrices = {"down": torch.cat(down, dim=1), "up": torch.cat([left_out, torch.block_diag(*up)])}
+            for kind, matrix in matrices.items():
+                yield f"rest.{number}.{part}.{kind}", OrtValue.ortvalue_from_numpy(matrix.detach().numpy().copy())

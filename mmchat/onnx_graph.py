@@ -6,7 +6,7 @@ A Llama model's weights are packed as they came, in 4 bits, those of its head in
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 
 FLOAT, INT32 = 1, 6  # as ONNX numbers them
 BLOCK = 32  # weights that share a scale
+# ONNX Runtime takes level 8 of a block of weights for 0. What that leaves out is the same for the whole block, so it
+# multiplies the sum of the inputs of the block. That is two small matrices, one after the other, as an adapter is; the
+# two are one input of the graph. This file beside it has what is left out, [blocks, outputs] of each part.
+REST = "rest.safetensors"
 PARTS = {  # what is multiplied at once -> the layers in it
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -39,10 +43,13 @@ def base_layers(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def build_decoder(model: nn.Module, folder: Path) -> None:
     """Writes a Llama model, less any adapter, as an ONNX graph with its weights beside it."""
     import onnx
+    from safetensors.torch import save_file
 
     logger.info("Packing the weights of %s once; this takes a few seconds", type(model).__name__)
+    graph = _Decoder(model)
+    save_file(graph.rest, folder / REST)
     onnx.save_model(
-        _Decoder(model).finish(),
+        graph.finish(),
         folder / "decoder.onnx",
         save_as_external_data=True,
         location="decoder.weights",
@@ -87,10 +94,6 @@ class _Graph:
         self.weights.append(numpy_helper.from_array(tensor.detach().contiguous().numpy(), name))
         return name
 
-    def _once(self, name: str, make: Callable[[], torch.Tensor]) -> str:
-        """A weight that several operations share."""
-        return name if any(weight.name == name for weight in self.weights) else self._weight(name, make())
-
     def _input(self, name: str, kind: int, shape: list) -> str:
         self.inputs.append((name, kind, shape))
         return name
@@ -127,7 +130,7 @@ class _EfficientNet(_Graph):
 class _Decoder(_Graph):
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.config = model.config
+        self.config, self.rest = model.config, {}
         decoder = model.get_decoder()
         self._input("embeddings", FLOAT, [1, "tokens", self.config.hidden_size])
         self._input("last", INT32, [1])
@@ -169,28 +172,18 @@ class _Decoder(_Graph):
         return self._part(product, layer, number, "down")
 
     def _part(self, x: str, layer: nn.Module, number: int, part: str) -> str:
-        """Linear layers at once, and what the adapter adds to them."""
+        """Linear layers at once: x times their weights, which have 4 bits, and what is added to that (see REST)."""
         weight = torch.cat([linear.weight for kind, linear in base_layers(layer) if kind == part])
         name = f"{number}.{part}"
-        down, up = f"adapter.{name}.down", f"adapter.{name}.up"
-        rank = f"rank.{name}"  # an adapter may be on some layers only
-        self._input(down, FLOAT, [weight.shape[1], rank])
-        self._input(up, FLOAT, [rank, weight.shape[0]])
-        narrow = self._node("MatMul", [x, down], [f"{name}.narrow"])
-        change = self._node("MatMul", [narrow, up], [f"{name}.change"])
-        return self._node("Add", [self._product(x, weight, name), change], [f"{name}.sum"])
-
-    def _product(self, x: str, weight: torch.Tensor, name: str) -> str:
-        """x times weights of 4 bits."""
         levels, step, lowest = _not_lost(four_bits(weight), name)
         product = self._packed(x, levels, step, name, weight.shape, bits=4, accuracy_level=1)  # multiplies in 32 bits
-        # ONNX Runtime takes level 8 for 0. What that leaves out is the same for a whole block: it multiplies the sum
-        # of the block's inputs.
-        inputs, blocks = weight.shape[1], weight.shape[1] // BLOCK
-        sums = self._once(f"sums.{inputs}", lambda: torch.eye(blocks).repeat_interleave(BLOCK, dim=0))
-        summed = self._node("MatMul", [x, sums], [f"{name}.block_sums"])
-        rest = self._node("MatMul", [summed, self._weight(f"{name}.zero", (lowest + 8 * step).T)], [f"{name}.rest"])
-        return self._node("Add", [product, rest], [f"{name}.whole"])
+        self.rest[name] = (lowest + 8 * step).T.contiguous()  # [blocks, outputs]
+        down, up = f"rest.{name}.down", f"rest.{name}.up"
+        self._input(down, FLOAT, [weight.shape[1], f"rank.{name}"])
+        self._input(up, FLOAT, [f"rank.{name}", weight.shape[0]])
+        narrow = self._node("MatMul", [x, down], [f"{name}.narrow"])
+        rest = self._node("MatMul", [narrow, up], [f"{name}.rest"])
+        return self._node("Add", [product, rest], [f"{name}.sum"])
 
     def _head(self, x: str, weight: torch.Tensor) -> str:
         """x times weights of 8 bits: of one token, [1, 1, width] → [1, 1, vocabulary].
