@@ -151,7 +151,7 @@ def doctor(_: argparse.Namespace) -> int:
 
     is_well = True
     for finding in examine():
-        print(f"{'✗' if finding.advice else '✓'} {finding.name}: {finding.text}", flush=True)
+        print(f"{finding.mark} {finding.name}: {finding.text}", flush=True)
         if finding.advice:
             is_well = False
             print(f"  → {finding.advice}", flush=True)

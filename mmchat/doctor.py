@@ -32,6 +32,12 @@ class Finding:
     name: str
     text: str
     advice: str = ""  # what to do; nothing if all is well
+    is_here: bool = True  # False of what can be done without
+
+    @property
+    def mark(self) -> str:
+        """✗ something has to be done; – it is not here; ✓ all is well."""
+        return "✗" if self.advice else "✓" if self.is_here else "–"
 
 
 def examine() -> Iterator[Finding]:
@@ -55,7 +61,7 @@ def _package(name: str, purpose: str = "") -> Finding:
         return Finding(name, version(name))
     except PackageNotFoundError:
         if purpose:
-            return Finding(name, f"not installed; it is for {purpose} only")
+            return Finding(name, f"not installed; it is for {purpose} only", is_here=False)
         return Finding(name, "not installed", f"pip install {name}")
 
 
@@ -88,7 +94,7 @@ def _preset(preset: Preset) -> Finding:
     text = f"{', '.join(missing)} not here yet, fetched when first used" if missing else "everything is here"
     if "weights" in missing and isinstance(preset.weights, Path):
         text += "; no weights come with it: train or import some"
-    return Finding(f"preset {preset.name}", text)
+    return Finding(f"preset {preset.name}", text, is_here=not missing)
 
 
 def _is_present(source: Any) -> bool:

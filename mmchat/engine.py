@@ -104,7 +104,7 @@ class Engine:
         # The adapter is on or off for the whole model, so one piece is written at a time. Who waits for the next turn
         # holds `_next`, so that a reply that writes without a pause cannot take that one, too.
         self._this, self._next = RLock(), Lock()
-        self._loading = Lock()
+        self.speech_recognizer = SpeechRecognizer(preset.speech)
 
     @property
     def about(self) -> str:
@@ -118,16 +118,12 @@ class Engine:
 
     def warm_up(self) -> None:
         """Loads the image encoder and the speech model, which would otherwise load when they are first needed."""
-        with self._loading:
-            self.image_encoder, self.speech_recognizer  # noqa: B018 (each is loaded by being named)
+        self.image_encoder  # noqa: B018 (loaded by being named)
+        self.speech_recognizer.load()
 
     @cached_property
     def image_encoder(self):
         return load_image_encoder(self.preset.image_encoder).to(self.device.type)
-
-    @cached_property
-    def speech_recognizer(self) -> SpeechRecognizer:
-        return SpeechRecognizer(self.preset.speech)
 
     def transcribe(self, path: str | Path) -> Transcript:
         """What is said in a recording: any container, rate and number of channels.
@@ -135,9 +131,7 @@ class Engine:
         Raises:
             BadInput: it cannot be read, or there is no speech in it.
         """
-        with self._loading:
-            recognizer = self.speech_recognizer
-        return recognizer.transcribe(path)
+        return self.speech_recognizer.transcribe(path)
 
     def reply(
         self,

@@ -8,9 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from PIL import Image
@@ -47,7 +45,7 @@ class RemoteEngine:
             raise MmchatError("A model server needs one more package: pip install openai") from error
         key = key or os.environ.get("OPENAI_API_KEY") or "none"
         self.client = openai.OpenAI(base_url=address, api_key=key, max_retries=1, timeout=120)
-        self._loading = Lock()
+        self.speech_recognizer = SpeechRecognizer(SMOL.speech)
         if not model:
             with _said_in_words():
                 model = next((found.id for found in self.client.models.list()), None)
@@ -62,18 +60,11 @@ class RemoteEngine:
 
     def warm_up(self) -> None:
         """Loads the speech model."""
-        with self._loading:
-            self.speech_recognizer  # noqa: B018 (loaded by being named)
-
-    @cached_property
-    def speech_recognizer(self) -> SpeechRecognizer:
-        return SpeechRecognizer(SMOL.speech)
+        self.speech_recognizer.load()
 
     def transcribe(self, path: str | Path) -> Transcript:
         """What is said in a recording, as ``Engine.transcribe`` tells it."""
-        with self._loading:
-            recognizer = self.speech_recognizer
-        return recognizer.transcribe(path)
+        return self.speech_recognizer.transcribe(path)
 
     def reply(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -92,11 +93,24 @@ def _up_to_longest(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 class SpeechRecognizer:
-    """A Whisper model in memory, on the CPU."""
+    """A Whisper model on the CPU, loaded when it is first needed."""
 
     def __init__(self, preset: SpeechPreset):
-        is_checkpoint = isinstance(preset.source, Path)
-        self._hear = _openai_whisper(preset) if is_checkpoint else _faster_whisper(preset)
+        self.preset = preset
+        self._loading = Lock()
+        self._hear: Callable[[np.ndarray], Transcript] | None = None
+
+    def load(self) -> None:
+        """Loads the model, unless that is done.
+
+        Raises:
+            AssetError: it cannot be had.
+            WeightsError: a checkpoint is damaged.
+        """
+        with self._loading:
+            if self._hear is None:
+                is_checkpoint = isinstance(self.preset.source, Path)
+                self._hear = _openai_whisper(self.preset) if is_checkpoint else _faster_whisper(self.preset)
 
     def transcribe(self, path: str | Path) -> Transcript:
         """What is said in a recording.
@@ -107,6 +121,7 @@ class SpeechRecognizer:
         samples = read_audio(path)
         if len(samples) < MIN_SECONDS * SAMPLE_RATE or np.abs(samples).max() < SILENT_LEVEL:
             raise _no_speech()
+        self.load()
         transcript = self._hear(samples)
         if not any(character.isalnum() for character in transcript.text):
             raise _no_speech()

@@ -20,7 +20,7 @@ def test_a_machine_that_is_well(loaded, capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert "✗" not in shown and "✓ torch: " in shown and "✓ preset smol: everything is here" in shown
-    assert "no weights come with it" in shown.split("preset phi-2")[1].splitlines()[0]
+    assert "no weights come with it" in shown.split("– preset phi-2")[1].splitlines()[0]
     *_, answer = shown.strip().splitlines()
     assert answer.startswith("✓ answer: ") and len(answer) > 15
 

@@ -125,7 +125,7 @@ def test_whisper_leaves_pytorch_its_threads():
     threads = torch.get_num_threads()
     torch.set_num_threads(3)  # tiny.en is given one
     try:
-        SpeechRecognizer(SMOL.speech)
+        SpeechRecognizer(SMOL.speech).load()
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
@@ -173,7 +173,7 @@ def test_no_voice_is_no_speech_for_a_checkpoint_either(checkpoint, tmp_path):
 def test_a_damaged_checkpoint_is_named(tmp_path):
     (tmp_path / "half.pt").write_bytes(b"PK half a file")
     with pytest.raises(WeightsError, match="half.pt"):
-        SpeechRecognizer(find_speech_model(str(tmp_path / "half.pt")))
+        SpeechRecognizer(find_speech_model(str(tmp_path / "half.pt"))).load()
 
 
 @pytest.mark.parametrize(

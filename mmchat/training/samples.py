@@ -62,6 +62,8 @@ def _draw(samples: list[dict], pictures: Path, path: Path) -> None:
             axes.imshow(read_picture(pictures, sample["image"]))
         except BadInput as error:  # features may outlive the pictures they were made of
             logger.info("%s is not drawn: %s", sample["image"], error)
-        lines = textwrap.wrap(sample["question"], WIDTH) + textwrap.wrap(f"→ {sample['answer']}", WIDTH)
+        said = [sample["question"], f"→ {sample['answer']}"]
+        shown = ["".join(letter if letter.isprintable() else " " for letter in text) for text in said]
+        lines = [line for text in shown for line in textwrap.wrap(text, WIDTH)]
         axes.set_title("\n".join(lines), fontsize=10, loc="left", parse_math=False)
     figure.savefig(path, dpi=110)
