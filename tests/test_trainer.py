@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -274,6 +276,10 @@ def test_features_of_another_encoder_are_refused(tiny, tmp_path):
         train(recipe(tiny, tmp_path, features=str(tiny / "features-pooled")))
 
 
+PAIR = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]  # of processes
+PAIR += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
 def start(tiny: Path, settings: Recipe, *launcher: str, extra: str = "") -> subprocess.Popen:
     """A training script in a process of its own."""
     path = Path(settings.out).with_suffix(".yaml")
@@ -332,12 +338,30 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_curve(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_accumulation(tiny, tmp_path):
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    pair = start(tiny, recipe(tiny, tmp_path / "pair", batch_size=3), *launcher)
+    pair = start(tiny, recipe(tiny, tmp_path / "pair", batch_size=3), *PAIR)
     assert pair.wait(240) == 0, pair.stdout.read()
     train(recipe(tiny, tmp_path / "single", batch_size=3, accumulate=2))
     assert_same(tmp_path / "pair" / "checkpoint-6", tmp_path / "single" / "checkpoint-6", tolerance=1e-5)
+
+
+@pytest.mark.slow
+def test_a_model_in_shares_learns_as_a_whole_one(tiny, tmp_path):
+    settings = {"batch_size": 3, "eval": [str(tiny / "train.json")], "eval_steps": 3, "samples": 1}
+    pair = start(tiny, recipe(tiny, tmp_path / "shares", shard=True, **settings), *PAIR)
+    said, _ = pair.communicate(timeout=240)
+    assert pair.returncode == 0, said
+    numbers = re.search(r"Of (\S+) frozen parameters in layers, (\S+) are kept", said).groups()
+    frozen, here = (int(number.replace(",", "")) for number in numbers)
+    assert here == pytest.approx(frozen / 2, rel=0.05)
+    train(recipe(tiny, tmp_path / "whole", accumulate=2, **settings))
+    assert_same(tmp_path / "shares" / "checkpoint-6", tmp_path / "whole" / "checkpoint-6", tolerance=1e-5)
+    described = [json.loads((tmp_path / name / "samples.json").read_text()) for name in ("shares", "whole")]
+    assert described[0] == described[1]
+
+
+def test_one_process_has_nobody_to_share_with(tiny, tmp_path):
+    with pytest.raises(BadInput, match="accelerate launch"):
+        train(recipe(tiny, tmp_path, shard=True))
 
 
 def test_weights_between_two_runs(tiny, tmp_path):

@@ -79,6 +79,7 @@ class Recipe:
     precision: str = setting("fp32", SCHEDULE, "of what is computed in a step", ("fp32", "bf16", "fp16"))
     gradient_checkpointing: bool = setting(False, SCHEDULE, "compute activations twice to hold them once")
     compile: bool = setting(False, SCHEDULE, "compile each layer first (a minute; needs a C++ compiler on a CPU)")
+    shard: bool = setting(False, SCHEDULE, "spread the frozen language model over the processes (FSDP) to save memory")
     patience: int = setting(0, SCHEDULE, "stop when the eval loss has not improved so many times in a row; 0: never")
     own_tokens: float = setting(
         0.0,
@@ -119,6 +120,8 @@ class Recipe:
             raise BadInput("Both learning rates are 0, so nothing would be trained.")
         if self.patience and (not self.eval or self.save_steps % self.eval_steps):
             raise BadInput("patience needs --eval, and save_steps that are a multiple of eval_steps.")
+        if self.shard and (self.quantization != "none" or self.own_answers or self.compile):
+            raise BadInput("shard is for quantization none, without own_answers and compile.")
         if not 0 <= self.own_tokens <= 1:
             raise BadInput("own_tokens is a share between 0 and 1.")
         if self.own_answers == 1 or self.own_answers < 0:

@@ -30,6 +30,7 @@ from .int8 import round_linear_layers
 from .recipe import Recipe, write_recipe
 from .samples import write_samples
 from .self_critical import SelfCriticalTrainer
+from .sharding import shard_base
 from .trainer import MultimodalTrainer, checkpoints
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ def train(recipe: Recipe) -> None:
     callbacks = [HistoryCallback(), StopOnSignal()]
     if recipe.patience:
         callbacks.append(EarlyStoppingCallback(recipe.patience))
+    if recipe.shard:
+        shard_base(model)
     trainer_class, options = MultimodalTrainer, {}
     if recipe.own_answers:
         trainer_class, options = SelfCriticalTrainer, {"tokenizer": tokenizer}
@@ -82,11 +85,12 @@ def train(recipe: Recipe) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_recipe(recipe, out / RECIPE_FILE)
     trainer.train(resume_from_checkpoint=_newest_checkpoint(recipe))
-    if trainer.is_world_process_zero():
+    is_first = trainer.is_world_process_zero()
+    if is_first:
         model.save(out, preset, torch.float16)  # checkpoints beside it keep full precision
-        if recipe.eval and recipe.samples:
-            evaluator = Evaluator(model, tokenizer, CHAT_FORMATS[preset.language_model.chat_format])
-            write_samples(evaluator, recipe.eval[0], features, recipe.samples, out)
+    if recipe.eval and recipe.samples and (is_first or recipe.shard):  # of a model in shares all have to take part
+        evaluator = Evaluator(model, tokenizer, CHAT_FORMATS[preset.language_model.chat_format])
+        write_samples(evaluator, recipe.eval[0], features, recipe.samples, out if is_first else None)
 
 
 def _newest_checkpoint(recipe: Recipe) -> str | None:

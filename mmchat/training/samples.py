@@ -20,11 +20,16 @@ WIDTH = 44  # characters in a line under a picture
 
 
 def write_samples(
-    evaluator: Evaluator, path: str | Path, features: FeatureStore | PictureFolder, count: int, folder: Path
+    evaluator: Evaluator, path: str | Path, features: FeatureStore | PictureFolder, count: int, folder: Path | None
 ) -> None:
-    """Writes samples.json and samples.png: ``count`` pictures of a file of conversations, with question and answer."""
+    """Writes samples.json and samples.png: ``count`` pictures of a file of conversations, with question and answer.
+
+    Without a folder the questions are answered, and nothing is written.
+    """
     items = list(islice(_first_questions(path), count))
     answers = evaluator.answers(items, features, SamplingOptions(temperature=0, max_new_tokens=48))
+    if folder is None:
+        return
     samples = [
         {
             "image": item.conversation.images[0],
