@@ -83,10 +83,10 @@ def follow_up() -> Iterator[Row]:
     options = SamplingOptions(temperature=0, max_new_tokens=16)
     with_reuse: dict[int, list[float]] = {}
     without = []
-    for repeat in range(3):
+    for photo in PHOTOS:
         messages = []
         for turn in range(1, 13):
-            picture = [PHOTOS[repeat]] if turn == 1 else []
+            picture = [photo] if turn == 1 else []
             messages.append(Message("user", questions[turn % len(questions)], picture))
             with_reuse.setdefault(turn, []).append(first_token(messages))
             messages.append(Message("assistant", "".join(engine().reply(messages, options))))
@@ -151,11 +151,11 @@ def decoding() -> Iterator[Row]:
         )
 
     def loop() -> None:
-        """Without keys and values of what was read: all of it again for every token."""
+        """As it is written where there is no generate: a whole forward pass for every token."""
         rows = embeddings
         for _ in range(count):
             with torch.inference_mode():
-                token = model(inputs_embeds=rows, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(dim=-1)
+                token = model(inputs_embeds=rows, use_cache=False).logits[:, -1].argmax(dim=-1)
                 rows = torch.cat([rows, model.get_input_embeddings()(token)[:, None]], dim=1)
 
     def answer() -> None:
