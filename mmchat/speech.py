@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 
@@ -22,6 +24,7 @@ REPOSITORIES = {
     "distil-large-v3.5": "distil-whisper/distil-large-v3.5-ct2",
 }
 SAMPLE_RATE = 16_000  # Hz, what Whisper was trained on
+WINDOW = 30  # seconds that Whisper hears at once
 MIN_SECONDS = 0.1
 MAX_SECONDS = 600
 SILENT_LEVEL = 1e-3  # peak of a full scale of 1; a quiet voice peaks fifty times higher
@@ -136,18 +139,42 @@ def _faster_whisper(preset: SpeechPreset) -> Callable[[np.ndarray], Transcript]:
     is_on_hub = isinstance(preset.source, HubRepository)
     folder = fetch_repository(preset.source) if is_on_hub else fetch(preset.source)[0].parent
     options = {"compute_type": "int8", "cpu_threads": preset.threads, "local_files_only": True}
-    threads = torch.get_num_threads()
-    model = WhisperModel(str(folder), device="cpu", **options)
-    torch.set_num_threads(threads)  # CTranslate2 sets its own number for whoever loads it, too
+    cores = torch.get_num_threads()
+    workers = cores if preset.threads == 1 else 1  # a model that one core is enough for hears several parts at once
+    model = WhisperModel(str(folder), device="cpu", num_workers=workers, **options)
+    torch.set_num_threads(cores)  # CTranslate2 sets its own number for whoever loads it, too
 
     def hear(samples: np.ndarray) -> Transcript:
-        # The voice filter drops silence first: on silence Whisper makes words up.
-        found, info = model.transcribe(
-            samples, language=preset.language, vad_filter=True, condition_on_previous_text=False
-        )
-        return _transcript([(part.start, part.end, part.text) for part in found], info.language)
+        parts = _parts(samples)
+        language = preset.language or "en"
+        if not preset.language and model.model.is_multilingual and parts:
+            language, *_ = model.detect_language(samples[parts[0]])
+
+        def hear_part(part: slice) -> list[tuple[float, float, str]]:
+            # The voice filter drops silence first: on silence Whisper makes words up.
+            found, _ = model.transcribe(
+                samples[part], language=language, vad_filter=True, condition_on_previous_text=False
+            )
+            start = part.start / SAMPLE_RATE
+            return [(start + spoken.start, start + spoken.end, spoken.text) for spoken in found]
+
+        with ThreadPoolExecutor(workers) as pool:
+            return _transcript(chain.from_iterable(pool.map(hear_part, parts)), language)
 
     return hear
+
+
+def _parts(samples: np.ndarray) -> list[slice]:
+    """The speech in a recording in parts that Whisper hears at once, cut in pauses."""
+    from faster_whisper.vad import VadOptions, get_speech_timestamps
+
+    parts: list[slice] = []
+    for speech in get_speech_timestamps(samples, VadOptions(max_speech_duration_s=WINDOW)):
+        start, end = speech["start"], speech["end"]
+        if parts and end - parts[-1].start <= WINDOW * SAMPLE_RATE:
+            start = parts.pop().start
+        parts.append(slice(start, end))
+    return parts
 
 
 def _openai_whisper(preset: SpeechPreset) -> Callable[[np.ndarray], Transcript]:

@@ -27,8 +27,8 @@ NORMALISE = jiwer.Compose(
 )
 
 
-def word_errors(heard: str) -> float:
-    return jiwer.wer(SAID, heard, reference_transform=NORMALISE, hypothesis_transform=NORMALISE)
+def word_errors(heard: str, times: int = 1) -> float:
+    return jiwer.wer(" ".join([SAID] * times), heard, reference_transform=NORMALISE, hypothesis_transform=NORMALISE)
 
 
 def write_wav(path, samples, rate, width=2):
@@ -119,6 +119,19 @@ def test_a_recording_that_is_too_long_is_refused(engine, tmp_path, monkeypatch):
 def test_a_picture_is_no_recording(engine, photo):
     with pytest.raises(BadInput, match="not a recording"):
         engine.transcribe(photo)
+
+
+def test_long_recordings_are_heard_in_parts_and_told_in_order(engine, tmp_path):
+    rate, samples = 16000, read_audio(SPEECH)
+    pause = np.zeros(4 * rate, dtype=np.float32)
+    whole = np.concatenate([samples, pause] * 4)[:, None]
+    heard = engine.transcribe(write_wav(tmp_path / "long.wav", whole, rate))
+    assert len(whole) > 45 * rate and word_errors(heard.text, times=4) < 0.05
+    starts = [segment.start for segment in heard.segments]
+    assert starts == sorted(starts)
+    seconds = (len(samples) + len(pause)) / rate  # of one time round
+    told = [segment.start % seconds for segment in heard.segments if "fellow" in segment.text]
+    assert len(told) == 4 and max(told) - min(told) < 0.5
 
 
 def test_whisper_leaves_pytorch_its_threads():
