@@ -25,6 +25,7 @@ REPOSITORIES = {
 }
 SAMPLE_RATE = 16_000  # Hz, what Whisper was trained on
 WINDOW = 30  # seconds that Whisper hears at once
+MOST_PARTS = 4  # of a recording, heard side by side
 MIN_SECONDS = 0.1
 MAX_SECONDS = 600
 SILENT_LEVEL = 1e-3  # peak of a full scale of 1; a quiet voice peaks fifty times higher
@@ -140,7 +141,8 @@ def _faster_whisper(preset: SpeechPreset) -> Callable[[np.ndarray], Transcript]:
     folder = fetch_repository(preset.source) if is_on_hub else fetch(preset.source)[0].parent
     options = {"compute_type": "int8", "cpu_threads": preset.threads, "local_files_only": True}
     cores = torch.get_num_threads()
-    workers = cores if preset.threads == 1 else 1  # a model that one core is enough for hears several parts at once
+    # A model that one core is enough for hears several parts at once; each takes some memory of its own.
+    workers = min(cores, MOST_PARTS) if preset.threads == 1 else 1
     model = WhisperModel(str(folder), device="cpu", num_workers=workers, **options)
     torch.set_num_threads(cores)  # CTranslate2 sets its own number for whoever loads it, too
 
