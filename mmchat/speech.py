@@ -167,9 +167,11 @@ def _faster_whisper(preset: SpeechPreset) -> Callable[[np.ndarray], Transcript]:
 
 
 def _parts(samples: np.ndarray) -> list[slice]:
-    """The speech in a recording in parts that Whisper hears at once, cut in pauses."""
+    """A recording in parts that Whisper hears at once: a short one whole, of a long one the speech, cut in pauses."""
     from faster_whisper.vad import VadOptions, get_speech_timestamps
 
+    if len(samples) <= WINDOW * SAMPLE_RATE:
+        return [slice(0, len(samples))]
     parts: list[slice] = []
     for speech in get_speech_timestamps(samples, VadOptions(max_speech_duration_s=WINDOW)):
         start, end = speech["start"], speech["end"]

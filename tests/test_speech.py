@@ -123,12 +123,12 @@ def test_a_picture_is_no_recording(engine, photo):
 
 def test_long_recordings_are_heard_in_parts_and_told_in_order(engine, tmp_path):
     rate, samples = 16000, read_audio(SPEECH)
-    pause = np.zeros(4 * rate, dtype=np.float32)
-    whole = np.concatenate([samples, pause] * 4)[:, None]
+    pause = np.zeros(25 * rate, dtype=np.float32)
+    whole = np.concatenate([samples, pause, samples])[:, None]
     heard = engine.transcribe(write_wav(tmp_path / "long.wav", whole, rate))
-    assert len(whole) > 45 * rate and word_errors(heard.text, times=4) < 0.1
-    told = [segment.start for segment in heard.segments if "fellow" in segment.text]  # how exactly is up to Whisper
-    assert len(told) == 4 and told[1] < len(whole) / 2 / rate <= told[2] + 0.5
+    assert word_errors(heard.text, times=2) < 0.1
+    first, second = (segment.start for segment in heard.segments if "fellow" in segment.text)
+    assert abs(second - first - (len(samples) + len(pause)) / rate) < 1
 
 
 def test_whisper_leaves_pytorch_its_threads():
