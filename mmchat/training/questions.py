@@ -104,6 +104,11 @@ PLACES = {
 }  # fmt: skip
 LIKE_PLACES = ({"beach", "sand", "ocean", "water"}, {"street", "road", "sidewalk"}, {"grass", "field", "park", "yard"})
 
+# Of the many ways to ask: a model that has seen few of them answers worse in the others.
+OPENINGS = ("",) * 8 + (
+    "In this picture, ", "Looking at the image, ", "Look closely: ", "Please answer briefly: ", "For this picture: ",
+    "A question about this photo: ", "Hello! ", "Take a good look. ",
+)  # fmt: skip
 WHERE_SHOWN = ("", "", " in the picture", " in the image", " in this photo", " here")
 WORDINGS = {
     "presence": (
@@ -112,19 +117,28 @@ WORDINGS = {
         "Does this image contain {a} {noun}?", "Is {a} {noun} present{shown}?", "Are there any {plural}{shown}?",
         "Can {a} {noun} be seen{shown}?", "Is {a} {noun} shown{shown}?", "Does the photo have {a} {noun} in it?",
         "Do you notice {a} {noun}{shown}?", "Are {plural} visible{shown}?", "Is there any {noun}{shown}?",
+        "Is {a} {noun} anywhere{shown}?", "Does this scene include {a} {noun}?", "Is {a} {noun} part of the picture?",
+        "Is it true that there is {a} {noun}{shown}?", "Are there {plural}{shown}?", "Do you find {a} {noun}{shown}?",
+        "There is {a} {noun}{shown}, right?", "Did the photographer catch {a} {noun}?", "Any {plural}{shown}?",
+        "Is {a} {noun} among the things you see?", "Does {a} {noun} appear{shown}?", "Has the photo got {a} {noun}?",
+        "Please check whether there is {a} {noun}{shown}.", "Is it right that {a} {noun} is visible{shown}?",
     ),
     "color": (
         "What color {is_are} the {noun}?", "What color {is_are} the {noun}?", "Which color {is_are} the {noun}{shown}?",
         "What is the color of the {noun}?", "What colour {is_are} the {noun}?", "Tell me the color of the {noun}.",
         "What is the {noun}'s color?", "The {noun}: what color {is_are} it?", "Name the color of the {noun}{shown}.",
         "What colour can you see on the {noun}?", "Can you tell me what color the {noun} {is_are}?",
+        "Say which color the {noun} {is_are}.", "Describe the color of the {noun}.", "What shade {is_are} the {noun}?",
+        "Give the color of the {noun}{shown}.", "What color would you call the {noun}?",
+        "In one word, what color {is_are} the {noun}?",
     ),
     "count": (
         "How many {plural} are there{shown}?", "How many {plural} are there{shown}?", "How many {plural} do you see?",
         "How many {plural} can you see{shown}?", "How many {plural} are{shown_or_here}?",
         "What is the number of {plural}{shown}?", "Count the {plural}{shown}.",
         "How many {plural} are visible{shown}?", "How many {plural} does the photo show?",
-        "Tell me how many {plural} there are{shown}.",
+        "Tell me how many {plural} there are{shown}.", "What number of {plural} can be seen{shown}?",
+        "How many {plural} appear{shown}?", "Give the number of {plural}{shown}.", "How many {plural} can be counted?",
     ),
     "doing": (
         "What is the {noun} doing?", "What is the {noun} doing{shown}?", "What does the {noun} do?",
@@ -173,8 +187,9 @@ def ask(pictures: Sequence[dict], rng: random.Random, *, agreement: int = AGREEM
 
 
 def _word(kind: str, rng: random.Random, **parts: str) -> str:
-    shown = rng.choice(WHERE_SHOWN)
-    return rng.choice(WORDINGS[kind]).format(shown=shown, shown_or_here=shown or " here", **parts)
+    opening, shown = rng.choice(OPENINGS), rng.choice(WHERE_SHOWN)
+    text = rng.choice(WORDINGS[kind]).format(shown=shown, shown_or_here=shown or " here", **parts)
+    return opening + (text[0].lower() + text[1:] if opening.endswith((", ", ": ")) else text)
 
 
 def _agreed(captions: Iterable[Iterable[str]]) -> Counter:
