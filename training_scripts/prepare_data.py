@@ -13,7 +13,6 @@ is on the other.
 """
 
 import argparse
-import json
 import random
 import sys
 from pathlib import Path
@@ -94,24 +93,9 @@ def main():
 
 
 def from_captions(options):
-    from mmchat.errors import BadInput
     from mmchat.training import captions
 
-    pictures = all_pictures = captions.read_captions(options.captions)
-    if options.splits:
-        splits = read_splits(options.splits)
-        if options.split not in splits:
-            raise BadInput(f"{options.splits} has no split '{options.split}', only {', '.join(splits)}.")
-        by_name = {picture["image"]: picture for picture in pictures}
-        pictures = [by_name[name] for name in splits[options.split] if name in by_name]
-    elif options.split:
-        pictures = [picture for picture in pictures if picture["split"] == options.split]
-    if not pictures:
-        known = sorted({picture["split"] for picture in all_pictures if picture["split"]})
-        raise BadInput(
-            f"There are no pictures in the split '{options.split}'. "
-            + (f"There are: {', '.join(known)}." if known else "These captions name no splits: leave --split out.")
-        )
+    pictures = captions.read_split(options.captions, options.splits, options.split)
     pictures = [in_folder(options.folder, picture) for picture in pictures[: options.limit]]
     random_numbers = random.Random(options.seed)
     if options.make == "descriptions":
@@ -126,15 +110,6 @@ def from_captions(options):
         per_image=options.per_image,
         apart=options.apart,
     )
-
-
-def read_splits(path):
-    from mmchat.errors import BadInput
-
-    try:
-        return dict(json.loads(Path(path).read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        raise BadInput(f"{path} is no JSON of splits: {{name of a split: [file name, …], …}}.") from error
 
 
 def from_easy_vqa(options):

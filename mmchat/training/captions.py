@@ -57,6 +57,41 @@ def read_captions(path: str | Path) -> list[dict[str, Any]]:
     return pictures
 
 
+def read_split(path: str | Path, splits: str | Path | None, split: str | None) -> list[dict[str, Any]]:
+    """Pictures with their captions, as ``read_captions`` gives them, of one split.
+
+    Args:
+        splits: a JSON file, name of a split -> file names; None: what the captions themselves say.
+        split: its name; None for every picture.
+
+    Raises:
+        BadInput: a file cannot be read, or there are no pictures in that split.
+    """
+    pictures = every = read_captions(path)
+    if splits:
+        named = _read_splits(splits)
+        if split not in named:
+            raise BadInput(f"{splits} has no split '{split}', only {', '.join(named)}.")
+        by_name = {picture["image"]: picture for picture in pictures}
+        pictures = [by_name[name] for name in named[split] if name in by_name]
+    elif split:
+        pictures = [picture for picture in pictures if picture["split"] == split]
+    if not pictures:
+        known = sorted({picture["split"] for picture in every if picture["split"]})
+        raise BadInput(
+            f"There are no pictures in the split '{split}'. "
+            + (f"There are: {', '.join(known)}." if known else "These captions name no splits: leave --split out.")
+        )
+    return pictures
+
+
+def _read_splits(path: str | Path) -> dict[str, list[str]]:
+    try:
+        return dict(json.loads(Path(path).read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} is no JSON of splits: {{name of a split: [file name, …], …}}.") from error
+
+
 def _from_json(content: Any) -> list[dict]:
     if isinstance(content, list):
         return [

@@ -136,7 +136,14 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
     dtype = _base_dtype(recipe)
     quantization = "none" if recipe.quantization == "int8" else recipe.quantization  # int8 is our own, and comes last
     if recipe.start_from:
-        model, tokenizer = load_model(preset, recipe.start_from, dtype, quantization=quantization, trainable=True)
+        model, tokenizer = load_model(
+            preset,
+            recipe.start_from,
+            dtype,
+            quantization=quantization,
+            trainable=True,
+            any_encoder=recipe.image_encoder is not None,
+        )
     else:
         language_model, tokenizer = load_language_model(preset.language_model, dtype, quantization)
         config = ProjectorConfig(

@@ -1,0 +1,91 @@
+"""An image encoder tuned on captions: what it learns, and that weights bring it along."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from mmchat.errors import BadInput, WeightsError
+from mmchat.image_encoder import find_image_encoder, load_image_encoder, open_image
+from mmchat.model import load_model, preset_of
+from mmchat.presets import SMOL, TUNED, HubRepository
+from mmchat.training.averaging import average_weights
+from mmchat.training.tuning import tune_image_encoder, words_and_pairs
+
+COLORS = {"red": (200, 60, 60), "blue": (60, 60, 200)}
+
+
+def draw(folder: Path, color: str, number: int) -> dict:
+    picture = Image.new("RGB", (96, 80), (120, 120, 120))
+    left, top = 4 + 3 * (number % 12), 4 + 2 * (number % 9)
+    ImageDraw.Draw(picture).rectangle((left, top, left + 30, top + 30), COLORS[color])
+    picture.save(folder / f"{color}-{number}.png")
+    return {"image": f"{color}-{number}.png", "captions": [f"A {color} box .", f"The {color} box is there ."]}
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A folder with pictures of red and of blue boxes, and an encoder tuned on their captions."""
+    folder = tmp_path_factory.mktemp("tuned")
+    pictures = [draw(folder, color, number) for number in range(16) for color in COLORS]
+    tune_image_encoder(load_image_encoder(SMOL.image_encoder), pictures, folder, folder / "encoder", epochs=6, lr=3e-4)
+    return folder
+
+
+def contrast(encoder, folder):
+    """How far red boxes are from blue ones, relative to how far they are from each other."""
+    features = {
+        color: encoder.encode([open_image(path) for path in sorted(folder.glob(f"{color}-*.png"))])[:, -1]
+        for color in COLORS
+    }
+    centres = {color: found.mean(dim=0) for color, found in features.items()}
+    spread = sum((found - centres[color]).norm(dim=1).mean() for color, found in features.items())
+    return float((centres["red"] - centres["blue"]).norm() / spread)
+
+
+def test_words_that_say_nothing_are_left_out():
+    assert words_and_pairs("Two dogs run in the red grass .") == {
+        "two", "dogs", "run", "red", "grass", "two dogs", "dogs run", "red grass",
+    }  # fmt: skip
+
+
+def test_the_words_of_captions_are_told_apart_better(tuned):
+    before = load_image_encoder(SMOL.image_encoder)
+    after = load_image_encoder(find_image_encoder(HubRepository(str(tuned / "encoder"))))
+    assert contrast(after, tuned) > 1.1 * contrast(before, tuned)
+    kept, expected = (encoder.network._conv_stem.weight for encoder in (after, before))
+    torch.testing.assert_close(kept, expected, atol=1e-3, rtol=1e-3)  # edges stay as they were
+
+
+def test_captions_without_a_word_in_common_are_refused(tmp_path):
+    pictures = [draw(tmp_path, "red", number) for number in range(3)]
+    with pytest.raises(BadInput, match="too few"):
+        tune_image_encoder(
+            load_image_encoder(SMOL.image_encoder), pictures, tmp_path, tmp_path / "encoder", epochs=1, lr=1e-4
+        )
+
+
+def test_weights_bring_their_encoder_along(engine, tuned, tmp_path):
+    encoder = find_image_encoder(HubRepository(str(tuned / "encoder")))
+    folder = tmp_path / "weights"
+    engine.model.save(folder, replace(SMOL, image_encoder=encoder))
+    assert preset_of(SMOL, folder).image_encoder.revision == encoder.revision
+    load_model(preset_of(SMOL, folder), folder, torch.float32)
+    average_weights(folder, folder, 0.5, tmp_path / "average")
+    assert (tmp_path / "average" / TUNED).read_bytes() == (folder / TUNED).read_bytes()
+
+    (folder / TUNED).unlink()
+    with pytest.raises(WeightsError, match="image encoder 'efficientnet-lite0 tuned"):
+        load_model(preset_of(SMOL, folder), folder, torch.float32)
+    load_model(SMOL, folder, torch.float32, any_encoder=True)  # a start for training with another
+
+
+def test_a_damaged_encoder_is_named(tuned, tmp_path):
+    (tmp_path / TUNED).write_bytes((tuned / "encoder" / TUNED).read_bytes()[:-100])
+    with pytest.raises(WeightsError, match="image encoder") as caught:
+        load_image_encoder(find_image_encoder(HubRepository(str(tmp_path))))
+    assert str(tmp_path.parent) not in str(caught.value)

@@ -1,0 +1,56 @@
+#!/usr/bin/env python
+"""Tune the image encoder on captions, before the features are computed: it learns which words people will use.
+
+    python training_scripts/tune_image_encoder.py --captions captions.json --splits splits.json --split train \\
+        --images photos/ --out runs/encoder
+    python training_scripts/embed_images.py --images photos/ --image-encoder runs/encoder --out features/
+
+Optional. The encoder of the preset "smol" knows ImageNet's classes; captions also tell it of colors and numbers. Train
+with the same encoder: a recipe's "image_encoder" names the folder, and the weights that come of it bring it along.
+Never tune on pictures that you will measure with.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--captions", required=True, help="COCO or Karpathy JSON, a JSON list, or Flickr8k's list")
+    parser.add_argument("--splits", help="JSON: name of a split -> file names (default: what the captions say)")
+    parser.add_argument("--split", help="tune on this split only (default: every picture)")
+    parser.add_argument("--images", required=True, help="the folder of the pictures that the captions name")
+    parser.add_argument("--out", required=True, help="the folder to write image_encoder.safetensors to")
+    parser.add_argument("--epochs", type=float, default=5, help="times every picture is seen (default: 5)")
+    parser.add_argument("--lr", type=float, default=3e-4, help="the highest learning rate (default: 3e-4)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything drawn by chance (default: 0)")
+    options = parser.parse_args()
+
+    from mmchat.errors import MmchatError
+    from mmchat.image_encoder import load_image_encoder
+    from mmchat.presets import SMOL
+    from mmchat.training.captions import read_split
+    from mmchat.training.tuning import tune_image_encoder
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        tune_image_encoder(
+            load_image_encoder(SMOL.image_encoder),
+            read_split(options.captions, options.splits, options.split),
+            Path(options.images),
+            Path(options.out),
+            epochs=options.epochs,
+            lr=options.lr,
+            seed=options.seed,
+        )
+    except MmchatError as error:
+        sys.exit(str(error))
+    print(f"Embed pictures with it: python training_scripts/embed_images.py --image-encoder {options.out} …")
+
+
+if __name__ == "__main__":
+    main()
