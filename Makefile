@@ -29,7 +29,8 @@ train-demo: .venv/installed-train
 		--images $(DEMO)/pictures/train --folder train --out $(DEMO)/train.json
 	$(BIN)/python training_scripts/prepare_data.py easy-vqa --split test --limit 30 --make questions \
 		--images $(DEMO)/pictures/test --folder test --out $(DEMO)/test.json
-	$(BIN)/python training_scripts/embed_images.py --images $(DEMO)/pictures --out $(DEMO)/features
+	$(BIN)/python training_scripts/embed_images.py --images $(DEMO)/pictures --image-encoder efficientnet-lite0 \
+		--out $(DEMO)/features
 	$(BIN)/python training_scripts/pretrain_projector.py --recipe training_scripts/recipes/demo-projector.yaml
 	$(BIN)/python training_scripts/finetune_qlora.py --recipe training_scripts/recipes/demo.yaml
 	$(BIN)/python training_scripts/evaluate.py --weights $(DEMO)/weights --questions $(DEMO)/test.json \

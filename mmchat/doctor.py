@@ -13,7 +13,7 @@ from typing import Any
 from .assets import cache_folder, is_fetched
 from .errors import MmchatError
 from .hub import is_here
-from .presets import PRESETS, HubRepository, Preset, WheelMember, tuned_image_encoder
+from .presets import PRESETS, HubRepository, Preset, WheelMember
 
 NEEDED = ("gradio", "torch", "transformers", "peft", "faster-whisper", "pillow", "safetensors")
 OPTIONAL = {
@@ -84,10 +84,9 @@ def _cache() -> Finding:
 
 
 def _preset(preset: Preset) -> Finding:
-    tuned = isinstance(preset.weights, Path) and tuned_image_encoder(preset.weights)
     parts: dict[str, Any] = {
         "language model": preset.language_model.source,
-        "image encoder": (tuned or preset.image_encoder).source,
+        "image encoder": preset.image_encoder.source,
         "speech": preset.speech.source,
         "weights": preset.weights,
     }

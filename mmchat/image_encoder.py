@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .assets import fetch
 from .errors import BadInput, WeightsError
 from .hub import fetch_repository
-from .presets import HubRepository, ImageEncoderPreset, WheelMember, tuned_image_encoder
+from .presets import EFFICIENTNET_LITE0, HubRepository, ImageEncoderPreset, WheelMember, tuned_image_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class ImageEncoder(nn.Module):
 
 
 class EfficientNetLite(ImageEncoder):
-    """EfficientNet-Lite (Tan & Le 2019, arXiv 1905.11946) trained on ImageNet.
+    """EfficientNet-Lite (Tan & Le 2019, arXiv 1905.11946) trained on ImageNet, or tuned from there on captions.
 
     Gives the last convolution's map averaged to n × n cells, row by row, then its average over the whole picture.
     """
@@ -195,7 +195,9 @@ def load_image_encoder(preset: ImageEncoderPreset) -> ImageEncoder:
 def find_image_encoder(
     repository: HubRepository, features: str = "patches", layer: int = -2, class_token: bool = False
 ) -> ImageEncoderPreset:
-    """Any CLIP or SigLIP vision model of the Hub, or in a folder, as a preset's image encoder; or a folder's tuned one.
+    """Any CLIP or SigLIP vision model of the Hub, or in a folder, as a preset's image encoder.
+
+    Or "efficientnet-lite0", as it was trained on ImageNet; or a folder with one that was tuned on captions.
 
     Args:
         features, layer, class_token: as ``ImageEncoderPreset`` has them; the features are "pooled" or "patches".
@@ -206,6 +208,8 @@ def find_image_encoder(
     """
     from transformers import AutoConfig
 
+    if repository.name == EFFICIENTNET_LITE0.name:
+        return EFFICIENTNET_LITE0
     if tuned := tuned_image_encoder(repository.name):
         return tuned
     config = AutoConfig.from_pretrained(fetch_repository(repository))

