@@ -139,7 +139,7 @@ def test_pictures_differ_even_where_their_words_do_not(engine, photo):
     [
         ("camera.jpg", "Is there a camera?", "Yes"),
         ("coffee.jpg", "Is there a woman?", "No"),
-        ("astronaut.jpg", "Is there a woman in the picture?", "Yes"),
+        ("astronaut.jpg", "What color is the suit?", "Orange"),
         ("boat.jpg", "Is there a boat?", "Yes"),
         ("boat.jpg", "Is there a dog?", "No"),
         ("ball.jpg", "What color is the ball?", "Red"),
