@@ -25,6 +25,7 @@ from ..device import choose_device
 from ..errors import BadInput
 from ..image_encoder import ImageEncoder, open_image
 from ..presets import TUNED
+from ..text import STOP_WORDS
 from .questions import AGREEMENT, words_of
 
 logger = logging.getLogger(__name__)
@@ -32,10 +33,6 @@ logger = logging.getLogger(__name__)
 FROZEN_BLOCKS = 5  # edges and textures, which need no tuning, at the highest resolution, which costs most
 SMALLEST_CROP = 0.65  # of a picture's sides, at least: what is learnt anew for every crop is learnt by heart later
 COMMON = 12  # pictures whose captions have to agree on a word
-STOP_WORDS = set(
-    "a the in on of is with and to an at are his her it by for through while up from as its that their into over "
-    "down".split()
-)
 SHARE = 0.5  # of the way from ImageNet's weights: better on other pictures than all of it (arXiv 2109.01903)
 HEAD_RATE = 1e-3  # of the layer that predicts the words, which starts from nothing
 DROPOUT = 0.3
@@ -46,7 +43,7 @@ def words_and_pairs(caption: str) -> set[str]:
     """The words of a caption that say something, and pairs of neighbours: "red shirt", "two dogs"."""
     words = words_of(caption)
     pairs = {f"{one} {other}" for one, other in pairwise(words) if not STOP_WORDS & {one, other}}
-    return pairs | set(words) - STOP_WORDS
+    return pairs | (set(words) - STOP_WORDS)
 
 
 class PicturesWithWords(Dataset):
@@ -126,12 +123,12 @@ class WordPredictor(nn.Module):
 def tune_image_encoder(
     encoder: Any, pictures: Sequence[dict], folder: Path, out: Path, *, epochs: float, lr: float, seed: int = 0
 ) -> None:
-    """Tunes an EfficientNet-Lite in place, and writes weights on the way there, in half precision, to ``out``.
+    """Tunes an EfficientNet-Lite, and writes weights on the way there, in half precision, to ``out``.
 
     Its batch norms are folded away, so what is tuned is the convolutions alone.
 
     Args:
-        encoder: as ``load_image_encoder`` gives it.
+        encoder: as ``load_image_encoder`` gives it; its network is changed, so load what was written, and drop this.
         pictures, folder: as ``PicturesWithWords`` takes them.
         lr: of the convolutions; it falls to nothing along half a cosine.
 
