@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="captions | easy-vqa | split")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="captions | labels | easy-vqa | split")
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--out", required=True, help="the file to write")
@@ -50,6 +50,25 @@ def parse():
         default="conversations",
         help="conversations: captions and questions, to train on; captions: no questions; descriptions or questions: "
         "one in each conversation, to evaluate on (default: conversations)",
+    )
+
+    labels = commands.add_parser("labels", parents=[common], help="labeled pictures: class folders, COCO, VOC, JSON")
+    labels.add_argument("--labels", required=True, help="a folder of class folders or of VOC's XML, or a JSON file")
+    labels.add_argument(
+        "--format",
+        choices=("list", "folders", "coco", "voc", "daquar"),
+        help="list: JSON of images with objects, a label or a scene; daquar: JSON of images with questions and answers "
+        "(default: found out)",
+    )
+    labels.add_argument("--splits", help="JSON: name of a split -> file names")
+    labels.add_argument("--split", help="convert this split only (default: every picture)")
+    labels.add_argument("--limit", type=int, help="only the first so many pictures")
+    labels.add_argument("--folder", default="", help="of the pictures, below the folder that is embedded")
+    labels.add_argument("--synonyms", help="JSON list of {synset, names}: further right names, to evaluate on")
+    labels.add_argument("--per-image", type=int, help="only so many questions about a picture, drawn by chance")
+    labels.add_argument("--kinds", help="only questions of these kinds, separated by commas, as in what was made")
+    labels.add_argument(
+        "--make", choices=("conversations", "questions"), default="conversations", help="as for captions"
     )
 
     easy = commands.add_parser("easy-vqa", parents=[common], help="easy-VQA, fetched from the Python package index")
@@ -82,7 +101,7 @@ def main():
             print(f"{write_conversations(options.rest, rest)} conversations in {options.rest}")
             entries = train
         else:
-            entries = {"captions": from_captions, "easy-vqa": from_easy_vqa}[options.command](options)
+            entries = SOURCES[options.command](options)
         if options.clean_answers:
             from mmchat.text import clean_answers
 
@@ -131,9 +150,28 @@ def from_easy_vqa(options):
     return (in_folder(options.folder, entry) for entry in entries)
 
 
+def from_labels(options):
+    from mmchat.training import label_questions, labels
+    from mmchat.training.naming import Dictionary
+
+    pictures = labels.of_split(labels.read_labels(options.labels, options.format), options.splits, options.split)
+    pictures = labels.in_folder(pictures[: options.limit], options.folder)
+    random_numbers = random.Random(options.seed)
+    dictionary = Dictionary.read(options.synonyms)
+    if options.make == "conversations":
+        return label_questions.conversations(
+            pictures, random_numbers, dictionary=dictionary, per_image=options.per_image
+        )
+    kinds = options.kinds.split(",") if options.kinds else None
+    entries = label_questions.questions_only(pictures, random_numbers, dictionary=dictionary)
+    return (entry for entry in entries if kinds is None or entry["kind"] in kinds)
+
+
 def in_folder(folder, entry):
     return {**entry, "image": f"{folder.strip('/')}/{entry['image']}"} if folder else entry
 
+
+SOURCES = {"captions": from_captions, "labels": from_labels, "easy-vqa": from_easy_vqa}
 
 if __name__ == "__main__":
     main()

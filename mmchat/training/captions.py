@@ -69,7 +69,7 @@ def read_split(path: str | Path, splits: str | Path | None, split: str | None) -
     """
     pictures = every = read_captions(path)
     if splits:
-        named = _read_splits(splits)
+        named = read_splits(splits)
         if split not in named:
             raise BadInput(f"{splits} has no split '{split}', only {', '.join(named)}.")
         by_name = {picture["image"]: picture for picture in pictures}
@@ -85,7 +85,7 @@ def read_split(path: str | Path, splits: str | Path | None, split: str | None) -
     return pictures
 
 
-def _read_splits(path: str | Path) -> dict[str, list[str]]:
+def read_splits(path: str | Path) -> dict[str, list[str]]:
     try:
         return dict(json.loads(Path(path).read_text()))
     except (OSError, TypeError, ValueError) as error:

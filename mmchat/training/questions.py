@@ -186,9 +186,10 @@ def ask(pictures: Sequence[dict], rng: random.Random, *, agreement: int = AGREEM
     ]
 
 
-def _word(kind: str, rng: random.Random, **parts: str) -> str:
+def word(wordings: Sequence[str], rng: random.Random, **parts: str) -> str:
+    """One of the wordings, drawn by chance, filled in; with an opening and a word on where it is shown, or without."""
     opening, shown = rng.choice(OPENINGS), rng.choice(WHERE_SHOWN)
-    text = rng.choice(WORDINGS[kind]).format(shown=shown, shown_or_here=shown or " here", **parts)
+    text = rng.choice(wordings).format(shown=shown, shown_or_here=shown or " here", **parts)
     return opening + (text[0].lower() + text[1:] if opening.endswith((", ", ": ")) else text)
 
 
@@ -225,7 +226,7 @@ def _presence(captions: Sequence[Sequence[Sequence[str]]], rng: random.Random) -
         for answer, numbers in (("Yes.", affirmed[single]), ("No.", denied[single])):
             for number in rng.sample(numbers, count):
                 article = "an" if single[0] in "aeiou" else "a"
-                text = _word("presence", rng, a=article, noun=single, plural=PLURALS[single])
+                text = word(WORDINGS["presence"], rng, a=article, noun=single, plural=PLURALS[single])
                 result[number].append(Question(text, answer, "presence", single))
     return result
 
@@ -245,7 +246,7 @@ def _colors(captions: Sequence[Sequence[str]], rng: random.Random, agreement: in
         color, count = colors.most_common(1)[0]
         if color and count >= agreement and len(colors) == 1:
             is_are = "are" if noun.endswith("s") and not noun.endswith("ss") else "is"
-            text = _word("color", rng, noun=noun, is_are=is_are)
+            text = word(WORDINGS["color"], rng, noun=noun, is_are=is_are)
             result.append(Question(text, f"{color.capitalize()}.", "color", SINGULARS.get(noun, noun)))
     return result
 
@@ -268,7 +269,7 @@ def _counts(captions: Sequence[Sequence[str]], rng: random.Random, agreement: in
     for plural, numbers in said.items():
         number, count = numbers.most_common(1)[0]
         if count >= agreement and len(numbers) == 1:
-            text = _word("count", rng, plural=plural)
+            text = word(WORDINGS["count"], rng, plural=plural)
             result.append(Question(text, f"{number.capitalize()}.", "count", SINGULARS.get(plural, "person")))
     return result
 
@@ -280,7 +281,7 @@ def _actions(captions: Sequence[Sequence[str]], rng: random.Random) -> list[Ques
     if len(doers) != 1 or PLURALS[doers[0]] in mentioned or not done:  # of two, who does it is not known
         return []
     answer = done.most_common(1)[0][0]
-    return [Question(_word("doing", rng, noun=doers[0]), f"{answer}.", "doing", doers[0])]
+    return [Question(word(WORDINGS["doing"], rng, noun=doers[0]), f"{answer}.", "doing", doers[0])]
 
 
 def _action(word: str) -> str | None:
@@ -301,7 +302,7 @@ def _people(captions: Sequence[Sequence[str]], rng: random.Random) -> list[Quest
         return []
     phrases = [f"{number} {noun}" for number, noun in sorted(named, key=lambda pair: -named[pair])]
     answer = " and ".join(phrases)
-    return [Question(_word("who", rng), f"{answer[0].upper()}{answer[1:]}.", "who", "person")]
+    return [Question(word(WORDINGS["who"], rng), f"{answer[0].upper()}{answer[1:]}.", "who", "person")]
 
 
 def _is_person(number: str, noun: str) -> bool:
@@ -317,4 +318,4 @@ def _places(captions: Sequence[Sequence[str]], rng: random.Random) -> list[Quest
     seen = [single for single in seen_objects(captions) if single not in PLACES]
     if rivals or not seen:
         return []
-    return [Question(_word("where", rng, noun=seen[0]), f"{PLACES[place]}.", "where", seen[0])]
+    return [Question(word(WORDINGS["where"], rng, noun=seen[0]), f"{PLACES[place]}.", "where", seen[0])]
