@@ -52,8 +52,8 @@ WORDINGS = {
     ),
     "is room": (
         "Is this {a_noun}?", "Is this {a_noun}?", "Does the photo show {a_noun}?", "Is this a picture of {a_noun}?",
-        "Would you call this {a_noun}?", "Are we looking at {a_noun}?", "Is {a_noun} shown here?", "This is {a_noun}, right?",
-        "Was this photo taken of {a_noun}?", "Do you see {a_noun}?",
+        "Would you call this {a_noun}?", "Are we looking at {a_noun}?", "Is {a_noun} shown here?",
+        "This is {a_noun}, right?", "Was this photo taken of {a_noun}?", "Do you see {a_noun}?",
     ),
     "how many": CAPTION_WORDINGS["count"],
     "things": (
@@ -78,14 +78,15 @@ WORDINGS = {
     ),
     "biggest": (
         "What is the biggest thing{shown}?", "Which thing looks biggest{shown}?", "Name the biggest thing{shown}.",
-        "What takes up most of the picture?", "Which object is the largest{shown}?", "What is the largest object{shown}?",
+        "What takes up most of the picture?", "Which object is the largest{shown}?",
+        "What is the largest object{shown}?",
     ),
 }  # fmt: skip
 # Asked only in evaluation, so that it is not the wording that is recognized.
 EVALUATION_WORDINGS = {
     "name": (
-        "What thing can you recognize?", "What do you call the thing in this photograph?", "What has been photographed?",
-        "Which object does this photograph show?", "Could you name the thing in front of you?",
+        "What thing can you recognize?", "What do you call the thing in this photograph?",
+        "What has been photographed?", "Which object does this photograph show?", "Could you name the thing in front of you?",
     ),
     "room": (
         "What kind of room or place do you see in this photograph?", "Which room or place has been photographed?",
@@ -109,39 +110,42 @@ ROOMS = {
 # Rooms that people may take for each other: of these none is denied for another.
 LIKE_ROOMS = (
     "bedroom|hotel room|dorm room|child's room|nursery|hostel room|attic|playroom|living room",
-    "living room|parlor|game room|playroom|home office|basement|poolroom|dining room|wet bar|attic|dorm room|hotel room",
+    "living room|parlor|game room|playroom|home office|basement|poolroom|dining room|wet bar|attic|"
+    "dorm room|hotel room",
     "kitchen|kitchenette|dining room|dinette|pantry|wet bar|utility room",
     "bathroom|shower|laundromat|utility room", "basement|wine cellar|utility room|garage|attic|closet|pantry",
     "stable|chicken coop|garage",
 )  # fmt: skip
 OTHER_ROOM_NAMES = {
     "living room": ("lounge", "sitting room", "parlor", "den"), "bathroom": ("restroom", "washroom", "toilet", "bath"),
-    "poolroom": ("game room", "billiard room", "pool room"), "child's room": ("bedroom", "kids' room", "children's room"),
-    "nursery": ("child's room", "bedroom", "baby's room"), "hotel room": ("bedroom",), "dorm room": ("bedroom",),
-    "hostel room": ("bedroom", "dorm room", "hostel"), "home office": ("office", "study"), "parlor": ("living room",),
-    "front of a house": ("house", "home", "house front"), "kitchenette": ("kitchen",), "shower": ("bathroom",),
+    "poolroom": ("game room", "billiard room", "pool room"), "shower": ("bathroom",), "parlor": ("living room",),
+    "child's room": ("bedroom", "kids' room", "children's room"), "nursery": ("child's room", "bedroom", "baby's room"), "hotel room": ("bedroom",), "dorm room": ("bedroom",),
+    "hostel room": ("bedroom", "dorm room", "hostel"), "home office": ("office", "study"),
+    "front of a house": ("house", "home", "house front"), "kitchenette": ("kitchen",),
     "dinette": ("dining room",), "wet bar": ("bar",), "staircase": ("stairs", "stairway", "hallway"),
     "game room": ("poolroom", "playroom"), "dining room": ("dinette",), "closet": ("wardrobe", "walk-in closet"),
 }  # fmt: skip
 
 # The main thing of a photo, even with a person beside it.
 MAIN = set(
-    "dog cat horse cow sheep bird bear elephant giraffe zebra airplane train bus truck motorcycle boat car bicycle".split()
+    "dog cat horse cow sheep bird bear elephant giraffe zebra airplane train bus truck motorcycle boat car "
+    "bicycle".split()
 )
 # Seen in photos of anything, so that no single label rules them out.
 COMMON = set(
-    "person fence chair table lamp car boat ship building house barn tree rock wall rope cup plate bowl pot bottle ball "
-    "bench bed sofa bag hat shoe cage sign street beach lakeshore cliff mountain valley sandbar dock pier window glass "
-    "clock hay net bucket barrel box crate carton packet stone shop fountain greenhouse truck bicycle train bus basket "
-    "chain collar pole nail bird camera tent canoe doormat quilt blanket pillow towel tub bathtub crib handkerchief".split()
+    "person fence chair table lamp car boat ship building house barn tree rock wall rope cup plate bowl pot "
+    "bottle ball bench bed sofa bag hat shoe cage sign street beach lakeshore cliff mountain valley sandbar dock "
+    "pier window glass clock hay net bucket barrel box crate carton packet stone shop fountain greenhouse truck "
+    "bicycle train bus basket chain collar pole nail bird camera tent canoe doormat quilt blanket pillow towel "
+    "tub bathtub crib handkerchief".split()
 )
 TAME = {"dog", "cat", "horse", "bird", "fish", "cow", "sheep", "goat", "pig", "rabbit", "duck", "camel", "elephant"}
 TAME |= {"insect", "fly", "bee", "spider", "ant", "butterfly", "parrot", "chicken", "hen", "cock", "buffalo", "person"}
 TYPING_ERRORS = {
-    "waht": "what", "whats": "what is", "wat": "what", "hwat": "what", "whatis": "what is", "teh": "the", "thw": "the",
-    "chiar": "chair", "objetcs": "objects", "obejcts": "objects", "objets": "objects", "tabel": "table", "colur": "color",
-    "colout": "colour", "infront": "in front", "ont he": "on the", "lfet": "left", "rigth": "right", "ther": "there",
-    "si": "is", "hanged": "hung", "alot": "a lot", "refridgerator": "refrigerator", "televison": "television",
+    "us": "is", "waht": "what", "whats": "what is", "wat": "what", "hwat": "what", "whatis": "what is", "teh": "the",
+    "chiar": "chair", "objetcs": "objects", "obejcts": "objects", "objets": "objects", "tabel": "table",
+    "colur": "color", "colout": "colour", "lfet": "left", "rigth": "right", "ther": "there", "si": "is",
+    "alot": "a lot", "refridgerator": "refrigerator", "televison": "television", "infront": "in front",
 }  # fmt: skip
 MOST = 5  # the highest number asked for
 REPEATS = 3  # a rare number is asked for in so many wordings at most
@@ -162,7 +166,7 @@ class Asker:
     """Everything that can be asked about a collection of labeled pictures.
 
     Args:
-        evaluation: ask in wordings of their own, each number equally often and nothing twice.
+        evaluation: ask in wordings of their own, and only the kinds that are measured.
     """
 
     def __init__(
@@ -221,7 +225,7 @@ class Asker:
         right = tuple(naming.accepted(names))
         if self.evaluation:
             return [LabelQuestion(self._word("name"), _both_levels(names), "name", right)]
-        coarse = names.animal and names.basic not in naming.KNOWN_ANYWAY and self.rng.random() < 1 / 3
+        coarse = names.animal and names.basic not in naming.TOO_COARSE and self.rng.random() < 1 / 3
         if coarse:
             question = LabelQuestion(self._word("animal"), sentence(with_article(names.basic)), "name", right)
         else:
@@ -236,7 +240,7 @@ class Asker:
             f"{names.name}s".lower(),
         ):
             return [LabelQuestion(self._word("fine", noun=names.name), f"{fine}.", "name")]
-        if not names.says_basic and names.animal and names.basic not in naming.KNOWN_ANYWAY:
+        if not names.says_basic and names.animal and names.basic not in naming.TOO_COARSE:
             answer = sentence(with_article(names.name))
             return [LabelQuestion(self._word("fine", noun=names.basic), answer, "name")]
         return []
@@ -288,7 +292,7 @@ class Asker:
                 all_names.setdefault(name, self.dictionary.names_of(name))
             names = self.names[number]
             for name in dict.fromkeys((names.name, names.basic)) if names else ():
-                if " or " not in name and name not in naming.KNOWN_ANYWAY:
+                if " or " not in name and name not in naming.TOO_COARSE:
                     affirmed[name].append(number)
                     all_names[name] = names if name == names.name else Names(name, name, names.group)
         together = self._together()
@@ -369,15 +373,19 @@ class Asker:
             for name, count in objects.items():
                 if count in by_count and not naming.is_mass(name) and not naming.is_plural(name):
                     by_count[count].append((number, name))
-        repeats = 1 if self.evaluation else REPEATS
         present = [len(places) for places in by_count.values() if places]
-        wanted = repeats * min(present, default=0)
+        wanted = REPEATS * min(present, default=0)
         for count, places in by_count.items():
             mixed = self.rng.sample(places, len(places))
-            for number, name in (mixed * repeats)[:wanted]:
-                text = self._word("how many", plural=plural(name) if name != "person" else "people")
+            for turn, (number, name) in enumerate((mixed * REPEATS)[:wanted]):
+                text = self._how_many("people" if name == "person" else plural(name), turn // len(mixed))
                 answer = naming.NUMBERS[count]
                 yield number, LabelQuestion(text, f"{answer.capitalize()}.", "how many", (answer, str(count)))
+
+    def _how_many(self, things: str, repeat: int) -> str:
+        if self.evaluation:  # asked again, the question must not be the same
+            return EVALUATION_WORDINGS["how many"][repeat].format(plural=things)
+        return word(WORDINGS["how many"], self.rng, plural=things)
 
     # Several things
 
@@ -445,7 +453,8 @@ class Asker:
 def _both_levels(names: Names) -> str:
     """ "A hammerhead, a kind of shark."; just "A tiger shark." where the name says it."""
     named = sentence(with_article(names.name))
-    if names.says_basic or not names.basic or names.basic in names.name.lower().split():
+    too_coarse = names.basic in naming.TOO_COARSE and not names.animal
+    if names.says_basic or not names.basic or too_coarse or names.basic in names.name.lower().split():
         return named
     return f"{named[:-1]}, a kind of {names.basic}."
 
@@ -518,8 +527,18 @@ def conversations(
     """
     asked = Asker(pictures, rng, dictionary).ask()
     for picture, questions in zip(pictures, asked, strict=True):
-        for number, question in enumerate(rng.sample(questions, len(questions))[:per_image]):
+        for number, question in enumerate(_drawn(questions, rng, per_image)):
             yield entry_of(f"{picture.image}-label-{number}", picture.image, [(question.text, question.answer)])
+
+
+def _drawn(questions: Sequence[LabelQuestion], rng: random.Random, count: int | None) -> list[LabelQuestion]:
+    """So many questions, drawn by chance, half of them at most to be answered with yes or no."""
+    mixed = rng.sample(questions, len(questions))
+    if count is None:
+        return mixed
+    yes_no = [question for question in mixed if question.answer in ("Yes.", "No.")]
+    left_out = {id(question) for question in yes_no[max(count // 2, 1) :]}
+    return [question for question in mixed if id(question) not in left_out][:count]
 
 
 def questions_only(
