@@ -18,11 +18,25 @@ from ..model import IGNORED, MultimodalModel
 from ..prompt import ChatFormat, Message, encode
 from .conversations import Conversation, conversation_of, stream_entries
 from .data import ConversationDataset, Features, collate
-from .metrics import Estimate, answer_metrics, bootstrap, caption_metrics
+from .metrics import (
+    Estimate,
+    bootstrap,
+    caption_metrics,
+    count_metrics,
+    detail_metrics,
+    is_hedged,
+    metrics_for,
+    name_metrics,
+    share,
+)
 
 logger = logging.getLogger(__name__)
 
 REAL, SHUFFLED, BLANK = CONDITIONS = ("real", "shuffled", "blank")
+DESCRIPTIONS = {"caption": caption_metrics, "detail": detail_metrics}  # kinds that are scored against all references
+HOW_MANY = "how many"
+MAX_NEW_TOKENS = {"detail": 96}  # the longest answer of a kind that needs more than DEFAULT_MAX_NEW_TOKENS
+DEFAULT_MAX_NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,7 @@ class Item:
     conversation: Conversation  # its last message is the right answer
     kind: str
     references: tuple[str, ...]
+    accepted: tuple[str, ...] = ()  # where a thing has several right names: all of them
 
     @property
     def question(self) -> tuple[Message, ...]:
@@ -43,7 +58,10 @@ class Item:
 
 
 def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
-    """Questions to evaluate on: LLaVA-Instruct entries, which may say their ``kind`` and ``references``.
+    """Questions to evaluate on: LLaVA-Instruct entries, which may have more fields.
+
+    ``kind`` groups the questions; ``references`` are all texts that people wrote of the picture, and ``accepted`` all
+    names that are right.
 
     In a conversation of several turns the last answer is measured, the others are read as history.
 
@@ -53,17 +71,32 @@ def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
     path = Path(path)
     items = []
     for line, entry in stream_entries(path):
-        conversation = conversation_of(entry, f"{path.name}, line {line}")
-        if conversation.messages[-1].role != "assistant":
-            raise BadInput(f"{path.name}, line {line}: the conversation must end with the right answer.")
-        references = entry.get("references")
-        kind = entry.get("kind") or ("caption" if references else "answer")
-        items.append(Item(conversation, kind, tuple(references or (conversation.messages[-1].text,))))
+        items.append(_item(entry, f"{path.name}, line {line}"))
         if len(items) == limit:
             break
     if not items:
         raise BadInput(f"{path.name} holds no questions.")
     return items
+
+
+def _item(entry: Any, place: str) -> Item:
+    conversation = conversation_of(entry, place)
+    if conversation.messages[-1].role != "assistant":
+        raise BadInput(f"{place}: the conversation must end with the right answer.")
+    references, accepted = (_texts(entry, field, place) for field in ("references", "accepted"))
+    kind = entry.get("kind") or ("caption" if references else "answer")
+    if not isinstance(kind, str):
+        raise BadInput(f'{place}: "kind" must be a text.')
+    return Item(conversation, kind, references or (conversation.messages[-1].text,), accepted)
+
+
+def _texts(entry: dict, field: str, place: str) -> tuple[str, ...]:
+    texts = entry.get(field)
+    if texts is None:
+        return ()
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise BadInput(f'{place}: "{field}" must be a list of texts.')
+    return tuple(texts)
 
 
 class ShuffledFeatures:
@@ -169,16 +202,32 @@ class Evaluator:
 
 
 def measure(items: Sequence[Item], answers: Sequence[str]) -> dict[str, dict[str, Estimate]]:
-    """Kind of question → metric → figure."""
+    """Kind of question → metric → figure.
+
+    Where any answer hedges, the share that does and the accuracy of the others are among the metrics.
+    """
     result = {}
     for kind in dict.fromkeys(item.kind for item in items):
         chosen = [(item, answer) for item, answer in zip(items, answers, strict=True) if item.kind == kind]
-        said = [answer for _, answer in chosen]
-        if kind == "caption":
-            result[kind] = caption_metrics(said, [item.references for item, _ in chosen])
-        else:
-            result[kind] = answer_metrics(said, [item.answer for item, _ in chosen])
+        score = _score_of(kind, [item for item, _ in chosen])
+        result[kind] = score(*zip(*chosen, strict=True))
+        hedged = [is_hedged(answer) for _, answer in chosen]
+        if any(hedged):
+            result[kind]["hedged"] = share(hedged)
+            flat = [pair for pair, is_so in zip(chosen, hedged, strict=True) if not is_so]
+            if flat and "accuracy" in result[kind]:
+                result[kind]["accuracy, not hedged"] = score(*zip(*flat, strict=True))["accuracy"]
     return result
+
+
+def _score_of(kind: str, items: Sequence[Item]) -> Callable[[Sequence[Item], Sequence[str]], dict[str, Estimate]]:
+    """What computes the metrics of a kind, from items of it and their answers."""
+    if kind in DESCRIPTIONS:
+        return lambda items, said: DESCRIPTIONS[kind](said, [item.references for item in items])
+    if any(item.accepted for item in items):
+        return lambda items, said: name_metrics(said, [(*item.accepted, item.answer) for item in items])
+    metrics = count_metrics if kind == HOW_MANY else metrics_for([item.answer for item in items])
+    return lambda items, said: metrics(said, [item.answer for item in items])
 
 
 def _batches(order: list[int], size: int) -> list[list[int]]:
