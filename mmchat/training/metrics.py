@@ -13,7 +13,8 @@ RESAMPLES = 1000
 
 # What takes an assertion back, with the "I am" and the "but" around it.
 HEDGE = re.compile(
-    r"\b(?:(?:i am|i['’]m) )?not sure\b(?:,? but\b)?|\b(?:perhaps|maybe|might be|may be|looks like|probably|possibly)\b",
+    r"\b(?:(?:i am|i['’]m) )?not sure\b(?:,? but\b)?"
+    r"|\b(?:perhaps|maybe|might be|may be|looks like|probably|possibly)\b",
     re.IGNORECASE,
 )
 NUMBER_WORDS = (
