@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import count, takewhile
@@ -107,26 +107,60 @@ def stream_token_ids(
 
 @torch.inference_mode()
 def generate_texts(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[torch.Tensor], options: SamplingOptions
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[torch.Tensor],
+    options: SamplingOptions,
+    *,
+    prefixes: Sequence[Hashable] = (),
+    prefix_length: int = 0,
 ) -> list[str]:
     """The answers to several prompts at once, each as it would be by itself: greedily, or by beam search.
 
     Args:
         prompts: [length, token_width] each; they may differ in length.
         options: of which temperature, top_p and seed do not count.
+        prefixes: one key for each prompt; prompts with equal keys begin alike, and their prefix is computed once.
+        prefix_length: how many tokens of each prompt are its prefix; 0 shares nothing.
     """
-    longest = max(len(prompt) for prompt in prompts)
-    # Padded on the left, so that every answer begins at the right end of its row.
-    embeddings = torch.stack([nn.functional.pad(prompt, (0, 0, longest - len(prompt), 0)) for prompt in prompts])
-    is_token = torch.arange(longest) >= torch.tensor([[longest - len(prompt)] for prompt in prompts])
+    longest, width = max(len(prompt) for prompt in prompts), prompts[0].shape[1]
+    gaps = [longest - len(prompt) for prompt in prompts]
+    # Padded behind the prefix, so that every answer begins at the right end of its row.
+    parts = [
+        (prompt[:prefix_length], prompt.new_zeros(gap, width), prompt[prefix_length:])
+        for prompt, gap in zip(prompts, gaps, strict=True)
+    ]
+    embeddings = torch.stack([torch.cat(part) for part in parts])  # [prompts, longest, token_width]
+    place = torch.arange(longest)  # [longest]
+    is_token = (place < prefix_length) | (place >= prefix_length + torch.tensor(gaps)[:, None])  # [prompts, longest]
     stop_ids = stop_token_ids(model)
     token_ids = model.generate(
-        inputs_embeds=embeddings,  # [prompts, longest, token_width]
-        attention_mask=is_token.long().to(embeddings.device),  # [prompts, longest]
+        inputs_embeds=embeddings,
+        attention_mask=is_token.long().to(embeddings.device),
         generation_config=_beam_settings(options, stop_ids),
+        **(
+            {"past_key_values": _prefill(model, embeddings, prefixes, prefix_length, options.beams)} if prefixes else {}
+        ),
     )  # [prompts, tokens]: what is new only
     written = [list(takewhile(lambda token_id: token_id not in stop_ids, row)) for row in token_ids.tolist()]
     return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+
+def _prefill(model: nn.Module, embeddings: torch.Tensor, prefixes: Sequence[Hashable], length: int, beams: int) -> Any:
+    """The keys and values of each prompt's prefix, from one pass over the different ones."""
+    from transformers import DynamicCache
+
+    first = {}
+    for row, prefix in enumerate(prefixes):
+        first.setdefault(prefix, row)
+    number = {prefix: index for index, prefix in enumerate(first)}
+    cache = DynamicCache(config=model.config)
+    different = embeddings[list(first.values()), :length]  # [prefixes, length, token_width]
+    model(inputs_embeds=different, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache.batch_select_indices(torch.tensor([number[prefix] for prefix in prefixes], device=embeddings.device))
+    if beams > 1:
+        cache.batch_repeat_interleave(beams)
+    return cache
 
 
 def _beam_settings(options: SamplingOptions, stop_ids: set[int]) -> Any:

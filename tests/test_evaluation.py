@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,17 @@ from mmchat.generation import generate_texts, stream_text
 from mmchat.model import load_model
 from mmchat.presets import get_preset
 from mmchat.prompt import CHAT_FORMATS
-from mmchat.training.evaluation import Evaluator, ShuffledFeatures, condition_features, measure, read_items
+from mmchat.training.conversations import entry_of, write_conversations
+from mmchat.training.data import ConversationDataset
+from mmchat.training.evaluation import (
+    BlankFeatures,
+    Evaluator,
+    ShuffledFeatures,
+    condition_features,
+    markdown,
+    measure,
+    read_items,
+)
 from mmchat.training.features import FeatureStore
 from mmchat.training.metrics import (
     accuracy,
@@ -25,7 +36,11 @@ from mmchat.training.metrics import (
     answer_metrics,
     bootstrap,
     caption_metrics,
+    count_metrics,
+    detail_metrics,
+    is_named,
     macro_f1,
+    name_metrics,
     word_error_rate,
     yes_no_metrics,
 )
@@ -71,6 +86,127 @@ def test_answers_are_compared_word_for_word():
     assert yes["accuracy"].value == 0.5 and yes["F1 of yes"].value == 0.5
     assert set(answer_metrics(["a"], ["Red."])) == {"accuracy", "always the same answer", "macro F1"}
     assert always_the_same(["Two.", "two", "Three."]).value == pytest.approx(2 / 3)
+
+
+def asked(folder, answers, **fields):
+    """Items of one kind with these right answers, read from a file; a field has a value for each, or one for all."""
+    entries = []
+    for number, answer in enumerate(answers):
+        extra = {name: value[number] if isinstance(value, list) else value for name, value in fields.items()}
+        entries.append(entry_of(str(number), None, [("What is it?", answer)], **extra))
+    write_conversations(folder / "asked.json", entries)
+    return read_items(folder / "asked.json")
+
+
+def test_pope_counts_how_often_yes_is_said(tmp_path):
+    items = asked(
+        tmp_path, ["Yes.", "No.", "Yes, there is a dog.", "No, there is no dog."], kind="presence adversarial"
+    )
+    said = ["Yes, there is a dog.", "Yes, there is a dog.", "No, there is no dog.", "Not that I see."]
+    found = measure(items, said)["presence adversarial"]
+    assert {name: figure.value for name, figure in found.items()} == {
+        "accuracy": 0.25,
+        "F1 of yes": 0.5,
+        "share of yes": 0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("3", "Three."), ("There are three dogs.", "3"), ("A dog.", "One."), ("one", "1"),
+        ("A group of four men.", "4"), ("There are no dogs.", "Zero."), ("A couple of dogs.", "Two."), ("Maybe two or three.", "2"),
+    ],
+)  # fmt: skip
+def test_numbers_are_the_same_in_words_and_digits(answer, number):
+    assert count_metrics([answer], [number])["accuracy"].value == 1
+
+
+def test_counts_are_measured_as_numbers(tmp_path):
+    items = asked(tmp_path, ["Two.", "2", "Three.", "One."], kind="how many")
+    found = measure(items, ["two dogs", "There are two.", "two", "many"])["how many"]
+    assert found["accuracy"].value == 0.5 and found["always the same answer"].value == 0.5
+    assert found["macro F1"].value == pytest.approx(0.8 / 3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_right"),
+    [
+        ("Dog.", True), ("Two dogs.", True), ("A golden retriever on a couch.", True), ("Golden retrievers.", True),
+        ("I'm not sure, but it looks like a dog.", True), ("A hotdog.", False), ("A cat. A dog.", False),
+        ("This is not a dog.", False), ("A cat, a bird, a car, a house, a dog.", False), ("", False), ("Gold.", False),
+    ],
+)  # fmt: skip
+def test_a_thing_may_have_several_names(answer, is_right):
+    assert is_named(answer, ["a dog", "golden retriever"]) == is_right
+
+
+@pytest.mark.parametrize("pair", ["man men", "box boxes", "knife knives", "berry berries", "bus buses", "shoe shoes"])
+def test_singular_and_plural_are_one_name(pair):
+    one, many = pair.split()
+    assert is_named(one, [many]) and is_named(many, [one])
+    assert not is_named("cap", ["cape"])
+
+
+def test_the_same_name_every_time_is_a_baseline(tmp_path):
+    accepted = [["husky", "dog"], ["pug", "dogs"], ["tabby", "cat"]]
+    found = measure(
+        asked(tmp_path, ["Husky.", "Pug.", "Cat."], kind="name", accepted=accepted), ["a dog", "cat", "cat"]
+    )
+    assert found["name"]["accuracy"].value == pytest.approx(2 / 3)
+    assert found["name"]["always the same answer"].value == pytest.approx(2 / 3)
+    assert name_metrics(["tabby cat"], [["tabby"]])["accuracy"].value == 1
+
+
+@pytest.mark.parametrize("field", ["accepted", "references"])
+@pytest.mark.parametrize("value", ["dog", ["dog", 1], {"dog": 1}])
+def test_names_and_references_are_lists_of_texts(tmp_path, field, value):
+    write_conversations(tmp_path / "q.json", [entry_of("1", None, [("What?", "Dog.")], **{field: value})])
+    with pytest.raises(BadInput, match=f'q.json, line 2: "{field}" must be a list of texts'):
+        read_items(tmp_path / "q.json")
+
+
+def test_details_that_repeat_themselves_are_told_apart(tmp_path):
+    captions = ["A brown dog runs on the green grass.", "A dog runs."]
+    items = asked(tmp_path, ["A dog."] * 2, kind="detail", references=[captions, ["Two men climb.", "They smile."]])
+    fresh = measure(items, ["A brown dog runs on the green grass. The sun shines.", "Two men climb. They smile."])
+    again = measure(items, ["A brown dog runs. A brown dog runs. A brown dog runs!", "Two men climb."])
+    assert fresh["detail"]["sentences"].value == 2 and fresh["detail"]["repeated 4-grams"].value == 0
+    assert again["detail"]["repeated sentences"].value == pytest.approx((2 / 3 + 0) / 2)
+    assert again["detail"]["repeated 4-grams"].value == pytest.approx((5 / 9 + 0) / 2)
+    assert fresh["detail"]["ROUGE-L"].value > again["detail"]["ROUGE-L"].value > 0
+
+
+def test_a_long_detail_is_not_penalized_for_its_length():
+    caption = "a brown dog runs on the green grass"
+    long = f"{caption}. there are many tall trees behind it and a blue sky above with some white clouds in it"
+    references = [[caption] * 5, ["two men climb a wall"] * 5]
+    said = [long, "two men climb a wall"]
+    assert (
+        detail_metrics(said, references)["CIDEr, any length"].value > caption_metrics(said, references)["CIDEr"].value
+    )
+
+
+def test_hedged_answers_are_counted_apart(tmp_path):
+    items = asked(tmp_path, ["Red.", "Blue.", "Red.", "Green."], kind="color")
+    flat = measure(items, ["red", "blue", "blue", "green"])["color"]
+    assert set(flat) == {"accuracy", "always the same answer", "macro F1"}
+    found = measure(items, ["red", "blue", "Perhaps blue.", "I'm not sure, maybe brown."])["color"]
+    assert found["hedged"].value == 0.5 and found["accuracy, not hedged"].value == 1
+    assert found["accuracy"].value == 0.5 and flat["accuracy"].value == 0.75
+    assert found["accuracy, not hedged"].count == 2
+
+
+def test_figures_become_a_markdown_table():
+    def result(weights, condition, count):
+        figure = {"kind": "name", "metric": "a|b", "value": 0.5, "low": 0.25, "high": 0.75, "count": count}
+        return {"weights": weights, "file": "q.json", "condition": condition, "metrics": [figure]}
+
+    assert markdown([result("runs/a", "real", 4), result("runs/a", "blank", 3)]).splitlines() == [
+        "| file | kind | metric | n | a, real | a, blank |",
+        "| --- | --- | --- | --- | --- | --- |",
+        r"| q.json | name | a\|b | 4 / 3 | 0.500 [0.250, 0.750] | 0.500 [0.250, 0.750] |",
+    ]
 
 
 def test_intervals_hold_what_they_should():
@@ -152,6 +288,62 @@ def test_answers_in_batches_are_those_of_each_alone(tiny, trained, beams):
                 assert streamed.strip() == text
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_picture_read_once_gives_the_same_answers(tiny, trained, tmp_path, beams):
+    """Several questions about a picture, one of them twice, and one without a picture."""
+    model, tokenizer = load_model(get_preset("llama-patches"), trained, torch.float32)
+    texts = ["Describe the image.", "Is there a dog?", "What is in this picture?", "Is there a dog?"]
+    entries = [entry_of(f"{n}-{text}", f"{n}.png", [(text, "Yes.")]) for n in range(3) for text in texts]
+    write_conversations(tmp_path / "q.json", [*entries, entry_of("none", None, [(texts[0], "Yes.")])])
+    items, store = read_items(tmp_path / "q.json"), FeatureStore(tiny / "features-patches")
+    options = SamplingOptions(temperature=0, repetition_penalty=1.0, max_new_tokens=20, beams=beams)
+    for condition in ("real", "shuffled"):
+        shown = condition_features(condition, store, items, lambda: None)
+        done = []
+        count = lambda batches, doing, done=done: done.extend(batches) or batches  # noqa: E731
+        evaluator = Evaluator(model, tokenizer, FORMAT, batch_size=7, progress=count)
+        together = evaluator.answers(items, shown, options)
+        assert together == [evaluator.answers([item], shown, options)[0] for item in items]
+        assert sum(map(len, done[:3])) == 10  # of 13 prompts, three are another's
+
+
+def test_gray_pictures_are_one_picture(tiny, trained):
+    from mmchat.image_encoder import load_image_encoder
+
+    preset = get_preset("llama-patches")
+    model, tokenizer = load_model(preset, trained, torch.float32)
+    done = []
+    evaluator = Evaluator(model, tokenizer, FORMAT, progress=lambda batches, _: done.extend(batches) or batches)
+    items = [item for item in read_items(tiny / "train.json") if len(item.question) == 1]
+    options = SamplingOptions(temperature=0, repetition_penalty=1.0, max_new_tokens=8)
+    answers = evaluator.answers(items, BlankFeatures(load_image_encoder(preset.image_encoder)), options)
+    assert len(items) == 12 and len(set(answers)) == 1 and [len(batch) for batch in done] == [1]
+
+
+def test_details_may_be_longer_than_other_answers(tiny, trained):
+    model, tokenizer = load_model(get_preset("llama-patches"), trained, torch.float32)
+    evaluator, store = Evaluator(model, tokenizer, FORMAT), FeatureStore(tiny / "features-patches")
+    items = [replace(item, kind=kind) for item in read_items(tiny / "train.json", 1) for kind in ("caption", "detail")]
+    options = SamplingOptions(temperature=0, repetition_penalty=1.0, max_new_tokens=4)
+    short, long = evaluator.answers(items, store, options, {"detail": 12})
+    assert long.startswith(short) and len(long) > len(short)
+
+
+def test_shared_rows_have_the_perplexity_of_each_conversation(tiny, trained):
+    model, tokenizer = load_model(get_preset("llama-patches"), trained, torch.float32)
+    evaluator, store = Evaluator(model, tokenizer, FORMAT), FeatureStore(tiny / "features-patches")
+    items = read_items(tiny / "train.json")
+    conversations = [item.conversation for item in items]
+    dataset = ConversationDataset(conversations, store, tokenizer, FORMAT, model.tokens_per_image)
+    assert len(dataset) < len(items)
+    together = evaluator.perplexity(items, store)
+    assert together.count == len(items)
+    losses = [np.log(evaluator.perplexity([item], store).value) for item in items]
+    alone = [ConversationDataset([one], store, tokenizer, FORMAT, model.tokens_per_image) for one in conversations]
+    counts = [sum(dataset.rows[0].is_answer) for dataset in alone]
+    assert together.value == pytest.approx(np.exp(np.dot(losses, counts) / sum(counts)), rel=1e-4)
+
+
 def test_the_last_answer_is_asked_for(tmp_path):
     turns = [{"from": "gpt", "value": "A"}, {"from": "human", "value": "B"}]
     (tmp_path / "q.json").write_text(json.dumps([{"conversations": turns}]))
@@ -166,7 +358,7 @@ def test_the_script_prints_and_writes_every_figure(tiny, trained, tmp_path):
         [sys.executable, "-m", "tests.tiny", str(tiny), "training_scripts/evaluate.py", "--preset", "llama-patches"]
         + ["--weights", str(trained), str(trained / "checkpoint-150"), "--questions", str(tiny / "eval.json")]
         + ["--features", str(tiny / "features-patches"), "--speech", str(tmp_path / "speech.json")]
-        + ["--out", str(tmp_path / "results.json")],
+        + ["--out", str(tmp_path / "results.json"), "--table", str(tmp_path / "table.md")],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -177,3 +369,5 @@ def test_the_script_prints_and_writes_every_figure(tiny, trained, tmp_path):
     assert [result["condition"] for result in results] == ["real"] + ["real", "shuffled", "blank"] * 2
     speech = results[0]["metrics"][0]
     assert speech["metric"] == "word error rate" and speech["value"] == 0
+    written = (tmp_path / "table.md").read_text()
+    assert "| eval.json | all | perplexity | 6 |" in written and "checkpoint-150, blank |" in written

@@ -6,7 +6,9 @@
     python training_scripts/evaluate.py --speech recordings.json
 
 Questions are LLaVA-Instruct JSON, as prepare_data.py makes them with --make descriptions or questions; the last answer
-of each conversation is the right one. "shuffled" shows every question with another picture, "blank" with a gray one.
+of each conversation is the right one. Entries may say more: "kind", by which figures are grouped; "accepted", all names
+that are right; "references", all that people wrote, against which the kinds "caption" and "detail" are scored.
+"shuffled" shows every question with another picture, "blank" with a gray one.
 Recordings are a JSON list of {"audio": path, "text": what is said}.
 """
 
@@ -31,7 +33,11 @@ def parse():
     data.add_argument("--preset", default="smol", help="whose models to use (default: smol)")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--beams", type=int, default=1, help="1: greedy; more: beam search (default: 1)")
-    answers.add_argument("--max-new-tokens", type=int, default=32, help="the longest answer (default: 32)")
+    answers.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help="the longest answer (default: 96 tokens to questions of the kind detail, 32 to others)",
+    )
     answers.add_argument("--batch-size", type=int, default=32, help="questions answered at a time (default: 32)")
     answers.add_argument(
         "--conditions",
@@ -42,6 +48,7 @@ def parse():
     )
     answers.add_argument("--no-perplexity", action="store_true", help="leave the perplexity out")
     answers.add_argument("--out", help="write every figure and answer to this JSON file, too")
+    answers.add_argument("--table", metavar="FILE.md", help="write every figure to a Markdown table, too")
     options = parser.parse_args()
     if not options.questions and not options.speech:
         parser.error("name --questions, --speech or both")
@@ -65,6 +72,10 @@ def main():
     except MmchatError as error:
         sys.exit(str(error))
     print_table(results)
+    if options.table:
+        from mmchat.training.evaluation import markdown
+
+        Path(options.table).write_text(markdown(results), encoding="utf-8")
     if options.out:
         Path(options.out).write_text(json.dumps(results, indent=1, ensure_ascii=False))
 
@@ -82,7 +93,15 @@ def evaluate_questions(options):
     from mmchat.model import load_model, preset_of
     from mmchat.presets import get_preset
     from mmchat.prompt import CHAT_FORMATS
-    from mmchat.training.evaluation import Evaluator, condition_features, flatten, measure, read_items
+    from mmchat.training.evaluation import (
+        DEFAULT_MAX_NEW_TOKENS,
+        MAX_NEW_TOKENS,
+        Evaluator,
+        condition_features,
+        flatten,
+        measure,
+        read_items,
+    )
     from mmchat.training.features import FeatureStore, PictureFolder
 
     preset, device = get_preset(options.preset), choose_device()
@@ -99,9 +118,10 @@ def evaluate_questions(options):
     missing = sorted(name for name in names if name not in features)
     if missing:
         raise BadInput(f"{len(missing)} pictures that are asked about are not there, {missing[0]} for one.")
-    sampling = SamplingOptions(
-        temperature=0, repetition_penalty=1.0, beams=options.beams, max_new_tokens=options.max_new_tokens
-    )
+    longest, longer = options.max_new_tokens, {}
+    if longest is None:
+        longest, longer = DEFAULT_MAX_NEW_TOKENS, MAX_NEW_TOKENS
+    sampling = SamplingOptions(temperature=0, repetition_penalty=1.0, beams=options.beams, max_new_tokens=longest)
     results = []
     for weights in all_weights:
         model, tokenizer = load_model(preset, weights, device.dtype)
@@ -115,7 +135,7 @@ def evaluate_questions(options):
         for path, items in files.items():
             for condition in options.conditions:
                 shown = condition_features(condition, features, items, encoder)
-                answers = evaluator.answers(items, shown, sampling)
+                answers = evaluator.answers(items, shown, sampling, longer)
                 metrics = measure(items, answers)
                 if not options.no_perplexity:
                     metrics["all"] = {"perplexity": evaluator.perplexity(items, shown)}
@@ -170,21 +190,16 @@ def print_table(results):
     from rich.console import Console
     from rich.table import Table
 
-    columns = list(dict.fromkeys((result["weights"], result["condition"]) for result in results))
+    from mmchat.training.evaluation import table as as_text
+
+    columns, rows = as_text(results)
     table = Table(title="95% intervals by bootstrap in brackets")
     for heading in ("file", "kind", "metric", "n"):
         table.add_column(heading)
     for weights, condition in columns:
         table.add_column(f"{Path(weights).name}\n{condition}")
-    figures, counts = {}, {}
-    for result in results:
-        for found in result["metrics"]:
-            line = (result["file"], found["kind"], found["metric"])
-            shown = f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
-            figures.setdefault(line, {})[result["weights"], result["condition"]] = shown
-            counts[line] = found["count"]
-    for line, shown in figures.items():
-        table.add_row(*line, str(counts[line]), *(shown.get(column, "") for column in columns))
+    for row in rows:
+        table.add_row(*row)
     Console(width=max(100, 60 + 24 * len(columns))).print(table)
 
 

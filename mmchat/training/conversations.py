@@ -63,7 +63,8 @@ def write_conversations(path: str | Path, entries: Iterable[dict]) -> int:
 def entry_of(identifier: str, image: str | None, turns: Sequence[tuple[str, str]], **extra: Any) -> dict:
     """A LLaVA-Instruct entry of questions and answers, the picture shown with the first question.
 
-    ``extra`` fields are carried along and ignored in training; evaluate.py reads ``kind`` and ``references``.
+    ``extra`` fields are carried along and ignored in training; evaluate.py reads ``kind``, ``references`` and
+    ``accepted``.
     """
     spoken = []
     for number, (question, answer) in enumerate(turns):

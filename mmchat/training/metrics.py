@@ -11,6 +11,27 @@ import numpy as np
 
 RESAMPLES = 1000
 
+# What takes an assertion back, with the "I am" and the "but" around it.
+HEDGE = re.compile(
+    r"\b(?:(?:i am|i['’]m) )?not sure\b(?:,? but\b)?"
+    r"|\b(?:perhaps|maybe|might be|may be|looks like|probably|possibly)\b",
+    re.IGNORECASE,
+)
+NUMBER_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+).split()
+NUMBERS = {word: number for number, word in enumerate(NUMBER_WORDS)} | {"couple": 2, "pair": 2, "both": 2, "dozen": 12}
+WEAK_NUMBERS = {"a": 1, "an": 1, "no": 0, "none": 0}  # count only where no number is named: "a group of three"
+ARTICLES = {"a", "an", "the"}
+IRREGULAR = {
+    "man": "men", "woman": "women", "child": "children", "person": "people", "mouse": "mice", "goose": "geese",
+    "foot": "feet", "tooth": "teeth",
+}  # fmt: skip
+WORDS_THAT_COUNT = 8  # of an answer that names a thing; "This is a picture of a golden retriever" has eight
+REFERENCES = 5  # captions that a description of several sentences is compared with
+FREQUENT_NAMES = 50  # tried as the one answer to every question
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -42,6 +63,26 @@ def words(text: str) -> str:
     return " ".join(re.findall(r"[a-z0-9]+(?:['-][a-z0-9]+)*", text.lower()))
 
 
+def sentences(text: str) -> list[str]:
+    """Its sentences that have words in them, as ``words`` writes them."""
+    return [found for part in re.split(r"[.!?]+(?:\s|$)", text) if (found := words(part))]
+
+
+def is_hedged(answer: str) -> bool:
+    """Whether an answer says that it may be wrong."""
+    return bool(HEDGE.search(answer))
+
+
+def statement(answer: str) -> str:
+    """What an answer states, hedges aside, as ``words`` writes it: "Perhaps a dog." -> "a dog"."""
+    return words(HEDGE.sub(" ", answer))
+
+
+def share(is_so: Sequence[bool]) -> Estimate:
+    """The share of questions for which something holds."""
+    return bootstrap(len(is_so), _mean(is_so))
+
+
 def caption_metrics(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Estimate]:
     """BLEU-1 to 4 (Papineni et al. 2002), ROUGE-L (Lin 2004) and CIDEr (Vedantam et al. 2015), as COCO computes them.
 
@@ -52,21 +93,65 @@ def caption_metrics(answers: Sequence[str], references: Sequence[Sequence[str]])
         references: what people wrote of each picture.
     """
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+
+    bleu = BleuScorer(n=4)
+    for answer, texts in zip(answers, references, strict=True):
+        bleu += (words(answer), [words(text) for text in texts])
+    bleu.compute_score(option="closest", verbose=0)
+    result = {f"BLEU-{order}": bootstrap(len(answers), _corpus_bleu(bleu.ctest, order)) for order in range(1, 5)}
+    return result | {"ROUGE-L": rouge_l(answers, references), "CIDEr": cider(answers, references)}
+
+
+def detail_metrics(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Estimate]:
+    """How well several sentences describe a picture, how many they are, and how much they repeat themselves.
+
+    CIDEr goes without its penalty for a length that differs from the references': these are captions of one sentence,
+    and a description of four would score zero whatever it says.
+
+    Args:
+        answers: one for each picture.
+        references: what people wrote of each picture, of which the first REFERENCES count.
+    """
+    references = [texts[:REFERENCES] for texts in references]
+    return {
+        "CIDEr, any length": cider(answers, references, sigma=float("inf")),
+        "ROUGE-L": rouge_l(answers, references),
+        "sentences": bootstrap(len(answers), _mean([len(sentences(answer)) for answer in answers])),
+        "repeated 4-grams": bootstrap(len(answers), _mean([repeated(four_grams(answer)) for answer in answers])),
+        "repeated sentences": bootstrap(len(answers), _mean([repeated(sentences(answer)) for answer in answers])),
+    }
+
+
+def cider(answers: Sequence[str], references: Sequence[Sequence[str]], sigma: float = 6.0) -> Estimate:
+    """CIDEr-D; ``sigma`` is the difference in words, to the references, at which a score falls to 0.61."""
     from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+    scorer = CiderScorer(n=4, sigma=sigma)
+    for answer, texts in zip(answers, references, strict=True):
+        scorer += (words(answer), [words(text) for text in texts])
+    return bootstrap(len(answers), _mean(scorer.compute_score()[1]))
+
+
+def rouge_l(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Estimate:
+    """The longest common subsequence with the reference, as an F-measure; 0 for an empty answer."""
     from pycocoevalcap.rouge.rouge import Rouge
 
-    bleu, cider, rouge, rouge_scores = BleuScorer(n=4), CiderScorer(n=4, sigma=6.0), Rouge(), []
-    for answer, texts in zip(answers, references, strict=True):
-        answer, texts = words(answer), [words(text) for text in texts]
-        bleu += (answer, texts)
-        cider += (answer, texts)
-        rouge_scores.append(rouge.calc_score([answer], texts) if answer else 0.0)
-    bleu.compute_score(option="closest", verbose=0)
-    _, cider_scores = cider.compute_score()
-    result = {f"BLEU-{order}": bootstrap(len(answers), _corpus_bleu(bleu.ctest, order)) for order in range(1, 5)}
-    for name, scores in (("ROUGE-L", rouge_scores), ("CIDEr", cider_scores)):
-        result[name] = bootstrap(len(answers), _mean(scores))
-    return result
+    scores = [
+        Rouge().calc_score([words(answer)], [words(text) for text in texts]) if words(answer) else 0.0
+        for answer, texts in zip(answers, references, strict=True)
+    ]
+    return bootstrap(len(answers), _mean(scores))
+
+
+def four_grams(text: str) -> list[tuple[str, ...]]:
+    """Every four words in a row."""
+    found = words(text).split()
+    return list(zip(found, found[1:], found[2:], found[3:], strict=False))
+
+
+def repeated(parts: Sequence) -> float:
+    """The share of parts that occurred before, 0 to 1."""
+    return 1 - len(set(parts)) / len(parts) if parts else 0.0
 
 
 def _corpus_bleu(tests: list[dict], order: int) -> Callable[[np.ndarray], float]:
@@ -93,16 +178,16 @@ def _mean(values: Sequence[float]) -> Callable[[np.ndarray], float]:
 
 
 def accuracy(answers: Sequence[str], expected: Sequence[str]) -> Estimate:
-    """The share of answers that are the expected one, word for word."""
-    return bootstrap(len(answers), _mean([words(a) == words(b) for a, b in zip(answers, expected, strict=True)]))
+    """The share of answers that are the expected one, word for word, hedges aside."""
+    return share([statement(a) == statement(b) for a, b in zip(answers, expected, strict=True)])
 
 
 def macro_f1(answers: Sequence[str], expected: Sequence[str]) -> Estimate:
     """F1 of each answer that is expected somewhere, averaged over these: rare answers count like frequent ones."""
-    classes = sorted({words(text) for text in expected})
+    classes = sorted({statement(text) for text in expected})
     number = {text: index for index, text in enumerate(classes)}
-    said = np.array([number.get(words(text), -1) for text in answers])
-    right = np.array([number[words(text)] for text in expected])
+    said = np.array([number.get(statement(text), -1) for text in answers])
+    right = np.array([number[statement(text)] for text in expected])
 
     def statistic(sample: np.ndarray) -> float:
         scores = []
@@ -116,22 +201,95 @@ def macro_f1(answers: Sequence[str], expected: Sequence[str]) -> Estimate:
 
 
 def yes_no_metrics(answers: Sequence[str], expected: Sequence[str]) -> dict[str, Estimate]:
-    """Accuracy, and F1 of "yes" as POPE counts it (Li et al. 2023, arXiv 2305.10355); the first word decides."""
-    said = [words(text).split(" ")[0] for text in answers]
-    right = [words(text) for text in expected]
+    """Accuracy, F1 of "yes" and how often "yes" is said, as POPE counts them (Li et al. 2023, arXiv 2305.10355).
+
+    The first word of an answer decides, and that of the right answer.
+    """
+    said, right = [_first_word(text) for text in answers], [_first_word(text) for text in expected]
     is_said, is_right = np.array([text == "yes" for text in said]), np.array([text == "yes" for text in right])
 
     def f1(sample: np.ndarray) -> float:
         total = is_said[sample].sum() + is_right[sample].sum()
         return float(2 * (is_said & is_right)[sample].sum() / total) if total else 0.0
 
-    return {"accuracy": accuracy(said, right), "F1 of yes": bootstrap(len(said), f1)}
+    return {"accuracy": accuracy(said, right), "F1 of yes": bootstrap(len(said), f1), "share of yes": share(is_said)}
+
+
+def _first_word(text: str) -> str:
+    return statement(text).split(" ")[0]
+
+
+def count_metrics(answers: Sequence[str], expected: Sequence[str]) -> dict[str, Estimate]:
+    """Accuracy and macro F1 of the numbers that are said, in words or in digits."""
+    said = ["" if (number := number_of(text)) is None else str(number) for text in answers]
+    return answer_metrics(said, [str(number_of(text)) for text in expected])
+
+
+def number_of(answer: str) -> int | None:
+    """The first number in an answer, "There are three dogs." -> 3; without one, "a dog" is 1 and "no dog" 0."""
+    found = statement(answer).split()
+    strong = (int(word) if word.isdecimal() else NUMBERS.get(word) for word in found)
+    weak = (WEAK_NUMBERS.get(word) for word in found)
+    return next((number for number in (*strong, *weak) if number is not None), None)
+
+
+def is_number(text: str) -> bool:
+    """Whether a right answer is a number and nothing else."""
+    text = words(text)
+    return text.isdecimal() or text in NUMBER_WORDS
+
+
+def name_metrics(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> dict[str, Estimate]:
+    """Accuracy where a thing has several right names, and that of the best single name given every time."""
+    frequent = Counter(words(name) for names in accepted for name in names).most_common(FREQUENT_NAMES)
+    best = max((name for name, _ in frequent), key=lambda name: sum(is_named(name, names) for names in accepted))
+    return {
+        "accuracy": share([is_named(answer, names) for answer, names in zip(answers, accepted, strict=True)]),
+        "always the same answer": share([is_named(best, names) for names in accepted]),
+    }
+
+
+def is_named(answer: str, accepted: Sequence[str]) -> bool:
+    """Whether an answer holds one of the accepted names, as whole words, in the singular or the plural.
+
+    Only the first eight words of its first sentence count, so that listing things is no way to be right, and nothing
+    counts where they hold "no" or "not".
+    """
+    said = next(iter(sentences(HEDGE.sub(" ", answer))), "").split()[:WORDS_THAT_COUNT]
+    return not {"no", "not"} & set(said) and any(_occurs(_without_article(words(name)), said) for name in accepted)
+
+
+def _without_article(name: str) -> list[str]:
+    parts = name.split()
+    return parts[1:] if parts and parts[0] in ARTICLES else parts
+
+
+def _occurs(name: list[str], said: list[str]) -> bool:
+    starts = range(len(said) - len(name) + 1) if name else ()
+    return any(
+        said[start : start + len(name) - 1] == name[:-1] and _same_noun(said[start + len(name) - 1], name[-1])
+        for start in starts
+    )
+
+
+def _same_noun(one: str, other: str) -> bool:
+    return one == other or one in _plurals(other) or other in _plurals(one)
+
+
+def _plurals(noun: str) -> set[str]:
+    """How its plural may be spelled; some that no dictionary has do no harm."""
+    found = {IRREGULAR.get(noun, f"{noun}s")}
+    if noun.endswith(("s", "x", "z", "ch", "sh", "o")):
+        found.add(f"{noun}es")
+    elif noun.endswith(("f", "fe")):
+        found.add(f"{noun.removesuffix('e')[:-1]}ves")
+    elif noun.endswith("y"):
+        found.add(f"{noun[:-1]}ies")
+    return found
 
 
 def answer_metrics(answers: Sequence[str], expected: Sequence[str]) -> dict[str, Estimate]:
-    """What fits the questions: yes/no metrics where all answers are yes or no, else accuracy and macro F1."""
-    if {words(text) for text in expected} <= {"yes", "no"}:
-        return yes_no_metrics(answers, expected)
+    """Accuracy and macro F1 of answers that are right word for word."""
     return {
         "accuracy": accuracy(answers, expected),
         "always the same answer": always_the_same(expected),
@@ -139,11 +297,18 @@ def answer_metrics(answers: Sequence[str], expected: Sequence[str]) -> dict[str,
     }
 
 
+def metrics_for(expected: Sequence[str]) -> Callable[[Sequence[str], Sequence[str]], dict[str, Estimate]]:
+    """The metrics that fit right answers: all of them yes or no, all of them numbers, or anything else."""
+    if {_first_word(text) for text in expected} <= {"yes", "no"}:
+        return yes_no_metrics
+    return count_metrics if all(map(is_number, expected)) else answer_metrics
+
+
 def always_the_same(expected: Sequence[str]) -> Estimate:
     """The accuracy of giving the most frequent answer to every question."""
-    right = [words(text) for text in expected]
+    right = [statement(text) for text in expected]
     frequent, _ = Counter(right).most_common(1)[0]
-    return bootstrap(len(right), _mean([text == frequent for text in right]))
+    return share([text == frequent for text in right])
 
 
 def word_error_rate(heard: Sequence[str], spoken: Sequence[str]) -> Estimate:
