@@ -86,7 +86,8 @@ WORDINGS = {
 EVALUATION_WORDINGS = {
     "name": (
         "What thing can you recognize?", "What do you call the thing in this photograph?",
-        "What has been photographed?", "Which object does this photograph show?", "Could you name the thing in front of you?",
+        "What has been photographed?", "Which object does this photograph show?",
+        "Could you name the thing in front of you?",
     ),
     "room": (
         "What kind of room or place do you see in this photograph?", "Which room or place has been photographed?",
@@ -119,7 +120,8 @@ LIKE_ROOMS = (
 OTHER_ROOM_NAMES = {
     "living room": ("lounge", "sitting room", "parlor", "den"), "bathroom": ("restroom", "washroom", "toilet", "bath"),
     "poolroom": ("game room", "billiard room", "pool room"), "shower": ("bathroom",), "parlor": ("living room",),
-    "child's room": ("bedroom", "kids' room", "children's room"), "nursery": ("child's room", "bedroom", "baby's room"), "hotel room": ("bedroom",), "dorm room": ("bedroom",),
+    "child's room": ("bedroom", "kids' room", "children's room"),
+    "nursery": ("child's room", "bedroom", "baby's room"), "hotel room": ("bedroom",), "dorm room": ("bedroom",),
     "hostel room": ("bedroom", "dorm room", "hostel"), "home office": ("office", "study"),
     "front of a house": ("house", "home", "house front"), "kitchenette": ("kitchen",),
     "dinette": ("dining room",), "wet bar": ("bar",), "staircase": ("stairs", "stairway", "hallway"),
