@@ -357,13 +357,7 @@ class Asker:
             if _fits(text, several, naming.is_mass(name))
         ]
         parts = {"a": some, "noun": name, "plural": plural(name)}
-        if self.evaluation:
-            text = self.rng.choice(wordings).format(**parts)
-            text = (
-                text.replace("there is any", "there are").replace("Is there any", "Are there any") if several else text
-            )
-        else:
-            text = word(wordings, self.rng, **parts)
+        text = self.rng.choice(wordings).format(**parts) if self.evaluation else word(wordings, self.rng, **parts)
         return LabelQuestion(text, answer, kind)
 
     # How many there are
@@ -455,7 +449,7 @@ class Asker:
 def _both_levels(names: Names) -> str:
     """ "A hammerhead, a kind of shark."; just "A tiger shark." where the name says it."""
     named = sentence(with_article(names.name))
-    too_coarse = names.basic in naming.TOO_COARSE and not names.animal
+    too_coarse = names.name in naming.EVERYDAY or (names.basic in naming.TOO_COARSE and not names.animal)
     if names.says_basic or not names.basic or too_coarse or names.basic in names.name.lower().split():
         return named
     return f"{named[:-1]}, a kind of {names.basic}."
@@ -464,7 +458,7 @@ def _both_levels(names: Names) -> str:
 def _fits(text: str, several: bool, mass: bool) -> bool:
     """Whether a wording asks for shorts ("any shorts", never "a shorts") or for milk ("some milk", never "milks")."""
     if several:
-        return "{plural}" in text or "there is {a}" in text or "find {a}" in text or "see {a}" in text
+        return "{plural}" in text or "find {a}" in text or "see {a}" in text
     if mass:
         return "{plural}" not in text and "right?" not in text and "true that" not in text
     return "any {noun}" not in text
