@@ -200,6 +200,14 @@ def test_what_is_drawn_depends_on_the_seed_alone():
         assert count <= 4 and yes_no <= 2
 
 
+def test_yes_and_no_stay_balanced_when_few_questions_are_drawn():
+    found = Counter()
+    for entry in conversations(collection(), random.Random(3), per_image=3):
+        question, answer = (turn["value"] for turn in entry["conversations"])
+        found[answer] += answer in ("Yes.", "No.")
+    assert found["Yes."] == found["No."] > 20
+
+
 def test_people_ask_with_typing_errors_and_answer_with_lists():
     assert (
         tidy_question("waht is infront of the the chair in the image12 ?")

@@ -68,7 +68,7 @@ def parse():
     labels.add_argument("--folder", default="", help="of the pictures, below the folder that is embedded")
     labels.add_argument("--synonyms", help="JSON list of {synset, names}: further right names, to evaluate on")
     labels.add_argument("--per-image", type=int, help="only so many questions about a picture, drawn by chance")
-    labels.add_argument("--kinds", help="with --make questions: only these, such as \"name,room\"")
+    labels.add_argument("--kinds", help='with --make questions: only these, such as "name,room"')
     labels.add_argument(
         "--make", choices=("conversations", "questions"), default="conversations", help="as for captions"
     )

@@ -162,6 +162,7 @@ class LabelQuestion:
     answer: str
     kind: str
     accepted: tuple[str, ...] = ()
+    subject: str = ""  # what a question is about that is affirmed as often as denied
 
 
 class Asker:
@@ -275,7 +276,8 @@ class Asker:
             affirmed = [number for number, other in enumerate(rooms) if other == room]
             denied = [number for number, other in enumerate(rooms) if other and not may_be_taken_for(room, other)]
             for number, answer in self._evenly(affirmed, denied):
-                yield number, LabelQuestion(self._word("is room", a_noun=_a_room(room)), answer, "is room")
+                text = self._word("is room", a_noun=_a_room(room))
+                yield number, LabelQuestion(text, answer, "is room", subject=room)
 
     def _evenly(self, affirmed: Sequence[int], denied: Sequence[int]) -> list[tuple[int, str]]:
         count = min(len(affirmed), len(denied))
@@ -358,7 +360,7 @@ class Asker:
         ]
         parts = {"a": some, "noun": name, "plural": plural(name)}
         text = self.rng.choice(wordings).format(**parts) if self.evaluation else word(wordings, self.rng, **parts)
-        return LabelQuestion(text, answer, kind)
+        return LabelQuestion(text, answer, kind, subject=name)
 
     # How many there are
 
@@ -522,9 +524,24 @@ def conversations(
         per_image: only so many questions about a picture, drawn by chance.
     """
     asked = Asker(pictures, rng, dictionary).ask()
-    for picture, questions in zip(pictures, asked, strict=True):
-        for number, question in enumerate(_drawn(questions, rng, per_image)):
+    drawn = _evened([_drawn(questions, rng, per_image) for questions in asked], rng)
+    for picture, questions in zip(pictures, drawn, strict=True):
+        for number, question in enumerate(questions):
             yield entry_of(f"{picture.image}-label-{number}", picture.image, [(question.text, question.answer)])
+
+
+def _evened(drawn: Sequence[list[LabelQuestion]], rng: random.Random) -> list[list[LabelQuestion]]:
+    """Leaves out what drawing left too much of: each thing is affirmed as often as denied again."""
+    by_subject: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: {"Yes.": [], "No.": []})
+    for question in (question for questions in drawn for question in questions if question.subject):
+        about = "room" if question.kind == "is room" else "thing"
+        by_subject[about, question.subject][question.answer].append(id(question))
+    left_out: set[int] = set()
+    for answers in by_subject.values():
+        fewer = min(map(len, answers.values()))
+        for found in answers.values():
+            left_out.update(rng.sample(found, len(found) - fewer))
+    return [[question for question in questions if id(question) not in left_out] for questions in drawn]
 
 
 def _drawn(questions: Sequence[LabelQuestion], rng: random.Random, count: int | None) -> list[LabelQuestion]:
