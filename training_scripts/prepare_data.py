@@ -46,11 +46,13 @@ def parse():
     captions.add_argument("--apart", action="store_true", help="questions by themselves, none after a description")
     captions.add_argument(
         "--make",
-        choices=("conversations", "captions", "descriptions", "questions"),
+        choices=("conversations", "captions", "descriptions", "details", "questions"),
         default="conversations",
-        help="conversations: captions and questions, to train on; captions: no questions; descriptions or questions: "
-        "one in each conversation, to evaluate on (default: conversations)",
+        help="conversations: captions and questions, to train on; captions: no questions; descriptions, details or "
+        "questions: one in each conversation, to evaluate on (default: conversations)",
     )
+    captions.add_argument("--details", action="store_true", help="also ask for descriptions of several sentences")
+    captions.add_argument("--only-details", action="store_true", help="ask for nothing else")
 
     labels = commands.add_parser("labels", parents=[common], help="labeled pictures: class folders, COCO, VOC, JSON")
     labels.add_argument("--labels", required=True, help="a folder of class folders or of VOC's XML, or a JSON file")
@@ -66,7 +68,7 @@ def parse():
     labels.add_argument("--folder", default="", help="of the pictures, below the folder that is embedded")
     labels.add_argument("--synonyms", help="JSON list of {synset, names}: further right names, to evaluate on")
     labels.add_argument("--per-image", type=int, help="only so many questions about a picture, drawn by chance")
-    labels.add_argument("--kinds", help="only questions of these kinds, separated by commas, as in what was made")
+    labels.add_argument("--kinds", help='with --make questions: only these, such as "name,room"')
     labels.add_argument(
         "--make", choices=("conversations", "questions"), default="conversations", help="as for captions"
     )
@@ -119,8 +121,12 @@ def from_captions(options):
     random_numbers = random.Random(options.seed)
     if options.make == "descriptions":
         return captions.descriptions(pictures)
+    if options.make == "details":
+        return captions.details_only(pictures)
     if options.make == "questions":
         return captions.questions_only(pictures, random_numbers)
+    if options.only_details:
+        return captions.details_to_train_on(pictures, random_numbers)
     return captions.conversations(
         pictures,
         random_numbers,
@@ -128,6 +134,7 @@ def from_captions(options):
         agreement=options.agreement,
         per_image=options.per_image,
         apart=options.apart,
+        details=options.details,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import BadInput
 from .conversations import entry_of
+from .details import DETAIL, asked_for_detail, detailed_pictures
 from .questions import AGREEMENT, Question, ask, words_of
 
 # "Describe the image." is what the page asks for a picture without words, so half of all pictures are asked that.
@@ -31,6 +32,9 @@ RARE_KINDS = ("color", "count")
 
 def read_captions(path: str | Path) -> list[dict[str, Any]]:
     """Pictures with their captions: ``{"image": file name, "captions": [text, …], "split": name or None}``.
+
+    Where a JSON list has ``sentences``, too (one list for each caption: what one person wrote, sentence by sentence),
+    these are kept; such captions are long descriptions.
 
     Reads COCO JSON (``images`` and ``annotations``), Karpathy's JSON (``images`` with ``sentences`` and ``split``), a
     JSON list of ``{"image", "captions"}``, and Flickr8k's text lists (``name#number<tab>caption``, or ``name,caption``
@@ -95,7 +99,12 @@ def read_splits(path: str | Path) -> dict[str, list[str]]:
 def _from_json(content: Any) -> list[dict]:
     if isinstance(content, list):
         return [
-            {"image": entry["image"], "captions": list(entry["captions"]), "split": entry.get("split")}
+            {
+                "image": entry["image"],
+                "captions": list(entry["captions"]),
+                "split": entry.get("split"),
+                **({"sentences": entry["sentences"]} if entry.get("sentences") else {}),
+            }
             for entry in content
         ]
     if "annotations" in content:
@@ -143,6 +152,7 @@ def conversations(
     agreement: int = AGREEMENT,
     per_image: int | None = None,
     apart: bool = False,
+    details: bool = False,
 ) -> Iterator[dict]:
     """LLaVA-Instruct entries: each caption as a description, the questions after it or by themselves.
 
@@ -156,7 +166,11 @@ def conversations(
         agreement: as for ``ask``.
         per_image: only so many questions about a picture.
         apart: every question by itself, none after a description.
+        details: ask for detailed descriptions, too.
     """
+    if details:
+        yield from details_to_train_on(pictures, rng)
+    pictures = [picture for picture in pictures if not picture.get("sentences")]  # no captions of one sentence
     asked = ask(pictures, rng, agreement=agreement) if with_questions else [[] for _ in pictures]
     if with_questions:  # few captions give a color or a number, so these are asked again in other words
         for questions, again in zip(asked, ask(pictures, rng, agreement=agreement), strict=True):
@@ -177,6 +191,12 @@ def conversations(
             yield entry_of(f"{image}-{number}", image, turn)
 
 
+def details_to_train_on(pictures: Sequence[dict], rng: random.Random) -> Iterator[dict]:
+    """A detailed description of each picture that there is one of."""
+    for picture, text in detailed_pictures(pictures):
+        yield entry_of(f"{picture['image']}-detail", picture["image"], [(asked_for_detail(rng), text)])
+
+
 def _gives_away(turn: Sequence[tuple[str, str]], question: Question) -> bool:
     """Whether what was said in a conversation answers the question."""
     said = {word for _, answer in turn for word in words_of(answer)}
@@ -194,14 +214,26 @@ def _follow_up(question: Question, said: str, rng: random.Random) -> str:
 def descriptions(pictures: Sequence[dict]) -> Iterator[dict]:
     """One question to describe each picture, to evaluate on: the first caption is the answer, all are references."""
     for picture in pictures:
+        if picture.get("sentences"):  # these are no captions of one sentence
+            continue
         captions = [tidy_caption(caption) for caption in picture["captions"]]
         yield entry_of(
             picture["image"], picture["image"], [(DESCRIBE, captions[0])], kind="caption", references=captions
         )
 
 
+def details_only(pictures: Sequence[dict]) -> Iterator[dict]:
+    """One question for a detailed description of each picture, to evaluate on; all captions are references."""
+    for picture, text in detailed_pictures(pictures):
+        captions = [text] if picture.get("sentences") else [tidy_caption(caption) for caption in picture["captions"]]
+        yield entry_of(
+            f"{picture['image']}-detail", picture["image"], [(DETAIL, text)], kind="detail", references=captions
+        )
+
+
 def questions_only(pictures: Sequence[dict], rng: random.Random) -> Iterator[dict]:
     """Each question that the captions answer as a conversation of its own, with its kind, to evaluate on."""
+    pictures = [picture for picture in pictures if not picture.get("sentences")]
     for picture, questions in zip(pictures, ask(pictures, rng), strict=True):
         for number, question in enumerate(questions):
             turn = [(question.text, question.answer)]

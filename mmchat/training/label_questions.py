@@ -86,7 +86,8 @@ WORDINGS = {
 EVALUATION_WORDINGS = {
     "name": (
         "What thing can you recognize?", "What do you call the thing in this photograph?",
-        "What has been photographed?", "Which object does this photograph show?", "Could you name the thing in front of you?",
+        "What has been photographed?", "Which object does this photograph show?",
+        "Could you name the thing in front of you?",
     ),
     "room": (
         "What kind of room or place do you see in this photograph?", "Which room or place has been photographed?",
@@ -119,7 +120,8 @@ LIKE_ROOMS = (
 OTHER_ROOM_NAMES = {
     "living room": ("lounge", "sitting room", "parlor", "den"), "bathroom": ("restroom", "washroom", "toilet", "bath"),
     "poolroom": ("game room", "billiard room", "pool room"), "shower": ("bathroom",), "parlor": ("living room",),
-    "child's room": ("bedroom", "kids' room", "children's room"), "nursery": ("child's room", "bedroom", "baby's room"), "hotel room": ("bedroom",), "dorm room": ("bedroom",),
+    "child's room": ("bedroom", "kids' room", "children's room"),
+    "nursery": ("child's room", "bedroom", "baby's room"), "hotel room": ("bedroom",), "dorm room": ("bedroom",),
     "hostel room": ("bedroom", "dorm room", "hostel"), "home office": ("office", "study"),
     "front of a house": ("house", "home", "house front"), "kitchenette": ("kitchen",),
     "dinette": ("dining room",), "wet bar": ("bar",), "staircase": ("stairs", "stairway", "hallway"),
@@ -160,6 +162,7 @@ class LabelQuestion:
     answer: str
     kind: str
     accepted: tuple[str, ...] = ()
+    subject: str = ""  # what a question is about that is affirmed as often as denied
 
 
 class Asker:
@@ -273,7 +276,8 @@ class Asker:
             affirmed = [number for number, other in enumerate(rooms) if other == room]
             denied = [number for number, other in enumerate(rooms) if other and not may_be_taken_for(room, other)]
             for number, answer in self._evenly(affirmed, denied):
-                yield number, LabelQuestion(self._word("is room", a_noun=_a_room(room)), answer, "is room")
+                text = self._word("is room", a_noun=_a_room(room))
+                yield number, LabelQuestion(text, answer, "is room", subject=room)
 
     def _evenly(self, affirmed: Sequence[int], denied: Sequence[int]) -> list[tuple[int, str]]:
         count = min(len(affirmed), len(denied))
@@ -355,14 +359,8 @@ class Asker:
             if _fits(text, several, naming.is_mass(name))
         ]
         parts = {"a": some, "noun": name, "plural": plural(name)}
-        if self.evaluation:
-            text = self.rng.choice(wordings).format(**parts)
-            text = (
-                text.replace("there is any", "there are").replace("Is there any", "Are there any") if several else text
-            )
-        else:
-            text = word(wordings, self.rng, **parts)
-        return LabelQuestion(text, answer, kind)
+        text = self.rng.choice(wordings).format(**parts) if self.evaluation else word(wordings, self.rng, **parts)
+        return LabelQuestion(text, answer, kind, subject=name)
 
     # How many there are
 
@@ -453,7 +451,7 @@ class Asker:
 def _both_levels(names: Names) -> str:
     """ "A hammerhead, a kind of shark."; just "A tiger shark." where the name says it."""
     named = sentence(with_article(names.name))
-    too_coarse = names.basic in naming.TOO_COARSE and not names.animal
+    too_coarse = names.name in naming.EVERYDAY or (names.basic in naming.TOO_COARSE and not names.animal)
     if names.says_basic or not names.basic or too_coarse or names.basic in names.name.lower().split():
         return named
     return f"{named[:-1]}, a kind of {names.basic}."
@@ -462,7 +460,7 @@ def _both_levels(names: Names) -> str:
 def _fits(text: str, several: bool, mass: bool) -> bool:
     """Whether a wording asks for shorts ("any shorts", never "a shorts") or for milk ("some milk", never "milks")."""
     if several:
-        return "{plural}" in text or "there is {a}" in text or "find {a}" in text or "see {a}" in text
+        return "{plural}" in text or "find {a}" in text or "see {a}" in text
     if mass:
         return "{plural}" not in text and "right?" not in text and "true that" not in text
     return "any {noun}" not in text
@@ -526,9 +524,24 @@ def conversations(
         per_image: only so many questions about a picture, drawn by chance.
     """
     asked = Asker(pictures, rng, dictionary).ask()
-    for picture, questions in zip(pictures, asked, strict=True):
-        for number, question in enumerate(_drawn(questions, rng, per_image)):
+    drawn = _evened([_drawn(questions, rng, per_image) for questions in asked], rng)
+    for picture, questions in zip(pictures, drawn, strict=True):
+        for number, question in enumerate(questions):
             yield entry_of(f"{picture.image}-label-{number}", picture.image, [(question.text, question.answer)])
+
+
+def _evened(drawn: Sequence[list[LabelQuestion]], rng: random.Random) -> list[list[LabelQuestion]]:
+    """Leaves out what drawing left too much of: each thing is affirmed as often as denied again."""
+    by_subject: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: {"Yes.": [], "No.": []})
+    for question in (question for questions in drawn for question in questions if question.subject):
+        about = "room" if question.kind == "is room" else "thing"
+        by_subject[about, question.subject][question.answer].append(id(question))
+    left_out: set[int] = set()
+    for answers in by_subject.values():
+        fewer = min(map(len, answers.values()))
+        for found in answers.values():
+            left_out.update(rng.sample(found, len(found) - fewer))
+    return [[question for question in questions if id(question) not in left_out] for questions in drawn]
 
 
 def _drawn(questions: Sequence[LabelQuestion], rng: random.Random, count: int | None) -> list[LabelQuestion]:

@@ -87,10 +87,10 @@ RUNS = (
     (1699831, 1725000, "dinosaur", "reptile"), (1726692, 1758000, "snake", "reptile"),
     (1770393, 1770394, "scorpion", "insect"), (1772222, 1776000, "spider", "insect"),
     (1776313, 1776400, "tick", "insect"), (1789000, 1817952, "bird", "bird"), (1817953, 1821500, "parrot", "bird"),
-    (1821501, 1846330, "bird", "bird"), (1846331, 1855000, "duck", "bird"), (1855001, 1858000, "duck", "bird"),
-    (1858001, 1861500, "bird", "bird"), (1909906, 1911600, "jellyfish", "sea"),
+    (1821501, 1846330, "bird", "bird"), (1846331, 1855000, "duck", "bird"), (1855001, 1855500, "duck", "bird"),
+    (1855501, 1858000, "bird", "bird"), (1858001, 1861500, "bird", "bird"), (1909906, 1911600, "jellyfish", "sea"),
     (1914609, 1914610, "sea anemone", "sea"), (1914700, 1921000, "coral", "sea"), (1922000, 1935000, "worm", "sea"),
-    (1940736, 1969999, "mollusk", "sea"), (1976146, 1982650, "crab", "sea"), (1982651, 1985000, "lobster", "sea"),
+    (1940736, 1969999, "mollusk", "sea"), (1976146, 1982649, "crab", "sea"), (1982650, 1985000, "lobster", "sea"),
     (1985100, 1985999, "crayfish", "sea"), (1986000, 1986300, "crab", "sea"), (2000954, 2062000, "bird", "bird"),
     (2062430, 2069000, "whale", "sea"), (2069001, 2072000, "whale", "sea"), (2076196, 2081000, "seal", "sea"),
     (2084071, 2114000, "dog", "dog"), (2114100, 2114899, "wolf", "dog"), (2114901, 2117000, "wild dog", "dog"),
@@ -135,6 +135,13 @@ BASIC_BY_NAME = {name: basic for basic, names in LISTED.items() for name in name
 TOO_COARSE = {"musical instrument", "mollusk", "amphibian", "rodent", "fruit", "vegetable", "primate", "insect"}
 
 
+# Basic names themselves, whatever else they are a kind of.
+EVERYDAY = set(
+    "lion tiger leopard cheetah jaguar goose hen snail slug hamster cricket cockroach gorilla chimpanzee backpack "
+    "purse taxi jeep laptop canoe flamingo ladybug hare crib sandal ox pelican sombrero".split()
+) | {"cell phone", "fire engine"}
+
+
 @dataclass
 class Names:
     """What a thing is called and what it is a kind of."""
@@ -175,7 +182,7 @@ class Dictionary:
         """Of a dataset's label and, if it has one, its WordNet number."""
         name = readable(label, synset)
         others = [other for other in self.names.get(synset, ()) if not _is_latin(other)]
-        others += [label, *OTHER_NAMES.get(label, ())]
+        others += [*([] if " or " in label else [label]), *OTHER_NAMES.get(label, ())]
         basic, group = _basic(name, synset)
         return Names(name, basic, group, tuple(dict.fromkeys(other for other in others if other != name)))
 
@@ -235,7 +242,15 @@ def plural(name: str) -> str:
 
 
 def _plural_word(word: str) -> str:
-    special = {"TV": "TVs", "iPod": "iPods", "ATM": "ATMs", "mouse": "mice", "fish": "fish", "bison": "bison"}
+    special = {
+        "TV": "TVs",
+        "iPod": "iPods",
+        "ATM": "ATMs",
+        "mouse": "mice",
+        "fish": "fish",
+        "bison": "bison",
+        "cattle": "cattle",
+    }
     return special.get(word) or _inflect().plural_noun(word) or f"{word}s"
 
 

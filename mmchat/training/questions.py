@@ -277,14 +277,14 @@ def _counts(captions: Sequence[Sequence[str]], rng: random.Random, agreement: in
 def _actions(captions: Sequence[Sequence[str]], rng: random.Random) -> list[Question]:
     mentioned = {word for words in captions for word in words}
     doers = [single for single in seen_objects(captions) if single in PEOPLE or single in ANIMALS]
-    done = _agreed([answer for word in words if (answer := _action(word))] for words in captions)
+    done = _agreed([answer for word in words if (answer := action_of(word))] for words in captions)
     if len(doers) != 1 or PLURALS[doers[0]] in mentioned or not done:  # of two, who does it is not known
         return []
     answer = done.most_common(1)[0][0]
     return [Question(word(WORDINGS["doing"], rng, noun=doers[0]), f"{answer}.", "doing", doers[0])]
 
 
-def _action(word: str) -> str | None:
+def action_of(word: str) -> str | None:
     """ "runs", "running" -> "Running"; None where it names no action."""
     for stem in (word.removesuffix("ing"), word.removesuffix("s"), word.removesuffix("es")):
         if stem != word:

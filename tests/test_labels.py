@@ -1,0 +1,333 @@
+"""Labeled pictures and long descriptions → conversations."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mmchat.errors import BadInput
+from mmchat.training import captions, details, naming
+from mmchat.training.label_questions import (
+    EVALUATION_WORDINGS,
+    PRESENCE,
+    WORDINGS,
+    Asker,
+    conversations,
+    may_be_taken_for,
+    questions_only,
+    tidy_question,
+)
+from mmchat.training.labels import Box, Labeled, read_labels
+from mmchat.training.naming import Dictionary, counted, plural, sentence, with_article
+
+SCRIPT = Path(__file__).parent.parent / "training_scripts" / "prepare_data.py"
+
+
+def collection(count: int = 120, seed: int = 4) -> list[Labeled]:
+    """Pictures of pets with balls, of wild animals and instruments, and of rooms."""
+    rng = random.Random(seed)
+    pictures = []
+    for number in range(count):
+        things = rng.sample(["dog", "cat", "ball", "person", "sofa"], rng.randint(1, 3))
+        things += ["ball"] if "dog" in things and "ball" not in things else []
+        pictures.append(
+            Labeled(f"pets/{number}.jpg", "pets", {thing: rng.choice((1, 1, 1, 2, 3, 4, 5)) for thing in things})
+        )
+    single = [("hammerhead", "n01494475"), ("bull mastiff", "n02108422"), ("harp", "n03495258"), ("bee", "n02206856")]
+    pictures += [
+        Labeled(f"one/{n}.jpg", "one", label=label, synset=synset) for n, (label, synset) in enumerate(single * 5)
+    ]
+    rooms = ["kitchen", "bedroom", "bathroom", "childs room"]
+    return pictures + [Labeled(f"rooms/{n}.jpg", "rooms", scene=scene) for n, scene in enumerate(rooms * 5)]
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "several"),
+    [
+        ("cup", "a cup", "two cups"),
+        ("umbrella", "an umbrella", "two umbrellas"),
+        ("unicycle", "a unicycle", "two unicycles"),
+        ("hourglass", "an hourglass", "two hourglasses"),
+        ("milk", "milk", "milk"),
+        ("broccoli", "broccoli", "broccoli"),
+        ("shorts", "shorts", "shorts"),
+        ("sunglasses", "sunglasses", "sunglasses"),
+        ("sheep", "a sheep", "two sheep"),
+        ("mouse", "a mouse", "two mice"),
+        ("knife", "a knife", "two knives"),
+        ("hat with a wide brim", "a hat with a wide brim", "two hats with a wide brim"),
+    ],
+)
+def test_articles_and_plurals(name, one, several):
+    assert with_article(name) == one and counted(name, 2) == several
+
+
+def test_sentences_keep_names_that_begin_small():
+    assert sentence("iPod") == "iPod." and sentence("a dog") == "A dog." and plural("TV") == "TVs"
+
+
+@pytest.mark.parametrize(
+    ("label", "synset", "answer", "right"),
+    [
+        ("bull mastiff", "n02108422", "A bull mastiff, a kind of dog.", {"bull mastiff", "dog", "dogs"}),
+        ("hammerhead", "n01494475", "A hammerhead, a kind of shark.", {"hammerhead", "shark"}),
+        ("tiger shark", "n01491361", "A tiger shark.", {"tiger shark", "shark"}),
+        ("goose", "n01855672", "A goose.", {"goose", "geese", "bird"}),
+        ("orange", "n07747607", "An orange.", {"orange", "oranges", "fruit"}),
+        ("cup or mug", "n03147509", "A cup.", {"cup", "mug"}),
+        ("swine", "n02395003", "A pig.", {"pig", "swine"}),
+        ("guacamole", "n07583066", "Guacamole.", {"guacamole"}),
+    ],
+)
+def test_names_on_both_levels(label, synset, answer, right):
+    (entry,) = questions_only([Labeled("1.jpg", label=label, synset=synset)], random.Random(0))
+    assert entry["conversations"][1]["value"] == answer and right <= set(entry["accepted"]) and entry["kind"] == "name"
+
+
+def test_synonyms_come_from_a_file(tmp_path):
+    (tmp_path / "words.json").write_text(
+        json.dumps([{"synset": "n01440764", "names": ["tench", "doctor fish", "Tinca tinca"]}])
+    )
+    names = Dictionary.read(tmp_path / "words.json").names_of("tench", "n01440764")
+    assert {"tench", "doctor fish", "fish"} <= set(naming.accepted(names)) and "tinca tinca" not in naming.accepted(
+        names
+    )
+    (tmp_path / "words.json").write_text("[1]")
+    with pytest.raises(BadInput, match=r"words\.json"):
+        Dictionary.read(tmp_path / "words.json")
+
+
+def asked(pictures, seed=0, evaluation=False):
+    return Asker(pictures, random.Random(seed), evaluation=evaluation).ask()
+
+
+def name_in(question: str) -> str:
+    return next(
+        word
+        for word in ("dog", "cat", "ball", "person", "people", "sofa", "mastiff", "hammerhead", "shark", "harp", "bee")
+        if re.search(rf"\b{word}", question.lower().replace("catch", ""))
+    )
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_presence_is_balanced_for_every_name_and_never_denies_a_label(evaluation):
+    pictures = collection()
+    answers: dict[str, Counter] = defaultdict(Counter)
+    for picture, questions in zip(pictures, asked(pictures, evaluation=evaluation), strict=True):
+        for question in questions:
+            if question.kind.startswith("presence"):
+                name = {"people": "person"}.get(name_in(question.text), name_in(question.text))
+                answers[name][question.answer] += 1
+                there = {*(picture.objects or {}), picture.label, *picture.label.split()}
+                there |= {"dog"} if "mastiff" in there else {"shark"} if "hammerhead" in there else set()
+                assert (name in there) == (question.answer == "Yes."), (picture, question)
+    assert {"dog", "sofa", "shark", "harp"} <= answers.keys()
+    assert all(counts["Yes."] == counts["No."] for counts in answers.values())
+
+
+def test_adversarial_denials_are_of_what_comes_with_what_is_there():
+    """Forks lie beside plates: a plate without a fork is asked about before a dog is."""
+    pictures = [Labeled(f"{n}.jpg", "g", {"plate": 1, "fork": 1}) for n in range(10)]
+    pictures += [Labeled(f"plate{n}.jpg", "g", {"plate": 1}) for n in range(6)]
+    pictures += [Labeled(f"dog{n}.jpg", "g", {"dog": 1}) for n in range(60)]
+    found = [
+        picture.image
+        for picture, questions in zip(pictures, asked(pictures), strict=True)
+        for question in questions
+        if question.kind == "presence adversarial" and question.answer == "No." and "fork" in question.text
+    ]
+    assert len(found) == 5 and all(image.startswith("plate") for image in found)
+
+
+def test_mass_nouns_and_plurals_are_asked_for_in_their_own_way():
+    pictures = [Labeled(f"{n}.jpg", "g", {"milk": 1} if n % 2 else {"shorts": 1}) for n in range(200)]
+    texts = [question.text for questions in asked(pictures) for question in questions if "presence" in question.kind]
+    assert len(texts) > 100
+    for text in texts:
+        assert not re.search(r"\b(a|an) (milk|shorts)\b|milks|[Ii]s (there )?any shorts", text), text
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_numbers_are_asked_for_equally_often(evaluation):
+    answers = Counter(
+        question.answer
+        for questions in asked(collection(), evaluation=evaluation)
+        for question in questions
+        if question.kind == "how many"
+    )
+    assert set(answers) == {"One.", "Two.", "Three.", "Four.", "Five."} and len(set(answers.values())) == 1
+
+
+def test_a_question_to_evaluate_on_is_asked_once_and_in_no_wording_of_training():
+    for kind, wordings in EVALUATION_WORDINGS.items():
+        assert not {text.lower() for text in wordings} & {text.lower() for text in (*WORDINGS.get(kind, ()), *PRESENCE)}
+    entries = list(questions_only(collection(), random.Random(0)))
+    counts = [(e["image"], e["conversations"][0]["value"]) for e in entries if e["kind"] == "how many"]
+    assert len(counts) == len(set(counts))
+
+
+def test_rooms_have_plain_names_and_like_ones_are_not_denied():
+    texts = {q.answer for questions in asked(collection()) for q in questions if q.kind == "room"}
+    assert texts == {"A kitchen.", "A bedroom.", "A bathroom.", "A child's room."}
+    assert may_be_taken_for("bedroom", "hotel room") and not may_be_taken_for("kitchen", "bathroom")
+    assert not asked([Labeled("1.jpg", scene="bow window indoor")])[0]
+
+
+def test_what_is_drawn_depends_on_the_seed_alone():
+    def made(hash_seed: str) -> bytes:
+        code = (
+            "import random, json, sys; sys.path.insert(0, '.'); from tests.test_labels import collection;"
+            "from mmchat.training.label_questions import conversations;"
+            "print(json.dumps(list(conversations(collection(30), random.Random(3), per_image=4))))"
+        )
+        environment = {"PYTHONHASHSEED": hash_seed, "PATH": ""}
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd=SCRIPT.parent.parent, env=environment, capture_output=True, check=True
+        ).stdout
+
+    assert made("1") == made("2")
+    few = list(conversations(collection(), random.Random(3), per_image=4))
+    for image, count in Counter(entry["image"] for entry in few).items():
+        yes_no = sum(e["conversations"][1]["value"] in ("Yes.", "No.") for e in few if e["image"] == image)
+        assert count <= 4 and yes_no <= 2
+
+
+def test_yes_and_no_stay_balanced_when_few_questions_are_drawn():
+    found = Counter()
+    for entry in conversations(collection(), random.Random(3), per_image=3):
+        question, answer = (turn["value"] for turn in entry["conversations"])
+        found[answer] += answer in ("Yes.", "No.")
+    assert found["Yes."] == found["No."] > 20
+
+
+def test_people_ask_with_typing_errors_and_answer_with_lists():
+    assert (
+        tidy_question("waht is infront of the the chair in the image12 ?")
+        == "What is in front of the chair in the picture?"
+    )
+    picture = Labeled("1.jpg", questions=(("what is on the table?", "lamp, toy, paper"), ("how many chairs?", "4")))
+    assert [q.answer for q in asked([picture])[0]] == ["Lamp, toy and paper.", "Four."]
+    (only,) = asked([picture], evaluation=True)[0]
+    assert only.accepted == ("4", "four") and only.kind == "daquar"
+
+
+def test_boxes_say_what_is_left_right_and_biggest():
+    boxes = (Box("dog", 0, 0, 20, 20), Box("cat", 60, 0, 99, 90))
+    pictures = [Labeled("1.jpg", objects={"dog": 1, "cat": 1}, boxes=boxes)]
+    for seed in range(20):
+        for question in asked(pictures, seed)[0]:
+            if question.kind == "biggest":
+                assert question.answer == "A cat."
+            if question.kind == "side":
+                assert question.answer == ("A dog." if "left" in question.text else "A cat.")
+            if question.kind == "is side":
+                dog_asked = "the dog to the" in question.text
+                assert (question.answer == "Yes.") == (
+                    dog_asked == ("left of" in question.text or "the left" in question.text)
+                )
+
+
+def test_class_folders(tmp_path):
+    for name in ("polar_bear/1.jpg", "cup/2.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "cup" / "notes.txt").write_text("no picture")
+    assert [(p.image, p.label) for p in read_labels(tmp_path)] == [
+        ("cup/2.png", "cup"),
+        ("polar_bear/1.jpg", "polar bear"),
+    ]
+
+
+def test_coco_and_voc_give_boxes_and_counts(tmp_path):
+    coco = {
+        "images": [{"id": 7, "file_name": "7.jpg"}, {"id": 8, "file_name": "8.jpg"}],
+        "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "person"}],
+        "annotations": [
+            {"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4]},
+            {"image_id": 7, "category_id": 1, "bbox": [5, 5, 3, 4]},
+            {"image_id": 7, "category_id": 2, "bbox": [0, 0, 9, 9], "iscrowd": 1},
+        ],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    dogs, nothing = read_labels(tmp_path / "coco.json")
+    assert dogs.objects == {"dog": 2, "person": None} and nothing.objects == {} and dogs.boxes[0].right == 4
+    (tmp_path / "voc").mkdir()
+    thing = "<object><name>cat</name><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>5</xmax><ymax>6</ymax></bndbox></object>"
+    (tmp_path / "voc" / "1.xml").write_text(f"<annotation><filename>1.jpg</filename>{thing}</annotation>")
+    (cat,) = read_labels(tmp_path / "voc")
+    assert cat.image == "1.jpg" and cat.objects == {"cat": 1} and cat.boxes == (Box("cat", 1, 2, 5, 6),)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"odd\.json, line 1"),
+        ("[1, 2]", r"odd\.json"),
+        ('[{"image": "a.jpg", "label": "cup"}, {"image": "b.jpg"}]', r"odd\.json, entry 2"),
+        ('[{"image": "a.jpg", "objects": {"cup": 0}}]', r"odd\.json, entry 1.*whole number"),
+        ('[{"image": "a.jpg", "question": "What?"}]', r"odd\.json, entry 1.*answer"),
+        ('{"annotations": [{"image_id": 1}], "images": [], "categories": []}', r"odd\.json, entry 1"),
+        ('{"annotations": []}', r"odd\.json"),
+    ],
+)
+def test_bad_files_are_named_with_the_entry(tmp_path, content, message):
+    (tmp_path / "odd.json").write_text(content)
+    with pytest.raises(BadInput, match=message):
+        read_labels(tmp_path / "odd.json")
+
+
+def test_bad_folders_are_named(tmp_path):
+    (tmp_path / "1.xml").write_text("<annotation>\n<filename>")
+    with pytest.raises(BadInput, match=r"1\.xml, line 2"):
+        read_labels(tmp_path)
+    with pytest.raises(BadInput, match="does not exist"):
+        read_labels(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="no labeled pictures"):
+        read_labels(tmp_path / "empty")
+
+
+def test_details_dispute_nothing_and_repeat_little():
+    written = [
+        "A man in a red jacket stands beside a wooden bench",
+        "A man in a blue jacket near a fountain and trees",  # another color
+        "Two men walk past a store with a sign",  # another number
+        "The man holds a camera and an umbrella",
+        "A man leans on a bicycle next to a brick wall",
+    ]
+    chosen = details.choose(written)
+    assert len(chosen) >= 3 and not any(details.disputes(a, b) for a in chosen for b in chosen if a != b)
+    assert (
+        details.choose(["A dog runs on the grass", "The dog is running on grass", "A dog on the grass runs"])[1:] == []
+    )
+
+
+def test_what_one_person_wrote_in_sentences_is_a_detail_and_never_a_caption():
+    told = ["there are 2 wood chairs", "the walls are yellow and bare .", "A lamp hangs over the table in the middle"]
+    picture = {"image": "1.jpg", "captions": [". ".join(told)], "sentences": [told]}
+    (entry,) = captions.conversations([picture], random.Random(0), details=True)
+    assert entry["conversations"][1]["value"] == (
+        "There are two wood chairs. The walls are yellow and bare. A lamp hangs over the table in the middle."
+    )
+    assert not list(captions.descriptions([picture]))
+    (item,) = captions.details_only([picture])
+    assert item["kind"] == "detail" and item["conversations"][0]["value"].endswith("in detail.")
+
+
+def test_the_command(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / "1.jpg")
+    run = [sys.executable, SCRIPT, "labels", "--labels", tmp_path / "photos", "--out", tmp_path / "out.json"]
+    subprocess.run(run, check=True, capture_output=True)
+    assert "A cat." in (tmp_path / "out.json").read_text()
+    failed = subprocess.run([*run, "--split", "train"], capture_output=True, text=True)
+    assert failed.returncode and "--splits" in failed.stderr and "Traceback" not in failed.stderr
