@@ -134,13 +134,12 @@ def generate_texts(
     place = torch.arange(longest)  # [longest]
     is_token = (place < prefix_length) | (place >= prefix_length + torch.tensor(gaps)[:, None])  # [prompts, longest]
     stop_ids = stop_token_ids(model)
+    cache = _prefill(model, embeddings, prefixes, prefix_length, options.beams) if prefix_length else None
     token_ids = model.generate(
         inputs_embeds=embeddings,
         attention_mask=is_token.long().to(embeddings.device),
         generation_config=_beam_settings(options, stop_ids),
-        **(
-            {"past_key_values": _prefill(model, embeddings, prefixes, prefix_length, options.beams)} if prefixes else {}
-        ),
+        past_key_values=cache,
     )  # [prompts, tokens]: what is new only
     written = [list(takewhile(lambda token_id: token_id not in stop_ids, row)) for row in token_ids.tolist()]
     return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]

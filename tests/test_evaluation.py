@@ -115,7 +115,8 @@ def test_pope_counts_how_often_yes_is_said(tmp_path):
     ("answer", "number"),
     [
         ("3", "Three."), ("There are three dogs.", "3"), ("A dog.", "One."), ("one", "1"),
-        ("A group of four men.", "4"), ("There are no dogs.", "Zero."), ("A couple of dogs.", "Two."), ("Maybe two or three.", "2"),
+        ("A group of four men.", "4"), ("There are no dogs.", "Zero."),
+        ("A couple of dogs.", "Two."), ("Maybe two or three.", "2"),
     ],
 )  # fmt: skip
 def test_numbers_are_the_same_in_words_and_digits(answer, number):
@@ -123,7 +124,8 @@ def test_numbers_are_the_same_in_words_and_digits(answer, number):
 
 
 def test_counts_are_measured_as_numbers(tmp_path):
-    items = asked(tmp_path, ["Two.", "2", "Three.", "One."], kind="how many")
+    accepted = [["two", "2"], ["two", "2"], ["three", "3"], ["one", "1"]]  # says no more than the numbers themselves
+    items = asked(tmp_path, ["Two.", "2", "Three.", "One."], kind="how many", accepted=accepted)
     found = measure(items, ["two dogs", "There are two.", "two", "many"])["how many"]
     assert found["accuracy"].value == 0.5 and found["always the same answer"].value == 0.5
     assert found["macro F1"].value == pytest.approx(0.8 / 3)

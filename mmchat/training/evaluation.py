@@ -22,6 +22,7 @@ from .conversations import Conversation, conversation_of, stream_entries
 from .data import ConversationDataset, Features, Row, collate
 from .metrics import (
     Estimate,
+    answer_metrics,
     bootstrap,
     caption_metrics,
     count_metrics,
@@ -272,9 +273,9 @@ def _score_of(kind: str, items: Sequence[Item]) -> Callable[[Sequence[Item], Seq
     """What computes the metrics of a kind, from items of it and their answers."""
     if kind in DESCRIPTIONS:
         return lambda items, said: DESCRIPTIONS[kind](said, [item.references for item in items])
-    if any(item.accepted for item in items):
-        return lambda items, said: name_metrics(said, [(*item.accepted, item.answer) for item in items])
     metrics = count_metrics if kind == HOW_MANY else metrics_for([item.answer for item in items])
+    if metrics is answer_metrics and any(item.accepted for item in items):
+        return lambda items, said: name_metrics(said, [(*item.accepted, item.answer) for item in items])
     return lambda items, said: metrics(said, [item.answer for item in items])
 
 
