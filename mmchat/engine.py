@@ -27,6 +27,7 @@ from .presets import AUTO, DEFAULT_PRESET, Preset, get_preset
 from .prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, EncodedConversation, Message, encode, has_images
 from .reuse import Reading, Readings, Row
 from .speech import SpeechRecognizer, Transcript, find_speech_model
+from .tagger import Tag
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,21 @@ class Engine:
             BadInput: it cannot be read, or there is no speech in it.
         """
         return self.speech_recognizer.transcribe(path)
+
+    def classes(self, image: Any) -> list[Tag]:
+        """What the image encoder recognizes in a picture, likeliest first: what the language model is told of it.
+
+        Args:
+            image: a path or a decoded PIL picture.
+
+        Raises:
+            BadInput: the picture cannot be read.
+        """
+        if not self.model.tagger:
+            return []
+        with self._turn():
+            found = [tag for part in self.model.tagger(self._image_features(image)) for tag in part]
+        return sorted(found, key=lambda tag: -tag.probability)
 
     def reply(
         self,
@@ -241,7 +257,14 @@ class Engine:
         )
 
     def _encode(self, messages: list[Message]) -> EncodedConversation:
-        return encode(messages, self.tokenizer, self.chat_format, self.model.tokens_per_image, open_reply=True)
+        return encode(
+            messages,
+            self.tokenizer,
+            self.chat_format,
+            self.model.tokens_per_image,
+            image_text=lambda image: self.model.tags(self._image_features(image)) if self.model.tagger else "",
+            open_reply=True,
+        )
 
     @torch.inference_mode()
     def _embed(self, encoded: EncodedConversation, start: int = 0, end: int | None = None) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .assets import fetch
 from .errors import BadInput, WeightsError
 from .hub import fetch_repository
-from .presets import EFFICIENTNET_LITE0, HubRepository, ImageEncoderPreset, WheelMember, tuned_image_encoder
+from .presets import EFFICIENTNETS, HubRepository, ImageEncoderPreset, WheelMember, tuned_image_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,17 @@ class EfficientNetLite(ImageEncoder):
             _load_tuned(self.network, preset.source)
         self._session = _on_onnx_runtime(self.network, preset.resolution)
         self.network.to(memory_format=torch.channels_last)
+
+    @property
+    def classifier(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer that tells ImageNet's classes from the feature of the whole picture: [1000, width] and [1000].
+
+        Raises:
+            WeightsError: the encoder was tuned, and has lost it.
+        """
+        if not isinstance(self.network._fc, nn.Linear):
+            raise WeightsError("This image encoder was tuned on words and no longer knows ImageNet's classes.")
+        return self.network._fc.weight, self.network._fc.bias
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """Shorter side scaled, centre cut out."""
@@ -197,7 +208,7 @@ def find_image_encoder(
 ) -> ImageEncoderPreset:
     """Any CLIP or SigLIP vision model of the Hub, or in a folder, as a preset's image encoder.
 
-    Or "efficientnet-lite0", as it was trained on ImageNet; or a folder with one that was tuned on captions.
+    Or an EfficientNet-Lite, as it was trained on ImageNet, by its name in ``presets.EFFICIENTNETS``; or a folder with one that was tuned on captions.
 
     Args:
         features, layer, class_token: as ``ImageEncoderPreset`` has them; the features are "pooled" or "patches".
@@ -208,8 +219,8 @@ def find_image_encoder(
     """
     from transformers import AutoConfig
 
-    if repository.name == EFFICIENTNET_LITE0.name:
-        return EFFICIENTNET_LITE0
+    if repository.name in EFFICIENTNETS:
+        return EFFICIENTNETS[repository.name]
     if tuned := tuned_image_encoder(repository.name):
         return tuned
     config = AutoConfig.from_pretrained(fetch_repository(repository))

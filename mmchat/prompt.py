@@ -7,7 +7,7 @@ can never open or close a turn: special tokens are recognised in the format's ow
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,14 @@ def has_images(messages: Sequence[Message]) -> bool:
     return any(message.images for message in messages)
 
 
-def segments(messages: Sequence[Message], chat_format: ChatFormat) -> Iterator[Segment]:
+def no_text(image: Any) -> str:
+    """What stands after a picture that nothing is said about."""
+    return ""
+
+
+def segments(
+    messages: Sequence[Message], chat_format: ChatFormat, image_text: Callable[[Any], str] = no_text
+) -> Iterator[Segment]:
     """The conversation piece by piece.
 
     Text-only conversations open with the format's default system message, which the base model was tuned on. Ones with
@@ -116,6 +123,8 @@ def segments(messages: Sequence[Message], chat_format: ChatFormat) -> Iterator[S
         for number, image in enumerate(message.images):
             yield Segment(chat_format.after_image if number else "", is_control=True)
             yield Segment(image=image)
+            if tags := image_text(image):
+                yield Segment(chat_format.after_image + tags)
         # In one piece with what follows: so a tokenizer sees it, too, that reads a whole prompt at once.
         after_image = chat_format.after_image if message.images else ""
         yield Segment(after_image + chat_format.before_text + message.text, is_answer=is_answer)
@@ -129,6 +138,7 @@ def encode(
     chat_format: ChatFormat,
     tokens_per_image: int,
     *,
+    image_text: Callable[[Any], str] = no_text,
     open_reply: bool = False,
 ) -> EncodedConversation:
     """Tokenises a conversation.
@@ -137,9 +147,10 @@ def encode(
         messages: at least one.
         tokenizer: a fast tokenizer of transformers.
         tokens_per_image: how many tokens the projector makes of one picture.
+        image_text: what is said about a picture after it, such as its tags.
         open_reply: end with the start of an assistant turn, for the model to go on from.
     """
-    pieces = list(segments(messages, chat_format))
+    pieces = list(segments(messages, chat_format, image_text))
     if open_reply:
         pieces.append(Segment(chat_format.turn_start["assistant"], is_control=True))
     token_ids: list[int] = []

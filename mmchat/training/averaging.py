@@ -11,6 +11,7 @@ from ..errors import BadInput, WeightsError
 from ..language_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..model import ADAPTER, CONFIG, PROJECTOR
 from ..presets import TUNED
+from ..tagger import TAGGER_FILE
 
 
 def average_weights(first: str | Path, second: str | Path, share: float, out: str | Path) -> None:
@@ -33,7 +34,7 @@ def average_weights(first: str | Path, second: str | Path, share: float, out: st
     for name, tensors in averaged.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, out / name)
-    for name in (CONFIG, TUNED, f"{ADAPTER}/{ADAPTER_CONFIG}"):
+    for name in (CONFIG, TUNED, TAGGER_FILE, f"{ADAPTER}/{ADAPTER_CONFIG}"):
         if (second / name).is_file():
             shutil.copy(second / name, out / name)
 

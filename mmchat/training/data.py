@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from ..errors import BadInput
 from ..model import IGNORED
-from ..prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, encode
+from ..prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, encode, no_text
 from .conversations import Conversation
 
 logger = logging.getLogger(__name__)
@@ -113,6 +113,7 @@ class ConversationDataset(Dataset):
         tokens_per_image: how many tokens the projector makes of one picture.
         max_length: in tokens; what is longer is cut off at its end.
         share: whether conversations about the same pictures share a row.
+        image_text: what is said about a picture after it, such as its tags.
 
     Raises:
         BadInput: a picture has no features, or nothing is left to learn from.
@@ -128,6 +129,7 @@ class ConversationDataset(Dataset):
         *,
         max_length: int = 1024,
         share: bool = True,
+        image_text: Callable[[str], str] = no_text,
     ):
         self.features = features
         groups: dict[Any, list[EncodedConversation]] = {}
@@ -136,7 +138,7 @@ class ConversationDataset(Dataset):
             for name in conversation.images:
                 if name not in features:
                     raise BadInput(f"Conversation {conversation.id} shows '{name}', which has no features.")
-            encoded = encode(conversation.messages, tokenizer, chat_format, tokens_per_image)
+            encoded = encode(conversation.messages, tokenizer, chat_format, tokens_per_image, image_text=image_text)
             if len(encoded.token_ids) > max_length:
                 encoded, cut = _cut(encoded, max_length), cut + 1
             if any(encoded.is_answer):

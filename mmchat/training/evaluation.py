@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import exp
 from pathlib import Path
 from types import MappingProxyType
@@ -189,7 +190,7 @@ class Evaluator:
         return result
 
     def _answers(self, items: Sequence[Item], features: Features, options: SamplingOptions) -> list[str]:
-        encoded = [self._encode(item) for item in items]
+        encoded = [self._encode(item, features) for item in items]
         keys = [_Key.of(prompt, features) for prompt in encoded]
         prompts = dict(zip(keys, encoded, strict=True))
         result = {}
@@ -222,6 +223,7 @@ class Evaluator:
             self.tokenizer,
             self.chat_format,
             self.model.tokens_per_image,
+            image_text=self._tags(features),
         )
         order = sorted(range(len(dataset)), key=lambda place: len(dataset.rows[place]))
         rows_per_batch = max(1, self.batch_size * len(dataset) // dataset.count)  # a row holds several conversations
@@ -238,9 +240,19 @@ class Evaluator:
         loss, count = torch.tensor(losses, dtype=torch.float64).numpy(), torch.tensor(counts).numpy()
         return bootstrap(len(loss), lambda sample: exp(loss[sample].sum() / count[sample].sum()))
 
-    def _encode(self, item: Item) -> EncodedConversation:
-        tokens_per_image = self.model.tokens_per_image
-        return encode(item.question, self.tokenizer, self.chat_format, tokens_per_image, open_reply=True)
+    def _encode(self, item: Item, features: Features) -> EncodedConversation:
+        return encode(
+            item.question,
+            self.tokenizer,
+            self.chat_format,
+            self.model.tokens_per_image,
+            image_text=self._tags(features),
+            open_reply=True,
+        )
+
+    def _tags(self, features: Features) -> Callable[[str], str]:
+        """What is said about a picture: the tags of what is shown in its place."""
+        return cache(lambda name: self.model.tags(features[name]))
 
     def _embed(self, prompt: EncodedConversation, features: Features) -> torch.Tensor:
         """[length, token_width]."""

@@ -50,6 +50,9 @@ class Recipe:
     image_features: str = setting("patches", MODEL, "what is taken of it", ("patches", "pooled"))
     image_layer: int = setting(-2, MODEL, "whose patches are taken")
     class_token: bool = setting(False, MODEL, "its class token is taken with the patches")
+    tagger: str | None = setting(
+        None, MODEL, "the folder that fit_tagger.py wrote; that of the weights to start from, if they have one"
+    )
     start_from: str | None = setting(
         None, MODEL, "a weights folder or checkpoint to go on from; fresh weights if absent"
     )

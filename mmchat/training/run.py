@@ -20,7 +20,8 @@ from ..language_model import add_adapter, load_language_model
 from ..model import MultimodalModel, load_model, preset_of
 from ..presets import HubRepository, Preset, get_preset
 from ..projector import ProjectorConfig, build_projector
-from ..prompt import CHAT_FORMATS
+from ..prompt import CHAT_FORMATS, no_text
+from ..tagger import load_tagger
 from .callbacks import HistoryCallback, StopOnSignal
 from .conversations import read_conversations
 from .data import ConversationDataset
@@ -31,6 +32,7 @@ from .recipe import Recipe, write_recipe
 from .samples import write_samples
 from .self_critical import SelfCriticalTrainer
 from .sharding import shard_base
+from .tagging import TrainingTags
 from .trainer import MultimodalTrainer, checkpoints
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,9 @@ def train(recipe: Recipe) -> None:
     preset = chosen_preset(recipe)
     features = open_features(recipe, preset)
     model, tokenizer = build_model(recipe, preset)
+    tags = no_text
+    if model.tagger:
+        tags = TrainingTags(model.tagger, Path(recipe.tagger or recipe.start_from), features, recipe.seed)
 
     def dataset(paths: list[str]) -> ConversationDataset:
         return ConversationDataset(
@@ -59,6 +64,7 @@ def train(recipe: Recipe) -> None:
             model.tokens_per_image,
             max_length=recipe.max_length,
             share=recipe.share_rows,
+            image_text=tags,
         )
 
     train_set = dataset(recipe.train)
@@ -155,6 +161,10 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
             marker=recipe.marker,
         )
         model = MultimodalModel(language_model, build_projector(config), config)
+    if recipe.tagger:
+        model.tagger = load_tagger(recipe.tagger)
+        if not model.tagger:
+            raise BadInput(f"'{recipe.tagger}' holds no tagger: fit_tagger.py writes one.")
     if recipe.lr and not model.has_adapter:
         model.language_model = add_adapter(
             model.language_model,
