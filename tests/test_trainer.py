@@ -22,7 +22,7 @@ from mmchat.model import load_model
 from mmchat.presets import get_preset
 from mmchat.training.averaging import average_weights
 from mmchat.training.conversations import entry_of, write_conversations
-from mmchat.training.int8 import Int8Linear
+from mmchat.training.int8 import DECISION, Int8Linear, use_faster_multiplication
 from mmchat.training.recipe import Recipe, write_recipe
 from mmchat.training.run import build_model, train
 from mmchat.training.trainer import STAGING, EpochSampler, MultimodalTrainer, checkpoints, own_token_share
@@ -109,8 +109,63 @@ def test_layers_in_eight_bits_compute_nearly_the_same():
         assert 0 < error.max() < 0.03
 
 
+def layers() -> torch.nn.Module:
+    """Two linear layers of smol's shapes."""
+    return torch.nn.Sequential(torch.nn.Linear(576, 1536), torch.nn.Linear(1536, 576))
+
+
+def decide_for_int8(folder: Path) -> None:
+    """Makes a run use 8 bits whatever is faster here: small layers are not worth rounding."""
+    folder.mkdir(exist_ok=True)
+    (folder / DECISION).write_text('{"multiplication": "int8"}')
+
+
+def test_layers_stay_in_full_precision_where_eight_bits_are_slow(tmp_path, caplog):
+    caplog.set_level("INFO")
+    decoder = layers()
+    with torch.backends.mkldnn.flags(enabled=False):  # PyTorch's own loop, as on processors without a kernel for int8
+        use_faster_multiplication(decoder, tmp_path / "run")
+    assert {type(layer) for layer in decoder} == {torch.nn.Linear}
+    assert re.search(r"float32, which is faster here \(int8: \d+ GFLOP/s, float32: [\d,]+ GFLOP/s\)", caplog.text)
+
+
+def test_the_multiplication_that_measured_faster_is_taken(tmp_path):
+    decoder = layers()
+    use_faster_multiplication(decoder, tmp_path)
+    gflops = json.loads((tmp_path / DECISION).read_text())["gflops"]
+    expected = Int8Linear if gflops["int8"] > gflops["float32"] else torch.nn.Linear
+    assert {type(layer) for layer in decoder} == {expected}
+
+
+@pytest.mark.parametrize(("multiplication", "kind"), [("int8", Int8Linear), ("float32", torch.nn.Linear)])
+def test_a_resumed_run_multiplies_as_it_began(tmp_path, multiplication, kind):
+    """Also where the other multiplication is faster, as on another machine."""
+    (tmp_path / DECISION).write_text(json.dumps({"multiplication": multiplication}))
+    (tmp_path / "checkpoint-3").mkdir()
+    for kernels in (True, False):
+        decoder = layers()
+        with torch.backends.mkldnn.flags(enabled=kernels):
+            use_faster_multiplication(decoder, tmp_path)
+        assert {type(layer) for layer in decoder} == {kind}
+
+
+def test_checkpoints_from_before_there_was_a_choice_go_on_in_eight_bits(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    decoder = layers()
+    with torch.backends.mkldnn.flags(enabled=False):
+        use_faster_multiplication(decoder, tmp_path)
+    assert {type(layer) for layer in decoder} == {Int8Linear}
+
+
+def test_a_damaged_decision_is_said(tmp_path):
+    (tmp_path / DECISION).write_text("{}")
+    with pytest.raises(BadInput, match='has to say {"multiplication": "int8"} or "float32"'):
+        use_faster_multiplication(layers(), tmp_path)
+
+
 @pytest.mark.parametrize("quantization", ["4bit", "int8"])
 def test_it_learns_on_a_quantized_base(tiny, tmp_path, quantization):
+    decide_for_int8(tmp_path)
     settings = recipe(tiny, tmp_path, max_steps=30, quantization=quantization)
     model, _ = build_model(settings, get_preset("phi3-patches"))
     kinds = {type(module).__name__ for name, module in model.named_modules() if name.endswith("base_layer")}
@@ -307,6 +362,8 @@ def wait_for(folder: Path, process: subprocess.Popen) -> None:
 @pytest.mark.parametrize("quantization", ["none", "4bit", "int8"])
 def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path, quantization):
     settings = {"quantization": quantization, "max_steps": 40, "save_steps": 10, "dropout": 0.1, "own_tokens": 0.3}
+    for name in ("whole", "cut"):
+        decide_for_int8(tmp_path / name)
     whole = start(tiny, recipe(tiny, tmp_path / "whole", **settings), sys.executable)  # beside the other
     cut = start(tiny, recipe(tiny, tmp_path / "cut", **settings), sys.executable)
     wait_for(tmp_path / "cut" / "checkpoint-10", cut)
