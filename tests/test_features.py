@@ -43,6 +43,30 @@ def test_features_are_the_encoders_and_bad_files_are_listed(pictures, preset, tm
     torch.testing.assert_close(store["more/c.png"].float(), expected, atol=2e-2, rtol=2e-3)
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(pictures, preset, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "photos").symlink_to(pictures)
+    (pictures / "more" / "back").symlink_to(pictures)
+    (linked / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    report = embed_folder(linked, tmp_path / "features", preset, load_image_encoder(preset))
+    assert report.embedded == 3 and list(report.unreadable) == ["photos/broken.jpg"]
+    assert "photos/more/c.png" in FeatureStore(tmp_path / "features")
+
+
+def test_progress_counts_pictures(pictures, preset, tmp_path):
+    counted = []
+
+    def count(found, total):
+        counted.append(total)
+        for picture in found:
+            counted.append(picture[0])
+            yield picture
+
+    embed_folder(pictures, tmp_path / "features", preset, load_image_encoder(preset), progress=count)
+    assert counted == [4, "a.png", "b.jpg", "broken.jpg", "more/c.png"]
+
+
 def test_mirrored_pictures_have_features_of_their_own(pictures, preset, tmp_path):
     halves = Image.new("RGB", (40, 40), "red")
     halves.paste((0, 0, 255), (0, 0, 20, 40))
