@@ -26,6 +26,7 @@ from mmchat.training.int8 import DECISION, Int8Linear, use_faster_multiplication
 from mmchat.training.recipe import Recipe, write_recipe
 from mmchat.training.run import build_model, train
 from mmchat.training.trainer import STAGING, EpochSampler, MultimodalTrainer, checkpoints, own_token_share
+from tests.close import assert_close, assert_learned_alike
 from tests.conftest import ROOT
 
 WEIGHTS = ("projector.safetensors", "adapter/adapter_model.safetensors")
@@ -61,15 +62,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_same(first: Path, second: Path, tolerance: float | None = None) -> None:
-    """Equal to the bit, or within a tolerance."""
+def assert_same(first: Path, second: Path, up_to_rounding: bool = False) -> None:
+    """Equal to the bit, or up to what the steps make of rounding."""
     one, other = weights(first), weights(second)
     assert one.keys() == other.keys() and one
     for name, tensor in one.items():
-        if tolerance is None:
-            assert torch.equal(tensor, other[name]), name
+        if up_to_rounding:
+            assert_learned_alike(tensor, other[name])
         else:
-            torch.testing.assert_close(tensor, other[name], atol=tolerance, rtol=0)
+            assert torch.equal(tensor, other[name]), name
 
 
 def history(folder: Path) -> list[dict[str, str]]:
@@ -221,7 +222,7 @@ def test_conversations_without_pictures_are_learnt_from_too(tiny, tmp_path):
 def test_features_and_pictures_train_to_the_same_weights(tiny, tmp_path, settings):
     train(recipe(tiny, tmp_path / "features"))
     train(recipe(tiny, tmp_path / "pictures", images=str(tiny / "pictures"), **settings))
-    assert_same(tmp_path / "features" / "checkpoint-6", tmp_path / "pictures" / "checkpoint-6", tolerance=1e-5)
+    assert_same(tmp_path / "features" / "checkpoint-6", tmp_path / "pictures" / "checkpoint-6", up_to_rounding=True)
 
 
 def test_training_with_bf16_and_with_the_models_own_tokens(tiny, tmp_path):
@@ -230,7 +231,8 @@ def test_training_with_bf16_and_with_the_models_own_tokens(tiny, tmp_path):
     train(recipe(tiny, tmp_path / "bf16", max_steps=20, precision="bf16"))
     forced, free, bf16 = (history(tmp_path / name) for name in ("forced", "free", "bf16"))
     assert float(free[4]["own_tokens"]) == pytest.approx(0.5)  # at the middle of its cycle
-    assert forced[0]["loss"] == free[0]["loss"] and forced[-2]["loss"] != free[-2]["loss"]
+    assert float(forced[0]["loss"]) == pytest.approx(float(free[0]["loss"]), rel=1e-5)
+    assert float(forced[-2]["loss"]) != pytest.approx(float(free[-2]["loss"]), rel=1e-3)
     for lines in (free, bf16):
         losses = [float(line["loss"]) for line in lines if line["loss"]]
         assert losses[-1] < 0.8 * losses[0]
@@ -398,7 +400,7 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(tiny, tmp_path):
     pair = start(tiny, recipe(tiny, tmp_path / "pair", batch_size=3), *PAIR)
     assert pair.wait(240) == 0, pair.stdout.read()
     train(recipe(tiny, tmp_path / "single", batch_size=3, accumulate=2))
-    assert_same(tmp_path / "pair" / "checkpoint-6", tmp_path / "single" / "checkpoint-6", tolerance=1e-5)
+    assert_same(tmp_path / "pair" / "checkpoint-6", tmp_path / "single" / "checkpoint-6", up_to_rounding=True)
 
 
 @pytest.mark.slow
@@ -411,9 +413,10 @@ def test_a_model_in_shares_learns_as_a_whole_one(tiny, tmp_path):
     frozen, here = (int(number.replace(",", "")) for number in numbers)
     assert here == pytest.approx(frozen / 2, rel=0.05)
     train(recipe(tiny, tmp_path / "whole", accumulate=2, **settings))
-    assert_same(tmp_path / "shares" / "checkpoint-6", tmp_path / "whole" / "checkpoint-6", tolerance=1e-5)
+    assert_same(tmp_path / "shares" / "checkpoint-6", tmp_path / "whole" / "checkpoint-6", up_to_rounding=True)
     described = [json.loads((tmp_path / name / "samples.json").read_text()) for name in ("shares", "whole")]
-    assert described[0] == described[1]
+    answers = [[sample.pop("answer") for sample in samples] for samples in described]
+    assert described[0] == described[1] and all(map(all, answers))  # a rounding may turn a word into another
 
 
 def test_one_process_has_nobody_to_share_with(tiny, tmp_path):
@@ -429,7 +432,7 @@ def test_weights_between_two_runs(tiny, tmp_path):
     average_weights(first, second, 0.25, tmp_path / "between")
     one, other, between = weights(first), weights(second), weights(tmp_path / "between")
     for name, tensor in between.items():
-        torch.testing.assert_close(tensor, 0.75 * one[name] + 0.25 * other[name])
+        assert_close(tensor, 0.75 * one[name] + 0.25 * other[name])
     load_model(get_preset("phi3-patches"), tmp_path / "between", torch.float32)
     train(recipe(tiny, tmp_path / "narrow", rank=2))
     with pytest.raises(WeightsError, match="differ in shape"):
