@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmchat.errors import BadInput, MmchatError
-from mmchat.limits import RateLimit
+from mmchat.limits import RateLimit, questions_per_minute
 from mmchat.presets import AUTO, DEFAULT_PRESET, PRESETS, get_preset
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -40,13 +40,17 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--rate-limit",
-        type=int,
         default=os.environ.get("MMCHAT_RATE_LIMIT") or "0",
         help="questions that one address may ask in a minute; 0 for any number (default: MMCHAT_RATE_LIMIT, or 0)",
     )
     parser.add_argument("--host", help="the address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, help="the port to listen on (default: the first free one from 7860)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    try:
+        options.rate_limit = questions_per_minute(options.rate_limit)
+    except BadInput as error:
+        sys.exit(str(error))
+    return options
 
 
 def main() -> None:

@@ -13,6 +13,21 @@ MINUTE = 60  # seconds
 REMEMBERED = 10_000  # addresses; the ones heard of longest ago are forgotten
 
 
+def questions_per_minute(text: str) -> int:
+    """What --rate-limit or MMCHAT_RATE_LIMIT says.
+
+    Raises:
+        BadInput: it is not a whole number, or below 0.
+    """
+    try:
+        count = int(text)
+    except ValueError:
+        count = -1
+    if count < 0:
+        raise BadInput(f"The rate limit is a whole number of questions per minute, or 0 for no limit, not '{text}'.")
+    return count
+
+
 class RateLimit:
     """At most so many questions of one address within any minute.
 

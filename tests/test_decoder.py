@@ -15,6 +15,7 @@ from mmchat.onnx_decoder import OnnxDecoder, load_onnx_decoder
 from mmchat.onnx_graph import BLOCK, eight_bits, four_bits
 from mmchat.presets import get_preset
 from mmchat.reuse import Readings
+from tests.close import assert_close
 from tests.conftest import ROOT
 
 PHOTO = ROOT / "examples" / "ball.jpg"
@@ -90,7 +91,8 @@ def test_caches_do_not_disturb_each_other(adapted, kind):
     decoder.read(parts[0], second)
     alone = decoder.empty_cache()
     expected = [decoder.read(part, alone).clone() for part in (beginning, *parts)][1:]
-    assert all(torch.allclose(one, other, atol=1e-5) for (one, _), other in zip(heard, expected, strict=True))
+    for (one, _), other in zip(heard, expected, strict=True):
+        assert_close(one, other)
 
 
 def test_weights_of_few_levels_are_packed_without_loss():
@@ -99,12 +101,12 @@ def test_weights_of_few_levels_are_packed_without_loss():
     step, lowest = torch.rand(2, 7, 3, 1) * torch.tensor([[1e-3], [1.0], [0.0]])  # one block is all alike
     packed, found_step, found_lowest = four_bits((lowest - 0.5 + levels * step).view(7, -1))
     unpacked = torch.stack([packed % 16, packed // 16], dim=3).view(7, 3, BLOCK)
-    assert torch.allclose(unpacked * found_step[:, :, None] + found_lowest[:, :, None], lowest - 0.5 + levels * step)
+    assert_close(unpacked * found_step[:, :, None] + found_lowest[:, :, None], lowest - 0.5 + levels * step, 1e-6)
     signed = torch.randint(-127, 128, (7, 2, BLOCK)).float()
     signed[:, :, 5] = -127
     signed[2, 1] = 0
     packed, found_step = eight_bits(0.01 * signed.view(7, -1))
-    assert torch.allclose((packed - 128.0) * found_step[:, :, None], 0.01 * signed)
+    assert_close((packed - 128.0) * found_step[:, :, None], 0.01 * signed, 1e-6)
 
 
 def test_weights_of_many_levels_are_not_packed():

@@ -14,6 +14,7 @@ from mmchat.decoder import TorchDecoder
 from mmchat.errors import MmchatError
 from mmchat.prompt import IMAGE_TOKEN_ID
 from mmchat.reuse import Reading, Readings
+from tests.close import assert_close
 
 GREEDY = SamplingOptions(temperature=0, max_new_tokens=16)
 
@@ -88,7 +89,7 @@ def test_a_follow_up_reaches_the_model_with_the_earlier_picture_and_answer(engin
     assert text.index("Describe") < text.index("zebra in pyjamas") < text.index("What color is it?")
     features = engine._image_features(photo)
     shown = embeddings[0, torch.tensor(token_ids) == IMAGE_TOKEN_ID]
-    torch.testing.assert_close(shown, engine.model.projector(features))
+    assert_close(shown, engine.model.projector(features))
 
 
 def test_what_was_shown_earlier_changes_what_the_model_reads(engine, photo, read_by_model):
@@ -111,7 +112,7 @@ def test_pictures_keep_the_order_in_which_they_were_shown(engine, photo, small_p
     token_ids, embeddings = read_by_model[-1]
     shown = embeddings[0, torch.tensor(token_ids) == IMAGE_TOKEN_ID]
     expected = [engine.model.projector(engine._image_features(image)) for image in (photo, small_picture)]
-    torch.testing.assert_close(shown, torch.cat(expected))
+    assert_close(shown, torch.cat(expected))
 
 
 def test_a_picture_without_words_is_described(engine, photo):

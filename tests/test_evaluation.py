@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -45,6 +46,7 @@ from mmchat.training.metrics import (
     yes_no_metrics,
 )
 from mmchat.training.recipe import Recipe
+from mmchat.training.recordings import read_recordings
 from mmchat.training.run import train
 from tests.conftest import ROOT, SPEECH
 from tests.test_speech import SAID
@@ -75,7 +77,7 @@ def test_corpus_bleu_is_pycocoevalcaps_own():
     expected, _ = scorer.compute_score(option="closest", verbose=0)
     ours = caption_metrics(answers, references)
     for order in range(4):
-        assert ours[f"BLEU-{order + 1}"].value == pytest.approx(expected[order], abs=1e-6)
+        assert ours[f"BLEU-{order + 1}"].value == pytest.approx(expected[order], rel=1e-6)
 
 
 def test_answers_are_compared_word_for_word():
@@ -351,6 +353,27 @@ def test_the_last_answer_is_asked_for(tmp_path):
     (tmp_path / "q.json").write_text(json.dumps([{"conversations": turns}]))
     with pytest.raises(BadInput, match="line 1: the conversation must end with the right answer"):
         read_items(tmp_path / "q.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "speech.json cannot be read: No such file or directory."),
+        (b"[{", "speech.json is not JSON."),
+        (b"\xff\xfe", "speech.json is not JSON."),
+        (b"{}", "speech.json has to be a list"),
+        (b"[]", "speech.json has to be a list"),
+        (b"[3]", "speech.json, entry 1 is not"),
+        (b'[{"audio": "a.wav"}]', "speech.json, entry 1 is not"),
+        (b'[{"audio": "a.wav", "text": " "}]', "speech.json, entry 1 is not"),
+        (b'[{"audio": "a.wav", "text": "Hi."}]', "speech.json, entry 1: there is no recording 'a.wav'."),
+    ],
+)
+def test_lists_of_recordings_that_cannot_be_used_get_a_sentence(tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "speech.json").write_bytes(content)
+    with pytest.raises(BadInput, match=re.escape(says)):
+        read_recordings(tmp_path / "speech.json")
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from mmchat.presets import PRESETS, HubRepository
 from mmchat.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
+from tests.close import assert_close
 
 QUESTION = "Describe the image."
 
@@ -79,7 +80,7 @@ def test_merging_changes_logits_by_rounding_only(tiny, exported):
     merged = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).model.language_model
     embeddings = torch.randn(2, 9, 64)
     expected = ours.causal_language_model.get_decoder()(inputs_embeds=embeddings).last_hidden_state
-    torch.testing.assert_close(merged(inputs_embeds=embeddings).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+    assert_close(merged(inputs_embeds=embeddings).last_hidden_state, expected)
 
 
 def test_transformers_pipeline_reads_it(tiny, exported):
@@ -162,4 +163,4 @@ def test_siglip_is_exported_too(tiny, tmp_path):
     features = engine.image_encoder.encode([picture])
     with torch.no_grad():
         found = model.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
-        torch.testing.assert_close(found[0], engine.model.projector(features)[0], atol=1e-5, rtol=1e-5)
+        assert_close(found[0], engine.model.projector(features)[0])

@@ -18,6 +18,7 @@ from mmchat.importing import import_checkpoint, own_weights
 from mmchat.language_model import load_language_model
 from mmchat.model import load_model
 from mmchat.presets import PRESETS, HubRepository
+from tests.close import assert_close
 from tests.conftest import ROOT
 
 RANK, ALPHA = 4, 8
@@ -159,7 +160,7 @@ def test_the_logits_are_those_of_the_description(tiny, tmp_path, name):
     model, _ = load_model(preset, tmp_path / "ours", torch.float32)
     tokens = torch.cat([TEXT[:, :2], torch.full((1, model.tokens_per_image), -200), TEXT[:, 2:]], dim=1)
     found = model.language_model(inputs_embeds=model.splice(tokens, features)).logits
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert_close(found, expected)
     published = {key for file in (tmp_path / "published").glob("*.pt*") for key in torch.load(file)}
     assert published <= report.taken.keys() | report.ignored.keys()
     assert len(report.ignored) == (2 if name == "b" else 0) and str(report)

@@ -14,6 +14,7 @@ from mmchat.errors import WeightsError
 from mmchat.model import IGNORED, MultimodalModel, load_model
 from mmchat.projector import ProjectorConfig, build_projector
 from mmchat.prompt import IMAGE_TOKEN_ID
+from tests.close import assert_close
 
 PROJECTORS = ("linear", "mlp", "resblock")
 
@@ -41,10 +42,10 @@ def test_projected_features_stand_at_their_places(kind):
     ids = torch.tensor([[1, *[IMAGE_TOKEN_ID] * 3, 2, 3], [4, 5, *[IMAGE_TOKEN_ID] * 3, 6]])
     embeddings = model.splice(ids, features)
     tokens = model.language_model.get_input_embeddings()
-    torch.testing.assert_close(embeddings[0, 1:4], model.projector(features[0]))
-    torch.testing.assert_close(embeddings[1, 2:5], model.projector(features[1]))
-    torch.testing.assert_close(embeddings[0, [0, 4, 5]], tokens(torch.tensor([1, 2, 3])))
-    torch.testing.assert_close(embeddings[1, [0, 1, 5]], tokens(torch.tensor([4, 5, 6])))
+    assert_close(embeddings[0, 1:4], model.projector(features[0]))
+    assert_close(embeddings[1, 2:5], model.projector(features[1]))
+    assert_close(embeddings[0, [0, 4, 5]], tokens(torch.tensor([1, 2, 3])))
+    assert_close(embeddings[1, [0, 1, 5]], tokens(torch.tensor([4, 5, 6])))
 
 
 def test_a_marker_ends_every_picture():
@@ -69,7 +70,7 @@ def test_the_loss_equals_cross_entropy_on_the_next_token_of_every_answer():
     expected = torch.nn.functional.cross_entropy(
         logits[:, :-1].reshape(-1, 50), batch["labels"][:, 1:].reshape(-1), ignore_index=IGNORED
     )
-    torch.testing.assert_close(loss, expected)
+    assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("kind", PROJECTORS)

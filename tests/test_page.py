@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -190,6 +191,17 @@ def test_models_that_cannot_be_loaded_end_the_app_with_a_sentence(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("'empty' is not a folder of mmchat weights")
+
+
+@pytest.mark.parametrize("said", ["-1", "ten", "1.5"])
+@pytest.mark.parametrize("as_flag", [True, False])
+def test_a_rate_limit_that_is_none_is_refused_at_the_start(said, as_flag):
+    flags, environment = (["--rate-limit", said], {}) if as_flag else ([], {"MMCHAT_RATE_LIMIT": said})
+    command = [sys.executable, "app.py", *flags]
+    options = {"cwd": ROOT, "env": os.environ | environment, "timeout": 60}
+    result = subprocess.run(command, capture_output=True, text=True, **options)
+    says = f"The rate limit is a whole number of questions per minute, or 0 for no limit, not '{said}'.\n"
+    assert (result.returncode, result.stderr) == (1, says)
 
 
 def test_one_address_may_ask_only_so_often(engine):

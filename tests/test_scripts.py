@@ -151,6 +151,7 @@ def test_mistakes_end_with_one_sentence(prepared):
         ("embed_images.py --images none --out f", "no pictures in 'none'"),
         ("evaluate.py --questions describe.json --features photos", "holds no features"),
         ("finetune_qlora.py --train none.json --features features", "none.json cannot be read"),
+        ("evaluate.py --speech none.json", "none.json cannot be read"),
     ):
         result = script(prepared, command)
         assert result.returncode != 0 and says in result.stderr + result.stdout, result.stderr

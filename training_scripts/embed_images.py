@@ -55,7 +55,7 @@ def main():
             load_image_encoder(preset).to(choose_device().type),
             batch_size=options.batch_size,
             mirror=options.mirror,
-            progress=lambda batches, total: tqdm(batches, total=total, unit="batch"),
+            progress=lambda pictures, total: tqdm(pictures, total=total, unit="picture"),
         )
     except MmchatError as error:
         sys.exit(str(error))

@@ -159,12 +159,12 @@ def evaluate_speech(options):
     from mmchat.presets import get_preset
     from mmchat.speech import SpeechRecognizer
     from mmchat.training.metrics import word_error_rate
+    from mmchat.training.recordings import read_recordings
 
-    recordings = json.loads(Path(options.speech).read_text())
+    recordings = read_recordings(options.speech)
     recognizer = SpeechRecognizer(get_preset(options.preset).speech)
-    folder = Path(options.speech).parent
-    heard = [recognizer.transcribe(folder / recording["audio"]).text for recording in recordings]
-    rate = word_error_rate(heard, [recording["text"] for recording in recordings])
+    heard = [recognizer.transcribe(recording.path).text for recording in recordings]
+    rate = word_error_rate(heard, [recording.text for recording in recordings])
     return [
         {
             "weights": options.preset,
@@ -172,7 +172,7 @@ def evaluate_speech(options):
             "condition": "real",
             "metrics": [entry("speech", "word error rate", rate)],
             "answers": [
-                {"id": one["audio"], "answer": text, "expected": one["text"]}
+                {"id": one.name, "answer": text, "expected": one.text}
                 for one, text in zip(recordings, heard, strict=True)
             ],
         }

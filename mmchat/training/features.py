@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def embed_folder(
     *,
     batch_size: int = 16,
     mirror: bool = False,
-    progress: Callable[[Iterator, int], Iterator] = lambda batches, total: batches,
+    progress: Callable[[Iterator, int], Iterator] = lambda pictures, total: pictures,
 ) -> EmbedReport:
     """Computes the features of every picture below ``pictures`` and writes them to ``folder``.
 
@@ -135,15 +136,13 @@ def embed_folder(
         encoder: as ``load_image_encoder(preset)`` gives it.
         batch_size: pictures that a GPU encodes at once; a CPU encodes each by itself, several side by side.
         mirror: embed every picture a second time, mirrored, under its name after ``MIRRORED``: more to learn from.
-        progress: wraps the iterator of batches, as tqdm does; called with it and the number of batches.
+        progress: wraps the iterator of pictures, as tqdm does; called with it and the number of pictures.
 
     Raises:
         BadInput: there are no pictures, or the folder holds features of another encoder.
     """
     pictures, folder = Path(pictures), Path(folder)
-    names = sorted(
-        path.relative_to(pictures).as_posix() for path in pictures.rglob("*") if path.suffix.lower() in SUFFIXES
-    )
+    names = sorted(path.relative_to(pictures).as_posix() for path in _pictures_below(pictures))
     if not names:
         raise BadInput(f"There are no pictures in '{pictures.name}'.")
     if mirror:
@@ -154,12 +153,14 @@ def embed_folder(
     device = next(encoder.parameters()).device
     batch_size = 1 if device.type == "cpu" else batch_size
 
-    def embed(batch: list[str]) -> tuple[dict[str, str], np.ndarray | None]:
-        """Why pictures cannot be read, and the features of the others, in order."""
+    def embed(batch: list[str]) -> list[tuple[str, np.ndarray | str]]:
+        """Each picture's name with its features, [features, width], or with the reason why it cannot be read."""
         found = {name: _pixels(pictures, name, encoder) for name in batch}
-        unreadable = {name: reason for name, reason in found.items() if isinstance(reason, str)}
-        readable = [pixels for name, pixels in found.items() if name not in unreadable]
-        return unreadable, _features(encoder, torch.stack(readable).to(device)) if readable else None
+        readable = [name for name, pixels in found.items() if not isinstance(pixels, str)]
+        if readable:
+            stacked = torch.stack([found[name] for name in readable]).to(device)  # [batch, 3, height, width]
+            found |= zip(readable, _features(encoder, stacked), strict=True)
+        return list(found.items())
 
     with _workers(device) as pool:
         digests = dict(
@@ -168,14 +169,27 @@ def embed_folder(
         waiting = [name for name in names if known.get(name) != digests[name]]
         writer = _ShardWriter(folder, manifest, digests)
         batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
-        embedded = _ahead(pool, embed, batches)
-        for batch, (unreadable, features) in progress(zip(batches, embedded, strict=True), len(batches)):
-            manifest["unreadable"].update(unreadable)
-            if features is not None:
-                writer.add([name for name in batch if name not in unreadable], features)
+        embedded = chain.from_iterable(_ahead(pool, embed, batches))
+        for name, found in progress(embedded, len(waiting)):
+            if isinstance(found, str):
+                manifest["unreadable"][name] = found
+            else:
+                writer.add(name, found)
         writer.flush()
     unreadable = {name: reason for name, reason in manifest["unreadable"].items() if name in digests}
     return EmbedReport(writer.written, len(names) - len(waiting), unreadable)
+
+
+def _pictures_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Through links to folders, too, unless they lead back to a folder on the way there (``above``)."""
+    here = folder.resolve()
+    if not here.is_dir() or here in above:
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _pictures_below(path, (*above, here))
+        elif path.suffix.lower() in SUFFIXES and path.is_file():
+            yield path
 
 
 @contextmanager
@@ -233,8 +247,8 @@ class _ShardWriter:
         self.arrays: list[np.ndarray] = []
         self.written = 0
 
-    def add(self, names: list[str], features: np.ndarray) -> None:
-        self.names += names
+    def add(self, name: str, features: np.ndarray) -> None:
+        self.names.append(name)
         self.arrays.append(features)
         if len(self.names) >= PICTURES_PER_SHARD:
             self.flush()
@@ -245,7 +259,7 @@ class _ShardWriter:
             file = f"features-{len(self.manifest['shards']):05d}.npy"
             unfinished = self.folder / f".{file}"
             with unfinished.open("wb") as sink:
-                np.save(sink, np.concatenate(self.arrays))
+                np.save(sink, np.stack(self.arrays))
             unfinished.replace(self.folder / file)
             self.manifest["shards"].append({"file": file, "pictures": {n: self.digests[n] for n in self.names}})
             self.written += len(self.names)

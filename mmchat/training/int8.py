@@ -1,17 +1,36 @@
-"""Frozen linear layers in 8 bits, forward and backward: on a CPU several times the arithmetic in the same time.
+"""Frozen linear layers in 8 bits, forward and backward: on most CPUs several times the arithmetic in the same time.
 
 SwitchBack (Wortsman et al. 2023, arXiv 2304.13013) for weights that do not change: what enters a layer and the gradient
-that leaves it are rounded to 8 bits, row by row, and multiplied as integers; the sum is exact.
+that leaves it are rounded to 8 bits, row by row, and multiplied as integers; the sum is exact. Without a fast kernel
+for it, as on processors without VNNI, PyTorch takes 26 times as long as in float32, so both are measured first.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from ..errors import BadInput
+
+logger = logging.getLogger(__name__)
+
 LEVELS = 127
+DECISION = "multiplication.json"  # in a run's folder: which multiplication its frozen layers use
+MEASURED_SHAPES = 3  # those of a model that cost most
+MEASURED_ROWS = 128  # tokens
+MEASURED_WIDTH = 1024  # at most; wider layers are neither much faster nor much slower
+MEASURED_SECONDS = 0.05  # for each product; whatever is running then is waited for
 
 
 def quantize_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,9 +75,97 @@ class Int8Linear(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
+@dataclass(frozen=True)
+class Speeds:
+    """Billions of additions and multiplications per second in a layer, rounding included."""
+
+    int8: float
+    float32: float
+
+    def __str__(self) -> str:
+        return f"int8: {self.int8:,.0f} GFLOP/s, float32: {self.float32:,.0f} GFLOP/s"
+
+
+@torch.no_grad()
+def measure_speeds(decoder: nn.Module) -> Speeds:
+    """How fast this machine computes the layers that would be rounded, as many products as 0.3 s have room for."""
+    shapes = Counter(tuple(linear.weight.shape) for *_, linear in _frozen_linear_layers(decoder))
+    costliest = sorted(shapes, key=lambda shape: shapes[shape] * shape[0] * shape[1], reverse=True)[:MEASURED_SHAPES]
+    operations, seconds = 0, {"int8": 0.0, "float32": 0.0}
+    for shape in costliest:
+        outputs, inputs = (min(size, MEASURED_WIDTH) for size in shape)
+        x, weight = torch.ones(MEASURED_ROWS, inputs), torch.ones(outputs, inputs)
+        rounded, scale = quantize_rows(weight)
+        operations += shapes[shape] * 2 * MEASURED_ROWS * outputs * inputs
+        seconds["int8"] += shapes[shape] * _fastest(_product, x, rounded, scale.view(1, -1))
+        seconds["float32"] += shapes[shape] * _fastest(nn.functional.linear, x, weight)
+    return Speeds(**{name: operations / duration / 1e9 for name, duration in seconds.items()})
+
+
+def _fastest(product: Callable, *factors: torch.Tensor) -> float:
+    """Seconds that a product takes when nothing comes between."""
+    times: list[float] = []
+    while sum(times) < MEASURED_SECONDS:
+        start = time.perf_counter()
+        product(*factors)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def use_faster_multiplication(decoder: nn.Module, run: Path) -> None:
+    """Rounds a decoder's linear layers if that is faster here; otherwise they stay in full precision.
+
+    The decision is kept in the run's folder, so that a resumed run computes what it would have computed without the
+    interruption, on another machine, too, even if the other multiplication is faster there. Checkpoints without a
+    decision come from a version that always rounded.
+
+    Args:
+        run: the folder that the training run writes.
+
+    Raises:
+        BadInput: the decision in it cannot be read.
+    """
+    state, decision = PartialState(cpu=True), [None]
+    if state.is_main_process:  # it decides for all: processes that multiply differently would not learn the same
+        decision = [_kept_decision(run) or _decide(decoder, run)]
+    broadcast_object_list(decision)
+    if decision == ["int8"]:
+        round_linear_layers(decoder)
+
+
+def _kept_decision(run: Path) -> str | None:
+    path = run / DECISION
+    if path.exists():
+        try:
+            kept = {"int8": "int8", "float32": "float32"}[json.loads(path.read_text())["multiplication"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f'{path} has to say {{"multiplication": "int8"}} or "float32".') from error
+    elif any(run.glob("checkpoint-*")):
+        kept = "int8"
+    else:
+        return None
+    logger.info("Frozen layers multiply in %s, as this run began (remove %s to begin a run anew)", kept, DECISION)
+    return kept
+
+
+def _decide(decoder: nn.Module, run: Path) -> str:
+    speeds = measure_speeds(decoder)
+    faster = "int8" if speeds.int8 > speeds.float32 else "float32"
+    logger.info("Frozen layers multiply in %s, which is faster here (%s)", faster, speeds)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / DECISION).write_text(json.dumps({"multiplication": faster, "gflops": asdict(speeds)}))
+    return faster
+
+
 def round_linear_layers(decoder: nn.Module) -> None:
     """Replaces the linear layers of a decoder, those under a LoRA adapter too; the adapter's own stay as they are."""
-    for path, module in list(decoder.named_modules()):
-        for name, child in list(module.named_children()):
+    for parent, name, linear in list(_frozen_linear_layers(decoder)):
+        setattr(parent, name, Int8Linear(linear))
+
+
+def _frozen_linear_layers(decoder: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Each with the module it is in, and its name there."""
+    for path, module in decoder.named_modules():
+        for name, child in module.named_children():
             if type(child) is nn.Linear and "lora_" not in f"{path}.{name}":
-                setattr(module, name, Int8Linear(child))
+                yield module, name, child

@@ -60,7 +60,7 @@ class Recipe:
         "none",
         MODEL,
         "of the frozen base model: 4bit is NF4, as in QLoRA; 4bit-double quantises its scales, too; 8bit is LLM.int8; "
-        "int8 multiplies in 8 bits, to train faster on a CPU",
+        "int8 multiplies in 8 bits on a CPU where that measures faster",
         ("none", "4bit", "4bit-double", "8bit", "int8"),
     )
     projector: str | None = setting(

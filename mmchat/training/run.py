@@ -27,7 +27,7 @@ from .conversations import read_conversations
 from .data import ConversationDataset
 from .evaluation import Evaluator
 from .features import FeatureStore, PictureFolder
-from .int8 import round_linear_layers
+from .int8 import use_faster_multiplication
 from .recipe import Recipe, write_recipe
 from .samples import write_samples
 from .self_critical import SelfCriticalTrainer
@@ -175,7 +175,7 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
         )
     if recipe.quantization == "int8":
         if choose_device().type == "cpu":
-            round_linear_layers(model.causal_language_model.get_decoder())
+            use_faster_multiplication(model.causal_language_model.get_decoder(), Path(recipe.out))
         else:
             logger.warning("int8 is for CPUs: here the base model stays in full precision")
     for weight in model.parameters():  # what is trained is trained in full precision, whatever the base is kept in
