@@ -1,7 +1,7 @@
 """Fits a tagger to pictures that people described or labeled.
 
-Each source tells only part of what a picture shows: who labeled sofas says nothing of colors. So every picture has words
-that are known to be there or not, and words that are probably not there because nobody spoke of them, which count less.
+Each source tells only part of what a picture shows: a list of furniture says nothing about colors. So some words are
+known to be there or not, and the others, which nobody looked for, are taken to be absent and count less.
 """
 
 from __future__ import annotations
@@ -169,8 +169,8 @@ def fit_tagger(
 ) -> Tagger:
     """Fits the words, takes over the encoder's classes, and writes both to ``out``, with TAGS_FILE beside them.
 
-    A classifier is surer of pictures it was fitted to than of others. A language model that learned from such tags would
-    trust them too much, so the tags of each training picture come from a classifier that was fitted to other pictures.
+    A classifier is too sure of the pictures it was fitted to, and a language model that learned from such tags would
+    trust tags too much. So the tags of each training picture come from a classifier that was fitted to the others.
 
     Args:
         head: the encoder's own classifier, [classes, width] and [classes].
