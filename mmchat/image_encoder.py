@@ -208,7 +208,8 @@ def find_image_encoder(
 ) -> ImageEncoderPreset:
     """Any CLIP or SigLIP vision model of the Hub, or in a folder, as a preset's image encoder.
 
-    Or an EfficientNet-Lite, as it was trained on ImageNet, by its name in ``presets.EFFICIENTNETS``; or a folder with one that was tuned on captions.
+    Or one of ``presets.EFFICIENTNETS`` by its name, as it was trained on ImageNet; or a folder with one that was tuned
+    on captions.
 
     Args:
         features, layer, class_token: as ``ImageEncoderPreset`` has them; the features are "pooled" or "patches".

@@ -1,7 +1,8 @@
 """Image tags: what two linear classifiers recognize in a picture's features, told to the language model in words.
 
-Object tags beside image features help a language model name what it sees (Oscar, Li et al. 2020, arXiv 2004.06165). One
-classifier is the head that the image encoder was trained with on ImageNet, the other knows words of captions and labels.
+Object tags beside image features help a language model name what it sees (Oscar, Li et al. 2020, arXiv 2004.06165).
+One classifier is the head that the image encoder was trained with on ImageNet, the other knows words of captions and
+labels.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def pooled(features: torch.Tensor) -> torch.Tensor:
 
 
 def tag_text(classes: Iterable[Tag], words: Iterable[Tag]) -> str:
-    """Tags as the language model reads them, each with its probability in tenths: "Tags: espresso 9; cup 8, table 3"."""
+    """Tags as the language model reads them, with their probability in tenths: "Tags: espresso 9; cup 8, table 3"."""
     parts = [", ".join(f"{tag.name} {min(int(10 * tag.probability), 9)}" for tag in tags) for tags in (classes, words)]
     return f"Tags: {'; '.join(parts)}"
 

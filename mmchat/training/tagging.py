@@ -31,7 +31,7 @@ TAGS_FILE = "tags.json"  # picture -> the tags of a tagger that has not seen it
 COMMON_WORD, COMMON_LABEL = 15, 3  # pictures that have to show it: words that people chose, labels
 UNKNOWN = 0.15  # what a word counts where it was not looked for; at 0 the tagger would see door knobs in the snow
 FOLDS = 4
-EPOCHS, BATCH, RATE, DECAY, DROPOUT = 10, 256, 2e-3, 0.3, 0.4
+EPOCHS, LEAST_STEPS, BATCH, RATE, DECAY, DROPOUT = 10, 500, 256, 2e-3, 0.3, 0.4
 LEAVE_OUT_ALL, LEAVE_OUT_ONE = 0.1, 0.15  # in training: of pictures without tags, of tags left out of the others
 
 
@@ -143,8 +143,9 @@ def fit_words(x: torch.Tensor, shares: torch.Tensor, weights: torch.Tensor, seed
     rate = (shares * weights).sum(dim=0) / weights.sum(dim=0).clamp(min=1)
     layer.bias.data = torch.logit(rate, eps=1e-3)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=RATE, weight_decay=DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
-    for _ in range(EPOCHS):
+    epochs = max(EPOCHS, LEAST_STEPS * BATCH // len(x))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for _ in range(epochs):
         for batch in torch.randperm(len(x)).split(BATCH):
             logits = layer(nn.functional.dropout(x[batch], DROPOUT))
             losses = nn.functional.binary_cross_entropy_with_logits(logits, shares[batch], reduction="none")

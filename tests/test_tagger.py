@@ -1,0 +1,174 @@
+"""The tagger: what it is fitted to, what it says, and that training and chat tell the language model of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mmchat.errors import BadInput, WeightsError
+from mmchat.model import load_model
+from mmchat.presets import EFFICIENTNET_LITE2
+from mmchat.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, Message, encode
+from mmchat.tagger import TAGGER_FILE, Tag, Tagger, load_tagger, tag_text
+from mmchat.training.averaging import average_weights
+from mmchat.training.conversations import conversation_of, entry_of
+from mmchat.training.data import ConversationDataset
+from mmchat.training.labels import Labeled
+from mmchat.training.tagging import TAGS_FILE, TrainingTags, Vocabulary, fit_tagger, read_classes
+
+CELLS, WIDTH = 4, 8
+SMALL = replace(EFFICIENTNET_LITE2, feature_count=CELLS + 1, width=WIDTH)
+
+
+def features_of(kind: int, number: int) -> torch.Tensor:
+    """[CELLS + 1, WIDTH] with one of its numbers large, and noise."""
+    cells = 0.1 * torch.randn(CELLS, WIDTH, generator=torch.Generator().manual_seed(100 * kind + number))
+    cells[:, kind] += 1
+    return torch.cat([cells, cells.mean(dim=0, keepdim=True)])
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """Features of dogs, kitchens and apples, and a tagger that was fitted to what is said of them."""
+    features = {
+        f"{kind}/{n}": features_of(i, n) for i, kind in enumerate(("dog", "kitchen", "apple")) for n in range(60)
+    }
+    captioned = [
+        {"image": f"dog/{n}", "captions": ["A brown dog runs .", "The brown dog .", "Something else ."]}
+        for n in range(60)
+    ]
+    labeled = [Labeled(f"kitchen/{n}", scene="kitchen") for n in range(60)]
+    labeled += [Labeled(f"apple/{n}", label="apple", fine="Pink Lady" if n % 2 else "") for n in range(60)]
+    folder = tmp_path_factory.mktemp("tagger")
+    head = (torch.eye(2, WIDTH) * 9, torch.zeros(2))
+    vocabulary = Vocabulary(captioned, labeled)
+    tagger = fit_tagger(SMALL, head, ["terrier", "stove"], vocabulary, features, folder)
+    return folder, features, tagger, vocabulary
+
+
+def test_it_recognizes_what_people_said(fitted):
+    _, _, tagger, _ = fitted
+    classes, words = tagger(features_of(0, 999))
+    assert classes[0].name == "terrier" and classes[0].probability > 0.9
+    assert {"dog", "brown", "brown dog"} <= {tag.name for tag in words}
+    assert [tag.name for tag in tagger(features_of(1, 999))[1]] == ["kitchen"]
+    assert tagger(features_of(2, 999))[1][0].name == "apple"
+
+
+def test_tags_are_as_sure_as_people_agreed(fitted):
+    """Two of three captions say "brown dog"."""
+    probabilities = {tag.name: tag.probability for tag in fitted[2](features_of(0, 999))[1]}
+    assert probabilities["brown dog"] == pytest.approx(2 / 3, abs=0.1)
+
+
+def test_what_nobody_looked_for_counts_little(fitted):
+    vocabulary = fitted[3]
+    shares, weights = vocabulary.targets(["apple/0", "dog/0"])
+    dog, apple, kitchen = (vocabulary.words.index(word) for word in ("dog", "apple", "kitchen"))
+    assert shares[0, apple] == weights[0, apple] == 1  # labeled so
+    assert weights[0, kitchen] == 1 and shares[0, kitchen] == 0  # no photo of a thing is one of a room
+    assert shares[0, dog] == 0 < weights[0, dog] < 1  # a dog may lie beside the apple
+    assert weights[1, kitchen] == 1 > weights[1, apple]
+
+
+def test_tags_of_training_pictures_come_from_others(fitted, monkeypatch):
+    """A picture with a label of its own: only a classifier that has seen it could name it."""
+    folder, features, tagger, _ = fitted
+    tags = json.loads((folder / TAGS_FILE).read_text())
+    assert tags.keys() == features.keys()
+    seen = {tag.name: tag.probability for tag in tagger(features["dog/0"])[1]}
+    unseen = dict(tags["dog/0"][1])
+    assert unseen.keys() >= {"dog"} and unseen["dog"] != round(seen["dog"], 3)
+
+
+def test_training_leaves_tags_out_now_and_then(fitted):
+    folder, features, tagger, _ = fitted
+    tags = TrainingTags(tagger, folder, features, seed=0)
+    texts = [tags(image) for image in features]
+    assert texts == [tags(image) for image in features]  # the same in every epoch, so that a resumed run is exact
+    assert 3 < texts.count(tag_text([], [])) < 45
+    assert any("dog" not in text for text in texts[:60]) and sum("dog" in text for text in texts[:60]) > 30
+    other = {"new": features["dog/3"]}
+    assert "dog" in TrainingTags(tagger, folder, other, seed=1)("new")  # not fitted to: the tagger itself says
+
+
+def test_the_text_tells_classes_words_and_how_sure():
+    assert (
+        tag_text([Tag("espresso", 0.95)], [Tag("cup", 0.849), Tag("table", 1.0)]) == "Tags: espresso 9; cup 8, table 9"
+    )
+
+
+def test_it_is_saved_and_read_again(fitted, tmp_path):
+    tagger = fitted[2]
+    tagger.save(tmp_path)
+    read = load_tagger(tmp_path)
+    assert (read.classes, read.words) == (tagger.classes, tagger.words)
+    assert read.text(features_of(0, 7)) == tagger.text(features_of(0, 7))
+    read.save(tmp_path / "..")
+    assert (tmp_path / ".." / TAGGER_FILE).read_bytes() == (tmp_path / TAGGER_FILE).read_bytes()
+    (tmp_path / TAGGER_FILE).write_bytes((tmp_path / TAGGER_FILE).read_bytes()[:-9])
+    with pytest.raises(WeightsError, match="tagger in .* is damaged"):
+        load_tagger(tmp_path)
+    assert load_tagger(tmp_path / "nothing") is None
+
+
+def test_tags_stand_between_the_picture_and_the_question(engine):
+    tokenizer, chat_format = engine.tokenizer, CHAT_FORMATS["smollm2"]
+    message = Message("user", "What is this?", ["a", "b"])
+    encoded = encode([message], tokenizer, chat_format, 2, image_text={"a": "Tags: cup 9; ", "b": ""}.get)
+    shown = tokenizer.decode([0 if token == IMAGE_TOKEN_ID else token for token in encoded.token_ids])
+    picture = tokenizer.decode([0, 0])
+    assert shown == f"<|im_start|>user\n{picture}\nTags: cup 9; \n{picture}\nWhat is this?<|im_end|>\n"
+
+
+def test_conversations_about_a_picture_share_its_tags(engine):
+    conversations = [conversation_of(entry_of(str(n), "a", [(f"Question {n}?", "Yes.")]), "a test") for n in range(3)]
+    dataset = ConversationDataset(
+        conversations,
+        {"a": torch.zeros(2, 4)},
+        engine.tokenizer,
+        CHAT_FORMATS["smollm2"],
+        2,
+        image_text=lambda _: "Tags: cup 9",
+    )
+    (row,) = dataset.rows
+    assert engine.tokenizer.decode([token for token in row.token_ids if token >= 0]).count("cup 9") == 1
+
+
+def test_the_engine_tells_what_it_sees_and_the_model_is_told(engine, photo):
+    tags = engine.classes(photo.with_name("coffee.jpg"))
+    assert tags[0].probability >= tags[-1].probability and "espresso" in [tag.name for tag in tags]
+    encoded = engine._encode([Message("user", "What is this?", [photo.with_name("coffee.jpg")])])
+    assert "espresso" in engine.tokenizer.decode([token for token in encoded.token_ids if token >= 0])
+    with pytest.raises(BadInput, match="There is no picture"):
+        engine.classes("nowhere.jpg")
+
+
+def test_weights_bring_their_tagger_along(engine, fitted, tmp_path):
+    engine.model.save(tmp_path / "one", engine.preset)
+    assert (tmp_path / "one" / TAGGER_FILE).exists()
+    model, _ = load_model(engine.preset, tmp_path / "one", torch.float32)
+    features = torch.rand(engine.preset.image_encoder.feature_count, engine.preset.image_encoder.width)
+    assert model.tags(features) == engine.model.tags(features)
+    average_weights(tmp_path / "one", tmp_path / "one", 0.5, tmp_path / "average")
+    assert (tmp_path / "average" / TAGGER_FILE).read_bytes() == (tmp_path / "one" / TAGGER_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '[{"name": "cup"}]', '{"names": ["cup"]}'])
+def test_a_file_of_classes_that_is_none_is_refused(content, tmp_path):
+    (tmp_path / "classes.json").write_text(content)
+    with pytest.raises(BadInput, match="classes.json"):
+        read_classes(tmp_path / "classes.json")
+
+
+def test_an_empty_vocabulary_is_refused():
+    with pytest.raises(BadInput, match="too few"):
+        Vocabulary([{"image": "a", "captions": ["A dog .", "The dog ."]}], [])
+
+
+def test_tagger_without_classes_has_none():
+    tagger = Tagger([], ["cup"], WIDTH)
+    assert tagger.text(torch.zeros(CELLS + 1, WIDTH)) == "Tags: ; cup 5"

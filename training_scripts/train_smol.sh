@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Trains weights/smol from data, stage by stage; what is there already is not made again, and a run that was interrupted
+# is resumed.
+#
+#     DATA=research/ training_scripts/train_smol.sh
+#
+# DATA holds flickr8k/ (images/, captions.json, splits.json), world/ (images/, captions.json, labels.json, questions.json,
+# splits.json) and imagenet_classes.json; the model card tells where they come from. Everything is written to data/ and
+# runs/. On two CPU cores no stage takes two hours.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+: "${DATA:?Name the folder with the data sets: DATA=research/ training_scripts/train_smol.sh}"
+PYTHON="${PYTHON:-.venv/bin/python}"
+FLICKR="--captions $DATA/flickr8k/captions.json --splits $DATA/flickr8k/splits.json --folder flickr8k"
+WORLD="--splits $DATA/world/splits.json --folder world"
+EASY="--images data/pictures/easy-vqa/train --folder easy-vqa/train --split train"
+
+stage() { # what it makes, then the command
+    local made="$1"
+    shift
+    if [ -e "$made" ]; then
+        echo "== $made is there"
+        return
+    fi
+    echo "== $made"
+    "$@"
+}
+
+prepare() { # the file to write, then prepare_data.py's arguments
+    stage "$1" "$PYTHON" training_scripts/prepare_data.py "${@:2}" --out "$1"
+}
+
+link() { # a folder of pictures, and its name below data/pictures
+    mkdir -p data/pictures
+    [ -e "data/pictures/$2" ] || ln -s "$(realpath "$1")" "data/pictures/$2"
+}
+
+# 1. Pictures, and conversations about them
+link "$DATA/flickr8k/images" flickr8k
+link "$DATA/world/images" world
+prepare data/flickr-train.json captions $FLICKR --split train --agreement 1 --per-image 5 --seed 31
+prepare data/flickr-details-train.json captions $FLICKR --split train --only-details
+prepare data/world-captions-train.json captions --captions "$DATA/world/captions.json" $WORLD --split train \
+    --agreement 1 --per-image 5 --details --seed 32
+prepare data/world-labels-train.json labels --labels "$DATA/world/labels.json" $WORLD --split train --per-image 8
+prepare data/world-daquar-train.json labels --labels "$DATA/world/questions.json" $WORLD --split train
+prepare data/easy-train.json easy-vqa $EASY --per-image 4 --turns 1 --limit 1200 --seed 6
+
+# 2. Features of all pictures
+stage data/features-lite2/manifest.json "$PYTHON" training_scripts/embed_images.py --images data/pictures \
+    --image-encoder efficientnet-lite2 --out data/features-lite2
+
+# 3. The tagger
+stage runs/tagger/tagger.safetensors "$PYTHON" training_scripts/fit_tagger.py --features data/features-lite2 \
+    --classes "$DATA/imagenet_classes.json" --out runs/tagger \
+    --captions flickr8k="$DATA/flickr8k/captions.json" world="$DATA/world/captions.json" \
+    --labels world="$DATA/world/labels.json" world="$DATA/world/questions.json" \
+    --splits flickr8k="$DATA/flickr8k/splits.json" world="$DATA/world/splits.json"
+
+# 4. Answers learned word by word, from the projector and adapter of the release before this one
+stage runs/previous/mmchat.json bash -c \
+    'mkdir -p runs/previous && git archive b371864 weights/smol | tar -x --strip-components=2 -C runs/previous'
+stage runs/everyday/mmchat.json "$PYTHON" training_scripts/finetune_qlora.py --resume \
+    --recipe training_scripts/recipes/smol-everyday.yaml
+
+# 5. Descriptions rewarded, a few questions about each picture beside them
+prepare data/flickr-few.json captions $FLICKR --split train --agreement 1 --per-image 5 --apart --seed 33
+prepare data/world-captions-few.json captions --captions "$DATA/world/captions.json" $WORLD --split train \
+    --agreement 1 --per-image 5 --apart --details --seed 34
+prepare data/world-labels-few.json labels --labels "$DATA/world/labels.json" $WORLD --split train --per-image 4 --seed 35
+prepare data/world-daquar-few.json labels --labels "$DATA/world/questions.json" $WORLD --split train --per-image 4 --seed 36
+stage runs/everyday-rewarded/mmchat.json "$PYTHON" training_scripts/finetune_qlora.py --resume \
+    --recipe training_scripts/recipes/smol-everyday-rewarded.yaml
+stage runs/smol-final/mmchat.json "$PYTHON" training_scripts/average_weights.py runs/everyday runs/everyday-rewarded \
+    --share 0.6 --out runs/smol-final
+echo "Chat with the weights: make run OPTIONS=\"--weights runs/smol-final\""
