@@ -2,6 +2,7 @@
 
 python -m mmchat ask "What is in this picture?" --image cat.jpg
 python -m mmchat batch questions.jsonl --out answers.jsonl
+python -m mmchat classes cat.jpg
 python -m mmchat space --out space/
 python -m mmchat doctor
 """
@@ -54,6 +55,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     batch_command.set_defaults(run=batch)
 
+    classes_command = commands.add_parser("classes", help="what the image encoder recognizes in pictures")
+    classes_command.add_argument("images", nargs="+", help="pictures")
+    classes_command.set_defaults(run=classes, rewrite=False, temperature=None, beams=None, max_new_tokens=None)
+
     space_command = commands.add_parser("space", help="put the files of a Hugging Face Space together")
     space_command.add_argument("--out", type=Path, required=True, help="the folder to write; it has to be empty")
     space_command.set_defaults(run=space)
@@ -61,7 +66,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     doctor_command = commands.add_parser("doctor", help="look at this machine: what is here, what is missing")
     doctor_command.set_defaults(run=doctor)
 
-    for command in (ask_command, batch_command):
+    for command in (ask_command, batch_command, classes_command):
         command.add_argument(
             "--preset",
             default=os.environ.get("MMCHAT_PRESET", DEFAULT_PRESET),
@@ -73,6 +78,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             default=os.environ.get("MMCHAT_QUANTIZATION", "auto"),
             help="auto, none, 8bit, 4bit or 4bit-double (default: MMCHAT_QUANTIZATION, or auto)",
         )
+    for command in (ask_command, batch_command):
         command.add_argument(
             "--rewrite", action="store_true", help="have the model without its adapter rewrite each answer"
         )
@@ -131,6 +137,15 @@ def batch(options: argparse.Namespace) -> int:
             sink.write(json.dumps(answered, ensure_ascii=False) + "\n")
             sink.flush()
     return 1 if failed == len(lines) else 0
+
+
+def classes(options: argparse.Namespace) -> int:
+    """Prints what the image encoder recognizes in each picture, likeliest first."""
+    engine, _ = _start(options)
+    for image in options.images:
+        found = ", ".join(f"{tag.name} {tag.probability:.0%}" for tag in engine.classes(image))
+        print(f"{image}: {found or 'nothing it knows'}")
+    return 0
 
 
 def space(options: argparse.Namespace) -> int:

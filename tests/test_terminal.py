@@ -44,6 +44,12 @@ def test_ask_about_a_picture(photo, capsys):
     assert capsys.readouterr().out.strip()
 
 
+def test_classes_tell_what_the_encoder_sees(photo, capsys):
+    assert run("classes", photo.with_name("coffee.jpg")) == 0
+    shown = capsys.readouterr().out
+    assert "coffee.jpg: espresso 9" in shown and shown.rstrip().endswith("%")
+
+
 def test_a_draft_is_rewritten(engine, capsys, tmp_path):
     assert run("ask", "What is the capital of France?", "--rewrite", "--temperature", 0, "--max-new-tokens", 20) == 0
     captured = capsys.readouterr()
