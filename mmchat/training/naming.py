@@ -143,7 +143,7 @@ class Names:
 
     @property
     def says_basic(self) -> bool:
-        """Whether the name itself tells the basic name: "tiger shark", "goldfish", "rain barrel"."""
+        """Whether the name itself tells the basic name: "tiger shark", "goldfish"."""
         return self.name.lower().endswith(self.basic.lower())
 
 

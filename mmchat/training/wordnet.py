@@ -49,7 +49,7 @@ class WordNet:
 
     def synset(self, number: int) -> Synset:
         """Raises BadInput: there is none of this number."""
-        line = self._data[number : max(self._data.find(b"\n", number), number)].decode()
+        line = self._data[number : max(self._data.find(b"\n", number), number)].decode(errors="replace")
         if not line.startswith(f"{number:08d} "):
             raise BadInput(f"n{number:08d} is not a noun of {VERSION}: correct the number or leave it out.")
         fields = line.split(" | ")[0].split()
