@@ -31,7 +31,7 @@ from mmchat.training.naming import Dictionary, counted, plural, sentence, with_a
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "prepare_data.py"
 
 
-def collection(count: int = 120, seed: int = 4) -> list[Labeled]:
+def collection(count: int = 120, seed: int = 4, numbers: dict[str, str] | None = None) -> list[Labeled]:
     """Pictures of pets with balls, of wild animals and instruments, and of rooms."""
     rng = random.Random(seed)
     pictures = []
@@ -41,9 +41,11 @@ def collection(count: int = 120, seed: int = 4) -> list[Labeled]:
         pictures.append(
             Labeled(f"pets/{number}.jpg", "pets", {thing: rng.choice((1, 1, 1, 2, 3, 4, 5)) for thing in things})
         )
-    single = [("hammerhead", "n01494475"), ("bull mastiff", "n02108422"), ("harp", "n03495258"), ("bee", "n02206856")]
+    single = ["hammerhead", "bull mastiff", "harp", "bee"]
+    numbers = numbers or {}
     pictures += [
-        Labeled(f"one/{n}.jpg", "one", label=label, synset=synset) for n, (label, synset) in enumerate(single * 5)
+        Labeled(f"one/{n}.jpg", "one", label=label, synset=numbers.get(label.replace(" ", "_"), ""))
+        for n, label in enumerate(single * 5)
     ]
     rooms = ["kitchen", "bedroom", "bathroom", "childs room"]
     return pictures + [Labeled(f"rooms/{n}.jpg", "rooms", scene=scene) for n, scene in enumerate(rooms * 5)]
@@ -74,39 +76,214 @@ def test_sentences_keep_names_that_begin_small():
     assert sentence("iPod") == "iPod." and sentence("a dog") == "A dog." and plural("TV") == "TVs"
 
 
+def write_wordnet(folder: Path, synsets: dict[str, tuple[str, ...]], version: str = "3.0") -> dict[str, str]:
+    """Writes WordNet's files: the words of each synset, with spaces as "_", and the first words of its hypernyms.
+
+    Returns:
+        First word -> synset number, such as "n00000123".
+    """
+    head = f"  1 WordNet {version} Copyright 2006 by Princeton University.  All rights reserved.  \n"
+    lines, offsets = [], {}
+    for _ in range(2):  # a line is as long with the right numbers as without, so the second time they are right
+        lines, position, place = [], len(head), dict(offsets)
+        for words, hypernyms in ((key.split(), above) for key, above in synsets.items()):
+            named = " ".join(f"{word} 0" for word in words)
+            pointers = " ".join(f"@ {place.get(above, 0):08d} n 0000" for above in hypernyms)
+            offsets[words[0]] = position
+            fields = f"{position:08d} 05 n {len(words):02x} {named} {len(hypernyms):03d} {pointers}".rstrip()
+            lines.append(f'{fields} | what it is; "as said"  \n')
+            position += len(lines[-1])
+    senses: dict[str, list[int]] = defaultdict(list)
+    for key in synsets:
+        for word in key.split():
+            senses[word.lower()].append(offsets[key.split()[0]])
+    index = [
+        f"{word} n {len(found)} 1 @ {len(found)} 0 {' '.join(f'{place:08d}' for place in found)}  \n"
+        for word, found in sorted(senses.items())
+    ]
+    (folder / "data.noun").write_text(head + "".join(lines))
+    (folder / "index.noun").write_text(head + "".join(index))
+    return {word: f"n{offset:08d}" for word, offset in offsets.items()}
+
+
+SYNSETS = {
+    "animal": (),
+    "artifact": (),
+    "food": (),
+    "canine_tooth canine": (),
+    "canine canid": ("animal",),
+    "domestic_animal": ("animal",),
+    "dog domestic_dog Canis_familiaris": ("canine", "domestic_animal"),
+    "mastiff big_dog": ("dog",),
+    "bull_mastiff": ("mastiff",),
+    "bird": ("animal",),
+    "goose": ("bird",),
+    "fish": ("animal",),
+    "shark": ("fish",),
+    "hammerhead hammerhead_shark": ("shark",),
+    "tiger_shark": ("shark",),
+    "genus_Tinca": (),
+    "tench doctor_fish Tinca_tinca": ("fish",),
+    "insect": ("animal",),
+    "bee": ("insect",),
+    "edible_fruit": ("food",),
+    "orange": ("edible_fruit",),
+    "jackfruit": ("edible_fruit",),
+    "pomegranate": ("edible_fruit",),
+    "musical_instrument": ("artifact",),
+    "violin fiddle": ("musical_instrument",),
+    "harp": ("musical_instrument",),
+    "vessel": ("artifact",),
+    "mug": ("vessel",),
+    "boxer": ("dog",),
+    "boxer pugilist": ("animal",),
+    "swine": ("animal",),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_wordnet(tmp_path_factory) -> tuple[Dictionary, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("wordnet")
+    numbers = write_wordnet(folder, SYNSETS)
+    return Dictionary.read(folder), numbers
+
+
 @pytest.mark.parametrize(
-    ("label", "synset", "answer", "right"),
+    ("label", "answer", "right", "wrong"),
     [
-        ("bull mastiff", "n02108422", "A bull mastiff, a kind of dog.", {"bull mastiff", "dog", "dogs"}),
-        ("hammerhead", "n01494475", "A hammerhead, a kind of shark.", {"hammerhead", "shark"}),
-        ("tiger shark", "n01491361", "A tiger shark.", {"tiger shark", "shark"}),
-        ("goose", "n01855672", "A goose.", {"goose", "geese", "bird"}),
-        ("orange", "n07747607", "An orange.", {"orange", "oranges", "fruit"}),
-        ("cup or mug", "n03147509", "A cup.", {"cup", "mug"}),
-        ("swine", "n02395003", "A pig.", {"pig", "swine"}),
-        ("guacamole", "n07583066", "Guacamole.", {"guacamole"}),
+        ("bull mastiff", "A bull mastiff, a kind of dog.", {"mastiff", "dog", "dogs"}, {"big dog", "canine", "animal"}),
+        ("hammerhead", "A hammerhead, a kind of shark.", {"hammerhead shark", "shark"}, {"fish"}),
+        ("tiger shark", "A tiger shark.", {"tiger shark", "shark"}, {"fish"}),
+        ("tench", "A tench, a kind of fish.", {"doctor fish", "fish"}, {"tinca tinca", "animal"}),
+        ("goose", "A goose.", {"goose", "geese"}, {"bird", "duck"}),
+        ("orange", "An orange.", {"orange", "oranges"}, {"fruit", "food"}),
+        ("pomegranate", "A pomegranate, a kind of fruit.", {"pomegranate", "fruit"}, {"food"}),
+        ("jackfruit", "A jackfruit.", {"jackfruit", "fruit"}, {"food"}),
+        ("violin", "A violin.", {"violin", "violins", "fiddle"}, {"musical instrument", "instrument", "artifact"}),
+        ("swine", "A pig.", {"pig", "swine"}, {"animal"}),
     ],
 )
-def test_names_on_both_levels(label, synset, answer, right):
+def test_names_on_both_levels(tiny_wordnet, label, answer, right, wrong):
+    dictionary, numbers = tiny_wordnet
+    picture = Labeled("1.jpg", label=label, synset=numbers[label.replace(" ", "_")])
+    (entry,) = questions_only([picture], random.Random(0), dictionary=dictionary)
+    assert entry["conversations"][1]["value"] == answer and entry["kind"] == "name"
+    assert right <= set(entry["accepted"]) and not wrong & set(entry["accepted"])
+
+
+def test_merged_labels_are_no_kind_of_each_other(tiny_wordnet):
+    dictionary, numbers = tiny_wordnet
+    names = dictionary.names_of("cup or mug", numbers["mug"])
+    assert names.basic == names.name == "cup" and "mug" in naming.accepted(names)
+
+
+@pytest.mark.parametrize(
+    ("label", "answer"),
+    [("bull mastiff", "A bull mastiff, a kind of dog."), ("boxer", "A boxer."), ("harp", "A harp."), ("mop", "A mop.")],
+)
+def test_labels_without_a_number_are_looked_up_if_they_mean_one_thing(tiny_wordnet, label, answer):
+    (entry,) = questions_only([Labeled("1.jpg", label=label)], random.Random(0), dictionary=tiny_wordnet[0])
+    assert entry["conversations"][1]["value"] == answer
+
+
+@pytest.mark.parametrize(
+    ("label", "synset", "answer"),
+    [
+        ("bull mastiff", "n02108422", "A bull mastiff."),
+        ("cup or mug", "", "A cup."),
+        ("swine", "", "A pig."),
+        ("guacamole", "n07583066", "Guacamole."),
+        ("plane", "", "A plane."),  # ImageNet's is a tool, and its number says so
+        ("plane", "n03954731", "A hand plane."),
+    ],
+)
+def test_without_wordnet_things_are_called_by_their_labels(label, synset, answer):
     (entry,) = questions_only([Labeled("1.jpg", label=label, synset=synset)], random.Random(0))
-    assert entry["conversations"][1]["value"] == answer and right <= set(entry["accepted"]) and entry["kind"] == "name"
+    assert entry["conversations"][1]["value"] == answer
 
 
-def test_synonyms_come_from_a_file(tmp_path):
-    (tmp_path / "words.json").write_text(
-        json.dumps([{"synset": "n01440764", "names": ["tench", "doctor fish", "Tinca tinca"]}])
-    )
-    names = Dictionary.read(tmp_path / "words.json").names_of("tench", "n01440764")
-    assert {"tench", "doctor fish", "fish"} <= set(naming.accepted(names)) and "tinca tinca" not in naming.accepted(
-        names
-    )
-    (tmp_path / "words.json").write_text("[1]")
-    with pytest.raises(BadInput, match=r"words\.json"):
-        Dictionary.read(tmp_path / "words.json")
+def test_folders_without_wordnet_are_named(tmp_path):
+    with pytest.raises(BadInput, match=r"does not hold WordNet: data\.noun cannot be read"):
+        Dictionary.read(tmp_path)
+    write_wordnet(tmp_path, {"dog": ()}, version="3.1")
+    with pytest.raises(BadInput, match=r"data\.noun in .* is not WordNet 3\.0's"):
+        Dictionary.read(tmp_path)
+    (tmp_path / "index.noun").write_text("dog\n")
+    with pytest.raises(BadInput, match=r"index\.noun in .* is not WordNet's index of nouns"):
+        Dictionary.read(tmp_path)
 
 
-def asked(pictures, seed=0, evaluation=False):
-    return Asker(pictures, random.Random(seed), evaluation=evaluation).ask()
+@pytest.mark.parametrize("synset", ["n00000005", "n99999999", "02084071", "dog"])
+def test_wrong_synset_numbers_are_named(tiny_wordnet, synset):
+    with pytest.raises(BadInput, match=synset):
+        tiny_wordnet[0].names_of("dog", synset)
+
+
+def test_prepare_data_names_a_folder_without_wordnet(tmp_path):
+    (tmp_path / "labels.json").write_text('[{"image": "1.jpg", "label": "bull mastiff"}]')
+    labels = ["labels", "--labels", tmp_path / "labels.json", "--out", tmp_path / "out.json"]
+
+    def run(folder: Path) -> subprocess.CompletedProcess:
+        command = [sys.executable, SCRIPT, *labels, "--make", "questions", "--wordnet", folder]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    bad = run(tmp_path)
+    assert bad.returncode == 1 and "does not hold WordNet" in bad.stderr and bad.stderr.count("\n") == 1
+    write_wordnet(tmp_path, SYNSETS)
+    assert run(tmp_path).returncode == 0 and "a kind of dog" in (tmp_path / "out.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def wordnet() -> Dictionary:
+    import nltk
+
+    folders = [Path("/usr/share/wordnet"), *(Path(folder) / "corpora" / "wordnet" for folder in nltk.data.path)]
+    folder = next((folder for folder in folders if (folder / "data.noun").exists()), None)
+    if folder is None:
+        pytest.skip("WordNet is not installed (Debian's wordnet-base, or nltk's corpus wordnet)")
+    return Dictionary.read(folder)
+
+
+def test_every_name_on_our_lists_is_in_wordnet(wordnet):
+    known = set(wordnet._basics.values()), set(wordnet._groups.values())
+    assert known[0] == {entry.partition("=")[0].partition("#")[0] for entry in naming.BASIC_NAMES.split("|")}
+    assert known[1] == set(naming.GROUPS.values())
+    assert len(wordnet._basics) == len(naming.BASIC_NAMES.split("|"))
+    for synset in naming.RENAMED_SYNSETS:
+        assert wordnet.names_of("", synset).name
+
+
+@pytest.mark.parametrize(
+    ("label", "synset", "answer", "group"),
+    [
+        ("bull mastiff", "n02108422", "A bull mastiff, a kind of dog.", "dog"),
+        ("Italian greyhound", "n02091032", "An Italian greyhound, a kind of dog.", "dog"),
+        ("goose", "n01855672", "A goose.", "bird"),
+        ("quail", "n01806567", "A quail, a kind of bird.", "bird"),
+        ("crane", "n02012849", "A crane, a kind of bird.", "bird"),
+        ("crane", "n03126707", "A construction crane.", "thing"),
+        ("American lobster", "n01983481", "An American lobster.", "sea"),
+        ("hermit crab", "n01986214", "A hermit crab.", "sea"),
+        ("cougar", "n02125311", "A cougar, a kind of wild cat.", "cat"),
+        ("lion", "n02129165", "A lion.", "cat"),
+        ("hotdog", "n07697537", "A hot dog.", "food"),
+        ("meat loaf", "n07871810", "A meat loaf.", "food"),
+        ("bathing cap", "n02807133", "A swim cap.", "thing"),
+        ("ambulance", "n02701002", "An ambulance.", "thing"),
+        ("minivan", "n03770679", "A minivan.", "thing"),
+        ("violin", "n04536866", "A violin.", "thing"),
+        ("orange", "n07747607", "An orange.", "food"),
+        ("bolete", "n13054560", "A bolete, a kind of fungus.", "plant"),
+        ("cup or mug", "n03797390", "A cup.", "thing"),
+    ],
+)
+def test_names_in_the_real_wordnet(wordnet, label, synset, answer, group):
+    (entry,) = questions_only([Labeled("1.jpg", label=label, synset=synset)], random.Random(0), dictionary=wordnet)
+    assert entry["conversations"][1]["value"] == answer and wordnet.names_of(label, synset).group == group
+
+
+def asked(pictures, seed=0, evaluation=False, dictionary=None):
+    return Asker(pictures, random.Random(seed), dictionary, evaluation=evaluation).ask()
 
 
 def name_in(question: str) -> str:
@@ -118,10 +295,12 @@ def name_in(question: str) -> str:
 
 
 @pytest.mark.parametrize("evaluation", [False, True])
-def test_presence_is_balanced_for_every_name_and_never_denies_a_label(evaluation):
-    pictures = collection()
+def test_presence_is_balanced_for_every_name_and_never_denies_a_label(tiny_wordnet, evaluation):
+    dictionary, numbers = tiny_wordnet
+    pictures = collection(numbers=numbers)
     answers: dict[str, Counter] = defaultdict(Counter)
-    for picture, questions in zip(pictures, asked(pictures, evaluation=evaluation), strict=True):
+    found = asked(pictures, evaluation=evaluation, dictionary=dictionary)
+    for picture, questions in zip(pictures, found, strict=True):
         for question in questions:
             if question.kind.startswith("presence"):
                 name = {"people": "person"}.get(name_in(question.text), name_in(question.text))

@@ -66,7 +66,12 @@ def parse():
     labels.add_argument("--split", help="convert this split only (default: every picture)")
     labels.add_argument("--limit", type=int, help="only the first so many pictures")
     labels.add_argument("--folder", default="", help="of the pictures, below the folder that is embedded")
-    labels.add_argument("--synonyms", help="JSON list of {synset, names}: further right names, to evaluate on")
+    labels.add_argument(
+        "--wordnet",
+        metavar="FOLDER",
+        help="with WordNet 3.0's data.noun and index.noun: also say what things are a kind of, and accept their other "
+        "names (default: call things by their labels alone)",
+    )
     labels.add_argument("--per-image", type=int, help="only so many questions about a picture, drawn by chance")
     labels.add_argument("--kinds", help='with --make questions: only these, such as "name,room"')
     labels.add_argument(
@@ -164,7 +169,7 @@ def from_labels(options):
     pictures = labels.of_split(labels.read_labels(options.labels, options.format), options.splits, options.split)
     pictures = labels.in_folder(pictures[: options.limit], options.folder)
     random_numbers = random.Random(options.seed)
-    dictionary = Dictionary.read(options.synonyms)
+    dictionary = Dictionary.read(options.wordnet)
     if options.make == "conversations":
         return label_questions.conversations(
             pictures, random_numbers, dictionary=dictionary, per_image=options.per_image

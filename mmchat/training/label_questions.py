@@ -181,9 +181,9 @@ class Asker:
     ):
         self.pictures, self.rng, self.evaluation = pictures, rng, evaluation
         self.dictionary = dictionary or Dictionary()
-        self.names = [
-            self.dictionary.names_of(picture.label, picture.synset) if picture.label else None for picture in pictures
-        ]
+        labels = {(picture.label, picture.synset) for picture in pictures if picture.label}
+        names = {(label, synset): self._names_of_label(label, synset) for label, synset in labels}
+        self.names = [names.get((picture.label, picture.synset)) for picture in pictures]
         self.objects = [self._readable(picture) for picture in pictures]
         self.kinds: dict[str, set[str]] = defaultdict(set)  # looked for in every picture of a group
         for picture, objects in zip(pictures, self.objects, strict=True):
@@ -209,6 +209,9 @@ class Asker:
             return self.rng.choice(EVALUATION_WORDINGS[kind]).format(**parts)
         return word(WORDINGS[kind], self.rng, **parts)
 
+    def _names_of_label(self, label: str, synset: str) -> Names:
+        return self.dictionary.names_of(label, synset or self.dictionary.synset_of(label))
+
     @staticmethod
     def _readable(picture: Labeled) -> dict[str, int | None]:
         """Its objects under the names that people use; a crowd of one of two merged kinds makes a crowd."""
@@ -228,7 +231,7 @@ class Asker:
         right = tuple(naming.accepted(names))
         if self.evaluation:
             return [LabelQuestion(self._word("name"), _both_levels(names), "name", right)]
-        coarse = names.animal and names.basic not in naming.TOO_COARSE and self.rng.random() < 1 / 3
+        coarse = names.animal and self.rng.random() < 1 / 3
         if coarse:
             question = LabelQuestion(self._word("animal"), sentence(with_article(names.basic)), "name", right)
         else:
@@ -243,7 +246,7 @@ class Asker:
             f"{names.name}s".lower(),
         ):
             return [LabelQuestion(self._word("fine", noun=names.name), f"{fine}.", "name")]
-        if not names.says_basic and names.animal and names.basic not in naming.TOO_COARSE:
+        if not names.says_basic and names.animal:
             answer = sentence(with_article(names.name))
             return [LabelQuestion(self._word("fine", noun=names.basic), answer, "name")]
         return []
@@ -296,7 +299,7 @@ class Asker:
                 all_names.setdefault(name, self.dictionary.names_of(name))
             names = self.names[number]
             for name in dict.fromkeys((names.name, names.basic)) if names else ():
-                if " or " not in name and name not in naming.TOO_COARSE:
+                if " or " not in name:
                     affirmed[name].append(number)
                     all_names[name] = names if name == names.name else Names(name, name, names.group)
         together = self._together()
@@ -451,8 +454,7 @@ class Asker:
 def _both_levels(names: Names) -> str:
     """ "A hammerhead, a kind of shark."; just "A tiger shark." where the name says it."""
     named = sentence(with_article(names.name))
-    too_coarse = names.name in naming.EVERYDAY or (names.basic in naming.TOO_COARSE and not names.animal)
-    if names.says_basic or not names.basic or too_coarse or names.basic in names.name.lower().split():
+    if names.says_basic or names.basic in names.name.lower().split():
         return named
     return f"{named[:-1]}, a kind of {names.basic}."
 
