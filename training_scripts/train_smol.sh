@@ -5,12 +5,13 @@
 #     DATA=research/ training_scripts/train_smol.sh
 #
 # DATA holds flickr8k/ (images/, captions.json, splits.json), world/ (images/, captions.json, labels.json, questions.json,
-# splits.json) and imagenet_classes.json; the model card tells where they come from. Everything is written to data/ and
-# runs/. On two CPU cores no stage takes two hours.
+# splits.json) and imagenet_classes.json; the model card tells where they come from. WORDNET names the folder of WordNet
+# 3.0's files (Debian's wordnet-base puts them where they are looked for). Everything is written to data/ and runs/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${DATA:?Name the folder with the data sets: DATA=research/ training_scripts/train_smol.sh}"
 PYTHON="${PYTHON:-.venv/bin/python}"
+WORDNET="${WORDNET:-/usr/share/wordnet}"
 FLICKR="--captions $DATA/flickr8k/captions.json --splits $DATA/flickr8k/splits.json --folder flickr8k"
 WORLD="--splits $DATA/world/splits.json --folder world"
 EASY="--images data/pictures/easy-vqa/train --folder easy-vqa/train --split train"
@@ -42,7 +43,8 @@ prepare data/flickr-train.json captions $FLICKR --split train --agreement 1 --pe
 prepare data/flickr-details-train.json captions $FLICKR --split train --only-details
 prepare data/world-captions-train.json captions --captions "$DATA/world/captions.json" $WORLD --split train \
     --agreement 1 --per-image 5 --details --seed 32
-prepare data/world-labels-train.json labels --labels "$DATA/world/labels.json" $WORLD --split train --per-image 8
+LABELS="--labels $DATA/world/labels.json --wordnet $WORDNET $WORLD --split train"
+prepare data/world-labels-train.json labels $LABELS --per-image 8
 prepare data/world-daquar-train.json labels --labels "$DATA/world/questions.json" $WORLD --split train
 prepare data/easy-train.json easy-vqa $EASY --per-image 4 --turns 1 --limit 1200 --seed 6
 
@@ -67,7 +69,7 @@ stage runs/everyday/mmchat.json "$PYTHON" training_scripts/finetune_qlora.py --r
 prepare data/flickr-few.json captions $FLICKR --split train --agreement 1 --per-image 5 --apart --seed 33
 prepare data/world-captions-few.json captions --captions "$DATA/world/captions.json" $WORLD --split train \
     --agreement 1 --per-image 5 --apart --details --seed 34
-prepare data/world-labels-few.json labels --labels "$DATA/world/labels.json" $WORLD --split train --per-image 4 --seed 35
+prepare data/world-labels-few.json labels $LABELS --per-image 4 --seed 35
 prepare data/world-daquar-few.json labels --labels "$DATA/world/questions.json" $WORLD --split train --per-image 4 --seed 36
 stage runs/everyday-rewarded/mmchat.json "$PYTHON" training_scripts/finetune_qlora.py --resume \
     --recipe training_scripts/recipes/smol-everyday-rewarded.yaml
