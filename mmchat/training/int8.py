@@ -1,8 +1,9 @@
 """Frozen linear layers in 8 bits, forward and backward: on most CPUs several times the arithmetic in the same time.
 
 SwitchBack (Wortsman et al. 2023, arXiv 2304.13013) for weights that do not change: what enters a layer and the gradient
-that leaves it are rounded to 8 bits, row by row, and multiplied as integers; the sum is exact. Without a fast kernel
-for it, as on processors without VNNI, PyTorch takes 26 times as long as in float32, so both are measured first.
+that leaves it are rounded to 8 bits, row by row, and multiplied as integers; the sum is exact. Processors without VNNI
+may lack a fast kernel for it, so that PyTorch takes 26 times as long as in float32, or have one that adds pairs of
+products in 16 bits, where large ones do not fit. So both multiplications are tried first.
 """
 
 from __future__ import annotations
@@ -75,6 +76,12 @@ class Int8Linear(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
+def is_exact() -> bool:
+    """Whether this machine's kernel adds the largest products there are without a loss."""
+    rows = torch.full((MEASURED_ROWS, MEASURED_WIDTH), LEVELS, dtype=torch.int8)
+    return bool((torch._int_mm(rows, rows.t()) == MEASURED_WIDTH * LEVELS**2).all())
+
+
 @dataclass(frozen=True)
 class Speeds:
     """Billions of additions and multiplications per second in a layer, rounding included."""
@@ -113,7 +120,7 @@ def _fastest(product: Callable, *factors: torch.Tensor) -> float:
 
 
 def use_faster_multiplication(decoder: nn.Module, run: Path) -> None:
-    """Rounds a decoder's linear layers if that is faster here; otherwise they stay in full precision.
+    """Rounds a decoder's linear layers if that is exact and faster here; otherwise they stay in full precision.
 
     The decision is kept in the run's folder, so that a resumed run computes what it would have computed without the
     interruption, on another machine, too, even if the other multiplication is faster there. Checkpoints without a
@@ -123,7 +130,7 @@ def use_faster_multiplication(decoder: nn.Module, run: Path) -> None:
         run: the folder that the training run writes.
 
     Raises:
-        BadInput: the decision in it cannot be read.
+        BadInput: the decision in it cannot be read, or is for 8 bits, which this machine does not multiply exactly.
     """
     state, decision = PartialState(cpu=True), [None]
     if state.is_main_process:  # it decides for all: processes that multiply differently would not learn the same
@@ -144,17 +151,24 @@ def _kept_decision(run: Path) -> str | None:
         kept = "int8"
     else:
         return None
+    if kept == "int8" and not is_exact():
+        raise BadInput(
+            "This run began in 8 bits, which this processor does not multiply exactly: resume it where it began, or "
+            "with --quantization none."
+        )
     logger.info("Frozen layers multiply in %s, as this run began (remove %s to begin a run anew)", kept, DECISION)
     return kept
 
 
 def _decide(decoder: nn.Module, run: Path) -> str:
     speeds = measure_speeds(decoder)
-    faster = "int8" if speeds.int8 > speeds.float32 else "float32"
-    logger.info("Frozen layers multiply in %s, which is faster here (%s)", faster, speeds)
+    choice, reason = ("int8" if speeds.int8 > speeds.float32 else "float32"), "which is faster here"
+    if choice == "int8" and not is_exact():
+        choice, reason = "float32", "because this processor's sums of 8-bit products are not exact"
+    logger.info("Frozen layers multiply in %s, %s (%s)", choice, reason, speeds)
     run.mkdir(parents=True, exist_ok=True)
-    (run / DECISION).write_text(json.dumps({"multiplication": faster, "gflops": asdict(speeds)}))
-    return faster
+    (run / DECISION).write_text(json.dumps({"multiplication": choice, "gflops": asdict(speeds)}))
+    return choice
 
 
 def round_linear_layers(decoder: nn.Module) -> None:
