@@ -146,8 +146,9 @@ class Engine:
         if not self.model.tagger:
             return []
         with self._turn():
-            found = [tag for part in self.model.tagger(self._image_features(image)) for tag in part]
-        return sorted(found, key=lambda tag: -tag.probability)
+            classes, words = self.model.tagger(self._image_features(image))
+        found = sorted([*classes, *words], key=lambda tag: tag.probability)
+        return list({tag.name: tag for tag in found}.values())[::-1]  # of a name that both know, the likelier
 
     def reply(
         self,

@@ -4,8 +4,8 @@
 #
 #     DATA=research/ training_scripts/train_smol.sh
 #
-# DATA holds flickr8k/ (images/, captions.json, splits.json), world/ (images/, captions.json, labels.json, questions.json,
-# splits.json) and imagenet_classes.json; the model card tells where they come from. WORDNET names the folder of WordNet
+# DATA holds flickr8k/ (images/, captions.json, splits.json), world/ (images/, captions.json, labels.json,
+# questions.json, splits.json) and imagenet_classes.json; the model card tells where they come from. WORDNET names the folder of WordNet
 # 3.0's files (Debian's wordnet-base puts them where they are looked for). Everything is written to data/ and runs/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -62,17 +62,18 @@ stage runs/tagger/tagger.safetensors "$PYTHON" training_scripts/fit_tagger.py --
 # 4. Answers learned word by word, from the projector and adapter of the release before this one
 stage runs/previous/mmchat.json bash -c \
     'mkdir -p runs/previous && git archive b371864 weights/smol | tar -x --strip-components=2 -C runs/previous'
-stage runs/everyday/mmchat.json "$PYTHON" training_scripts/finetune_qlora.py --resume \
-    --recipe training_scripts/recipes/smol-everyday.yaml
+stage runs/smol/mmchat.json "$PYTHON" training_scripts/finetune_qlora.py --resume \
+    --recipe training_scripts/recipes/smol.yaml
 
 # 5. Descriptions rewarded, a few questions about each picture beside them
 prepare data/flickr-few.json captions $FLICKR --split train --agreement 1 --per-image 5 --apart --seed 33
 prepare data/world-captions-few.json captions --captions "$DATA/world/captions.json" $WORLD --split train \
     --agreement 1 --per-image 5 --apart --details --seed 34
 prepare data/world-labels-few.json labels $LABELS --per-image 4 --seed 35
-prepare data/world-daquar-few.json labels --labels "$DATA/world/questions.json" $WORLD --split train --per-image 4 --seed 36
-stage runs/everyday-rewarded/mmchat.json "$PYTHON" training_scripts/finetune_qlora.py --resume \
-    --recipe training_scripts/recipes/smol-everyday-rewarded.yaml
-stage runs/smol-final/mmchat.json "$PYTHON" training_scripts/average_weights.py runs/everyday runs/everyday-rewarded \
+prepare data/world-daquar-few.json labels --labels "$DATA/world/questions.json" $WORLD --split train --per-image 4 \
+    --seed 36
+stage runs/smol-rewarded/mmchat.json "$PYTHON" training_scripts/finetune_qlora.py --resume \
+    --recipe training_scripts/recipes/smol-rewarded.yaml
+stage runs/smol-final/mmchat.json "$PYTHON" training_scripts/average_weights.py runs/smol runs/smol-rewarded \
     --share 0.6 --out runs/smol-final
 echo "Chat with the weights: make run OPTIONS=\"--weights runs/smol-final\""

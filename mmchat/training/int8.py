@@ -31,7 +31,7 @@ DECISION = "multiplication.json"  # in a run's folder: which multiplication its 
 MEASURED_SHAPES = 3  # those of a model that cost most
 MEASURED_ROWS = 128  # tokens
 MEASURED_WIDTH = 1024  # at most; wider layers are neither much faster nor much slower
-MEASURED_SECONDS = 0.05  # for each product; whatever is running then is waited for
+MEASURED_SECONDS, MEASURED_TIMES = 0.05, 5  # for each product, at least: the first one also starts the threads
 
 
 def quantize_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +112,7 @@ def measure_speeds(decoder: nn.Module) -> Speeds:
 def _fastest(product: Callable, *factors: torch.Tensor) -> float:
     """Seconds that a product takes when nothing comes between."""
     times: list[float] = []
-    while sum(times) < MEASURED_SECONDS:
+    while sum(times) < MEASURED_SECONDS or len(times) < MEASURED_TIMES:
         start = time.perf_counter()
         product(*factors)
         times.append(time.perf_counter() - start)
