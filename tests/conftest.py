@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in mmchat's `smol` prese
 
 @pytest.fixture(scope="session")
 def engine():
-    """The real engine: SmolLM2, EfficientNet-Lite0, Whisper tiny.en and the shipped weights."""
+    """The real engine: SmolLM2, EfficientNet-Lite2, Whisper tiny.en and the shipped weights."""
     import mmchat
 
     return mmchat.load("smol")

@@ -38,4 +38,4 @@ def test_every_trouble_comes_with_advice(monkeypatch, capsys, tmp_path):
     shown = capsys.readouterr().out
     for advice in ("→ pip install no-such-package", "→ Make 1 GB of room", "→ It is missing: run pip download."):
         assert advice in shown
-    assert "language model, speech not here yet" in shown
+    assert "language model, image encoder, speech not here yet" in shown

@@ -93,13 +93,13 @@ def test_a_follow_up_reaches_the_model_with_the_earlier_picture_and_answer(engin
 
 
 def test_what_was_shown_earlier_changes_what_the_model_reads(engine, photo, read_by_model):
-    """The same words after another picture lead to other numbers."""
+    """The same words about another picture are read with other numbers in the picture's place."""
     reply, follow_up = Message("assistant", "A person."), Message("user", "What color is it?")
     for name in ("astronaut.jpg", "coffee.jpg"):
         shown = Message("user", "Describe the image.", images=[photo.with_name(name)])
         answer(engine, shown, reply, follow_up)
-    (first_ids, first), (second_ids, second) = read_by_model
-    assert first_ids == second_ids and not torch.allclose(first, second)
+    first, second = (read[0, torch.tensor(token_ids) == IMAGE_TOKEN_ID] for token_ids, read in read_by_model)
+    assert first.shape == second.shape and not torch.allclose(first, second)
 
 
 def test_pictures_keep_the_order_in_which_they_were_shown(engine, photo, small_picture, read_by_model):
@@ -138,9 +138,14 @@ def test_pictures_differ_even_where_their_words_do_not(engine, photo):
 @pytest.mark.parametrize(
     ("name", "question", "word"),
     [
+        ("coffee.jpg", "What is in the cup?", "Espresso"),
+        ("bananas.jpg", "What is this?", "banana"),
+        ("bus.jpg", "What color is the bus?", "Red"),
+        ("snail.jpg", "What animal is this?", "snail"),
+        ("toaster.jpg", "What is this?", "toaster"),
+        ("train.jpg", "What is this?", "locomotive"),
         ("camera.jpg", "Is there a camera?", "Yes"),
-        ("coffee.jpg", "Is there a woman?", "No"),
-        ("astronaut.jpg", "What color is the suit?", "Orange"),
+        ("astronaut.jpg", "Is there a woman in the picture?", "Yes"),
         ("boat.jpg", "Is there a boat?", "Yes"),
         ("boat.jpg", "Is there a dog?", "No"),
         ("ball.jpg", "What color is the ball?", "Red"),

@@ -282,7 +282,7 @@ def test_answers_in_batches_are_those_of_each_alone(tiny, trained, beams):
     items, store = read_items(tiny / "train.json")[:7], FeatureStore(tiny / "features-patches")
     options = SamplingOptions(temperature=0, repetition_penalty=1.0, max_new_tokens=20, beams=beams)
     with torch.inference_mode():
-        prompts = [evaluator._embed(evaluator._encode(item), store) for item in items]
+        prompts = [evaluator._embed(evaluator._encode(item, store), store) for item in items]
         together = generate_texts(model.language_model, tokenizer, prompts, options)
         for prompt, text in zip(prompts, together, strict=True):
             (alone,) = generate_texts(model.language_model, tokenizer, [prompt], options)

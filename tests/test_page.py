@@ -154,7 +154,7 @@ def test_what_a_browser_claims_is_not_believed():
 def test_every_example_has_its_picture_and_licence():
     rows = ui.read_examples(ROOT / "examples")
     licence = (ROOT / "examples" / "LICENSE.md").read_text()
-    assert len(rows) == 5
+    assert len(rows) == 8
     for question, image in rows:
         assert question.endswith(("?", ".")) and Path(image).is_file() and Path(image).name in licence
 

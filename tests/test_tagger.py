@@ -107,8 +107,8 @@ def test_it_is_saved_and_read_again(fitted, tmp_path):
     read = load_tagger(tmp_path)
     assert (read.classes, read.words) == (tagger.classes, tagger.words)
     assert read.text(features_of(0, 7)) == tagger.text(features_of(0, 7))
-    read.save(tmp_path / "..")
-    assert (tmp_path / ".." / TAGGER_FILE).read_bytes() == (tmp_path / TAGGER_FILE).read_bytes()
+    halves = {name: tensor.half().float() for name, tensor in tagger.state_dict().items()}
+    assert all(torch.equal(tensor, halves[name]) for name, tensor in read.state_dict().items())
     (tmp_path / TAGGER_FILE).write_bytes((tmp_path / TAGGER_FILE).read_bytes()[:-9])
     with pytest.raises(WeightsError, match="tagger in .* is damaged"):
         load_tagger(tmp_path)

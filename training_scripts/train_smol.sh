@@ -74,6 +74,4 @@ prepare data/world-daquar-few.json labels --labels "$DATA/world/questions.json" 
     --seed 36
 stage runs/smol-rewarded/mmchat.json "$PYTHON" training_scripts/finetune_qlora.py --resume \
     --recipe training_scripts/recipes/smol-rewarded.yaml
-stage runs/smol-final/mmchat.json "$PYTHON" training_scripts/average_weights.py runs/smol runs/smol-rewarded \
-    --share 0.6 --out runs/smol-final
-echo "Chat with the weights: make run OPTIONS=\"--weights runs/smol-final\""
+echo "Chat with the weights: make run OPTIONS=\"--weights runs/smol-rewarded\""
