@@ -29,9 +29,10 @@ logger = logging.getLogger(__name__)
 LEVELS = 127
 DECISION = "multiplication.json"  # in a run's folder: which multiplication its frozen layers use
 MEASURED_SHAPES = 3  # those of a model that cost most
-MEASURED_ROWS = 128  # tokens
-MEASURED_WIDTH = 1024  # at most; wider layers are neither much faster nor much slower
-MEASURED_SECONDS, MEASURED_TIMES = 0.05, 5  # for each product, at least: the first one also starts the threads
+MEASURED_ROWS = 64  # tokens
+MEASURED_WIDTH = 512  # at most; wider layers are neither much faster nor much slower
+MEASURED_SECONDS = 0.05  # at least, for each product
+MEASURED_TIMES = 3  # at least; the first takes long, as kernels are compiled then
 
 
 def quantize_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,18 +85,18 @@ def is_exact() -> bool:
 
 @dataclass(frozen=True)
 class Speeds:
-    """Billions of additions and multiplications per second in a layer, rounding included."""
+    """Billions of additions and multiplications per second and core in a layer, rounding included."""
 
     int8: float
     float32: float
 
     def __str__(self) -> str:
-        return f"int8: {self.int8:,.0f} GFLOP/s, float32: {self.float32:,.0f} GFLOP/s"
+        return f"int8: {self.int8:,.0f} GFLOP/s, float32: {self.float32:,.0f} GFLOP/s a core"
 
 
 @torch.no_grad()
 def measure_speeds(decoder: nn.Module) -> Speeds:
-    """How fast this machine computes the layers that would be rounded, as many products as 0.3 s have room for."""
+    """How fast this machine computes the layers that would be rounded, measured in less than a second."""
     shapes = Counter(tuple(linear.weight.shape) for *_, linear in _frozen_linear_layers(decoder))
     costliest = sorted(shapes, key=lambda shape: shapes[shape] * shape[0] * shape[1], reverse=True)[:MEASURED_SHAPES]
     operations, seconds = 0, {"int8": 0.0, "float32": 0.0}
@@ -110,12 +111,17 @@ def measure_speeds(decoder: nn.Module) -> Speeds:
 
 
 def _fastest(product: Callable, *factors: torch.Tensor) -> float:
-    """Seconds that a product takes when nothing comes between."""
+    """Seconds that a product takes one core when nothing comes between; several cores would wait for each other."""
     times: list[float] = []
-    while sum(times) < MEASURED_SECONDS or len(times) < MEASURED_TIMES:
-        start = time.perf_counter()
-        product(*factors)
-        times.append(time.perf_counter() - start)
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        while len(times) < MEASURED_TIMES or sum(times) < MEASURED_SECONDS:
+            start = time.perf_counter()
+            product(*factors)
+            times.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(cores)
     return min(times)
 
 
