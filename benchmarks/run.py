@@ -279,7 +279,7 @@ def speech() -> Iterator[Row]:
     from openai_whisper import load, minute_of_speech
 
     from mmchat.assets import cache_folder, fetch
-    from mmchat.speech import SAMPLE_RATE, read_audio
+    from mmchat.models.speech import SAMPLE_RATE, read_audio
     from mmchat.training.metrics import word_error_rate
 
     recording, recognizer = minute_of_speech(cache_folder()), engine().speech_recognizer
@@ -313,7 +313,7 @@ def training() -> Iterator[Row]:
     import torch
     from torch import nn
 
-    from mmchat.model import IGNORED
+    from mmchat.models.vision_language_model import IGNORED
     from mmchat.training.conversations import conversation_of, entry_of
     from mmchat.training.data import ConversationDataset, collate
     from mmchat.training.recipe import Recipe

@@ -93,7 +93,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def ask(options: argparse.Namespace) -> int:
     """Prints the answer to one question as it is written."""
-    from .prompt import Message
+    from .models.prompt import Message
 
     engine, sampling = _start(options)
     question = options.question
@@ -216,7 +216,7 @@ def _finished(path: Path, questions: list[tuple[int, str]]) -> int:
 
 
 def _answer_line(engine, sampling, line: str, rewrite: bool) -> dict:
-    from .prompt import Message
+    from .models.prompt import Message
 
     try:
         entry = json.loads(line)

@@ -110,7 +110,7 @@ def _answer() -> Finding:
     try:
         from .engine import load
         from .generation import SamplingOptions
-        from .prompt import Message
+        from .models.prompt import Message
 
         engine = load("smol")
         options = SamplingOptions(temperature=0, max_new_tokens=24)

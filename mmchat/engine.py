@@ -20,14 +20,14 @@ from .decoder import load_decoder
 from .device import choose_device, choose_preset, choose_quantization
 from .errors import BadInput, MmchatError
 from .generation import TEXT_PENALTY, SamplingOptions, generate_texts, stream_text
-from .image_encoder import load_image_encoder, open_image, to_rgb
 from .importing import own_weights
-from .model import load_model, preset_of, preset_trained
+from .models.image_encoder import load_image_encoder, open_image, to_rgb
+from .models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, EncodedConversation, Message, encode, has_images
+from .models.speech import SpeechRecognizer, Transcript, find_speech_model
+from .models.tagger import Tag
+from .models.vision_language_model import load_model, preset_of, preset_trained
 from .presets import AUTO, DEFAULT_PRESET, Preset, get_preset
-from .prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, EncodedConversation, Message, encode, has_images
 from .reuse import Reading, Readings, Row
-from .speech import SpeechRecognizer, Transcript, find_speech_model
-from .tagger import Tag
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from .errors import BadInput
 from .hub import fetch_repository
-from .model import MultimodalModel, load_model, preset_of
+from .models.prompt import CHAT_FORMATS, ROLES, ChatFormat
+from .models.vision_language_model import MultimodalModel, load_model, preset_of
 from .presets import ImageEncoderPreset, Preset
-from .prompt import CHAT_FORMATS, ROLES, ChatFormat
 
 IMAGE_TOKEN = "<image>"
 

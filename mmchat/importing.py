@@ -28,7 +28,7 @@ from torch import nn
 from .assets import convert_once
 from .errors import WeightsError
 from .hub import fetch_repository
-from .language_model import (
+from .models.language_model import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     add_adapter,
@@ -37,9 +37,9 @@ from .language_model import (
     load_language_model,
     set_adapter_weights,
 )
-from .model import MultimodalModel
+from .models.projector import Marked, ProjectorConfig, build_projector
+from .models.vision_language_model import MultimodalModel
 from .presets import Preset
-from .projector import Marked, ProjectorConfig, build_projector
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from PIL import Image
 from .engine import rewrite_request, with_question
 from .errors import BadInput, MmchatError
 from .generation import SamplingOptions
-from .image_encoder import open_image, to_rgb
+from .models.image_encoder import open_image, to_rgb
+from .models.prompt import Message
+from .models.speech import SpeechRecognizer, Transcript
 from .presets import SMOL
-from .prompt import Message
-from .speech import SpeechRecognizer, Transcript
 
 logger = logging.getLogger(__name__)
 

@@ -52,7 +52,7 @@ def small_picture() -> Image.Image:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Small models, pictures, their features, and conversations about them; the presets are known while tests run."""
-    from mmchat.image_encoder import load_image_encoder
+    from mmchat.models.image_encoder import load_image_encoder
     from mmchat.presets import PRESETS
     from mmchat.training.features import embed_folder
     from tests import tiny

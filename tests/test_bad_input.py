@@ -15,8 +15,8 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from mmchat.image_encoder import open_image
-from mmchat.speech import SAMPLE_RATE, read_audio
+from mmchat.models.image_encoder import open_image
+from mmchat.models.speech import SAMPLE_RATE, read_audio
 from tests.conftest import ROOT, SPEECH
 from tests.raw import endpoints, served, upload
 
@@ -204,7 +204,8 @@ def test_odd_recordings_are_heard_or_get_a_sentence(client, tmp_path, then_works
 
 def test_days_of_silence_do_not_fill_the_memory(tmp_path, monkeypatch):
     """Three hours would be 690 MB of samples; what is decoded is a little more than ten minutes."""
-    from mmchat import BadInput, speech
+    from mmchat import BadInput
+    from mmchat.models import speech
 
     decoded, decode = [], speech._decode
     monkeypatch.setattr(speech, "_decode", lambda path: (decoded.append(len(b)) or b for b in decode(path)))

@@ -11,7 +11,7 @@ import wave
 import pytest
 
 from mmchat import ui
-from mmchat.speech import SAMPLE_RATE, read_audio
+from mmchat.models.speech import SAMPLE_RATE, read_audio
 from tests.conftest import ROOT, SPEECH
 
 pytestmark = pytest.mark.browser

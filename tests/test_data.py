@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from mmchat import Message
 from mmchat.errors import BadInput
-from mmchat.model import IGNORED
+from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, EncodedConversation
+from mmchat.models.vision_language_model import IGNORED
 from mmchat.presets import get_preset
-from mmchat.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, EncodedConversation
 from mmchat.training.conversations import (
     Conversation,
     entry_of,

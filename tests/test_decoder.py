@@ -10,7 +10,7 @@ import torch
 
 from mmchat import Message, SamplingOptions
 from mmchat.decoder import TorchDecoder, load_decoder
-from mmchat.language_model import add_adapter, load_language_model
+from mmchat.models.language_model import add_adapter, load_language_model
 from mmchat.onnx_decoder import OnnxDecoder, load_onnx_decoder
 from mmchat.onnx_graph import BLOCK, eight_bits, four_bits
 from mmchat.presets import get_preset

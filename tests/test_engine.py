@@ -12,7 +12,7 @@ import torch
 from mmchat import BadInput, Message, SamplingOptions
 from mmchat.decoder import TorchDecoder
 from mmchat.errors import MmchatError
-from mmchat.prompt import IMAGE_TOKEN_ID
+from mmchat.models.prompt import IMAGE_TOKEN_ID
 from mmchat.reuse import Reading, Readings
 from tests.close import assert_close
 

@@ -16,9 +16,9 @@ from mmchat import SamplingOptions
 from mmchat.decoder import TorchDecoder
 from mmchat.errors import BadInput
 from mmchat.generation import generate_texts, stream_text
-from mmchat.model import load_model
+from mmchat.models.prompt import CHAT_FORMATS
+from mmchat.models.vision_language_model import load_model
 from mmchat.presets import get_preset
-from mmchat.prompt import CHAT_FORMATS
 from mmchat.training.conversations import entry_of, write_conversations
 from mmchat.training.data import ConversationDataset
 from mmchat.training.evaluation import (
@@ -312,7 +312,7 @@ def test_a_picture_read_once_gives_the_same_answers(tiny, trained, tmp_path, bea
 
 
 def test_gray_pictures_are_one_picture(tiny, trained):
-    from mmchat.image_encoder import load_image_encoder
+    from mmchat.models.image_encoder import load_image_encoder
 
     preset = get_preset("llama-patches")
     model, tokenizer = load_model(preset, trained, torch.float32)

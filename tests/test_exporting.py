@@ -11,9 +11,9 @@ from PIL import Image
 from mmchat import BadInput, Message, SamplingOptions
 from mmchat.engine import Engine
 from mmchat.exporting import chat_template, export_llava
-from mmchat.model import load_model
+from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
+from mmchat.models.vision_language_model import load_model
 from mmchat.presets import PRESETS, HubRepository
-from mmchat.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
 from tests.close import assert_close
@@ -137,7 +137,7 @@ def test_what_llava_has_no_place_for_is_named(tiny, tmp_path, name, projector, m
 def test_siglip_is_exported_too(tiny, tmp_path):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from mmchat.image_encoder import find_image_encoder, load_image_encoder
+    from mmchat.models.image_encoder import find_image_encoder, load_image_encoder
     from mmchat.training.features import embed_folder
 
     encoder = find_image_encoder(HubRepository(str(tiny / "siglip")))

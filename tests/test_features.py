@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from mmchat.errors import BadInput
-from mmchat.image_encoder import load_image_encoder, open_image
+from mmchat.models.image_encoder import load_image_encoder, open_image
 from mmchat.presets import HubRepository, get_preset
 from mmchat.training import features
 from mmchat.training.features import FeatureStore, PictureFolder, embed_folder

@@ -18,12 +18,12 @@ from PIL import Image
 
 from mmchat import Message
 from mmchat.errors import BadInput, WeightsError
-from mmchat.image_encoder import open_image
-from mmchat.language_model import load_language_model
-from mmchat.model import load_model
+from mmchat.models.image_encoder import open_image
+from mmchat.models.language_model import load_language_model
+from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
+from mmchat.models.speech import read_audio
+from mmchat.models.vision_language_model import load_model
 from mmchat.presets import get_preset
-from mmchat.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
-from mmchat.speech import read_audio
 from mmchat.training.captions import read_captions
 from mmchat.training.conversations import read_conversations
 from mmchat.training.run import train

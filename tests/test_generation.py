@@ -8,7 +8,7 @@ import torch
 from mmchat.decoder import TorchDecoder
 from mmchat.errors import BadInput
 from mmchat.generation import SamplingOptions, stop_token_ids, stream_text, stream_token_ids
-from mmchat.prompt import Message
+from mmchat.models.prompt import Message
 
 GREEDY = SamplingOptions(temperature=0, repetition_penalty=1, max_new_tokens=24)
 

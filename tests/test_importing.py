@@ -15,8 +15,8 @@ from mmchat.assets import cache_folder
 from mmchat.engine import Engine
 from mmchat.errors import WeightsError
 from mmchat.importing import import_checkpoint, own_weights
-from mmchat.language_model import load_language_model
-from mmchat.model import load_model
+from mmchat.models.language_model import load_language_model
+from mmchat.models.vision_language_model import load_model
 from mmchat.presets import PRESETS, HubRepository
 from tests.close import assert_close
 from tests.conftest import ROOT

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmchat.errors import WeightsError
-from mmchat.model import IGNORED, MultimodalModel, load_model
-from mmchat.projector import ProjectorConfig, build_projector
-from mmchat.prompt import IMAGE_TOKEN_ID
+from mmchat.models.projector import ProjectorConfig, build_projector
+from mmchat.models.prompt import IMAGE_TOKEN_ID
+from mmchat.models.vision_language_model import IGNORED, MultimodalModel, load_model
 from tests.close import assert_close
 
 PROJECTORS = ("linear", "mlp", "resblock")

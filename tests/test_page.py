@@ -19,7 +19,7 @@ from mmchat import ui, uploads
 from mmchat.errors import BadInput
 from mmchat.limits import RateLimit
 from mmchat.loading import PATIENCE, LoadingEngine
-from mmchat.speech import Transcript
+from mmchat.models.speech import Transcript
 from tests.conftest import ROOT
 from tests.raw import upload
 

@@ -14,12 +14,12 @@ from mmchat.device import Device, choose_preset, choose_quantization
 from mmchat.engine import REWRITE, Engine
 from mmchat.errors import BadInput
 from mmchat.generation import _beam_settings, generate_texts, stream_text
-from mmchat.image_encoder import find_image_encoder, load_image_encoder
-from mmchat.language_model import add_adapter, load_language_model
-from mmchat.model import MultimodalModel, preset_of
+from mmchat.models.image_encoder import find_image_encoder, load_image_encoder
+from mmchat.models.language_model import add_adapter, load_language_model
+from mmchat.models.projector import ProjectorConfig, build_projector
+from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
+from mmchat.models.vision_language_model import MultimodalModel, preset_of
 from mmchat.presets import PHI_2, PHI_3_5, PRESETS, SMOL, HubRepository
-from mmchat.projector import ProjectorConfig, build_projector
-from mmchat.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
 from tests.close import assert_close

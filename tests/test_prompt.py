@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmchat.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, Message, encode
+from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, Message, encode
 
 FORMAT = CHAT_FORMATS["smollm2"]
 CONVERSATION = [

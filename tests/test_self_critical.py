@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mmchat.errors import BadInput
-from mmchat.language_model import load_language_model
-from mmchat.model import load_model
+from mmchat.models.language_model import load_language_model
+from mmchat.models.prompt import CHAT_FORMATS, Message, encode
+from mmchat.models.vision_language_model import load_model
 from mmchat.presets import get_preset
-from mmchat.prompt import CHAT_FORMATS, Message, encode
 from mmchat.training.conversations import entry_of, write_conversations
 from mmchat.training.data import lay_out
 from mmchat.training.run import train

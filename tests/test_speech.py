@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mmchat.errors import BadInput, WeightsError
+from mmchat.models.speech import SpeechRecognizer, Transcript, find_speech_model, read_audio
 from mmchat.presets import SMOL, HubRepository, SpeechPreset
-from mmchat.speech import SpeechRecognizer, Transcript, find_speech_model, read_audio
 from tests.conftest import SPEECH
 
 SAID = "and so my fellow americans ask not what your country can do for you ask what you can do for your country"
@@ -111,7 +111,7 @@ def test_broken_files_get_one_clear_sentence(engine, tmp_path, content):
 
 
 def test_a_recording_that_is_too_long_is_refused(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr("mmchat.speech.MAX_SECONDS", 5)
+    monkeypatch.setattr("mmchat.models.speech.MAX_SECONDS", 5)
     with pytest.raises(BadInput, match="too long"):
         engine.transcribe(SPEECH)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mmchat.errors import BadInput, WeightsError
-from mmchat.model import load_model
+from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, Message, encode
+from mmchat.models.tagger import TAGGER_FILE, Tag, Tagger, load_tagger, tag_text
+from mmchat.models.vision_language_model import load_model
 from mmchat.presets import EFFICIENTNET_LITE2
-from mmchat.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, Message, encode
-from mmchat.tagger import TAGGER_FILE, Tag, Tagger, load_tagger, tag_text
 from mmchat.training.averaging import average_weights
 from mmchat.training.conversations import conversation_of, entry_of
 from mmchat.training.data import ConversationDataset

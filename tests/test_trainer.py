@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mmchat.errors import BadInput, WeightsError
-from mmchat.model import load_model
+from mmchat.models.vision_language_model import load_model
 from mmchat.presets import get_preset
 from mmchat.training.averaging import average_weights
 from mmchat.training.conversations import entry_of, write_conversations
@@ -235,7 +235,7 @@ def test_a_frozen_projector_is_noticed_at_the_first_step(tiny, tmp_path, monkeyp
     """PEFT freezes what it does not know; somebody may do it by accident."""
     settings = recipe(tiny, tmp_path)
     monkeypatch.setattr(
-        "mmchat.model.MultimodalModel.splice",
+        "mmchat.models.vision_language_model.MultimodalModel.splice",
         lambda self, token_ids, features: self.language_model.get_input_embeddings()(token_ids.clamp(min=0)),
     )
     with pytest.raises(WeightsError, match="6 parameters that are to be trained have no gradient"):
@@ -313,7 +313,7 @@ def test_a_checkpoint_that_was_not_written_well_is_not_called_one(tiny, tmp_path
     def save_half(self, folder, preset, dtype=None):
         original(self, folder, preset, torch.float16)
 
-    from mmchat.model import MultimodalModel
+    from mmchat.models.vision_language_model import MultimodalModel
 
     original = MultimodalModel.save
     monkeypatch.setattr(MultimodalModel, "save", save_half)
@@ -322,7 +322,7 @@ def test_a_checkpoint_that_was_not_written_well_is_not_called_one(tiny, tmp_path
     assert checkpoints(tmp_path) == []
 
 
-@pytest.mark.parametrize("writer", ["mmchat.model.save_file", "torch.save"])
+@pytest.mark.parametrize("writer", ["mmchat.models.vision_language_model.save_file", "torch.save"])
 def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch, writer):
     module, name = writer.rsplit(".", 1)
     original, room = getattr(sys.modules[module], name), [True]

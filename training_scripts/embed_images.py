@@ -39,7 +39,7 @@ def main():
 
     from mmchat.device import choose_device
     from mmchat.errors import MmchatError
-    from mmchat.image_encoder import find_image_encoder, load_image_encoder
+    from mmchat.models.image_encoder import find_image_encoder, load_image_encoder
     from mmchat.presets import HubRepository, get_preset
     from mmchat.training.features import embed_folder
 

@@ -88,11 +88,11 @@ def evaluate_questions(options):
     from mmchat.device import choose_device
     from mmchat.errors import BadInput
     from mmchat.generation import SamplingOptions
-    from mmchat.image_encoder import load_image_encoder
     from mmchat.importing import own_weights
-    from mmchat.model import load_model, preset_of
+    from mmchat.models.image_encoder import load_image_encoder
+    from mmchat.models.prompt import CHAT_FORMATS
+    from mmchat.models.vision_language_model import load_model, preset_of
     from mmchat.presets import get_preset
-    from mmchat.prompt import CHAT_FORMATS
     from mmchat.training.evaluation import (
         DEFAULT_MAX_NEW_TOKENS,
         MAX_NEW_TOKENS,
@@ -156,8 +156,8 @@ def evaluate_questions(options):
 
 
 def evaluate_speech(options):
+    from mmchat.models.speech import SpeechRecognizer
     from mmchat.presets import get_preset
-    from mmchat.speech import SpeechRecognizer
     from mmchat.training.metrics import word_error_rate
     from mmchat.training.recordings import read_recordings
 

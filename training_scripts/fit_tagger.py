@@ -30,7 +30,7 @@ def main():
     options = parser.parse_args()
 
     from mmchat.errors import MmchatError
-    from mmchat.image_encoder import load_image_encoder
+    from mmchat.models.image_encoder import load_image_encoder
     from mmchat.presets import get_preset
     from mmchat.training.features import FeatureStore
     from mmchat.training.tagging import Vocabulary, fit_tagger, read_classes

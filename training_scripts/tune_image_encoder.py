@@ -32,7 +32,7 @@ def main():
     options = parser.parse_args()
 
     from mmchat.errors import MmchatError
-    from mmchat.image_encoder import load_image_encoder
+    from mmchat.models.image_encoder import load_image_encoder
     from mmchat.presets import EFFICIENTNET_LITE0
     from mmchat.training.captions import read_split
     from mmchat.training.tuning import tune_image_encoder

@@ -8,10 +8,10 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from ..errors import BadInput, WeightsError
-from ..language_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from ..model import ADAPTER, CONFIG, PROJECTOR
+from ..models.language_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..models.tagger import TAGGER_FILE
+from ..models.vision_language_model import ADAPTER, CONFIG, PROJECTOR
 from ..presets import TUNED
-from ..tagger import TAGGER_FILE
 
 
 def average_weights(first: str | Path, second: str | Path, share: float, out: str | Path) -> None:

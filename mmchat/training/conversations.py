@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from ..prompt import Message
+from ..models.prompt import Message
 
 IMAGE_MARK = "<image>"
 SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}

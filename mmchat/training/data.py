@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import Dataset
 
 from ..errors import BadInput
-from ..model import IGNORED
-from ..prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, encode, no_text
+from ..models.prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, encode, no_text
+from ..models.vision_language_model import IGNORED
 from .conversations import Conversation
 
 logger = logging.getLogger(__name__)

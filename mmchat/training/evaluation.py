@@ -17,8 +17,8 @@ from PIL import Image
 
 from ..errors import BadInput
 from ..generation import SamplingOptions, generate_texts
-from ..model import MultimodalModel
-from ..prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, Message, encode
+from ..models.prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, Message, encode
+from ..models.vision_language_model import MultimodalModel
 from .conversations import Conversation, conversation_of, stream_entries
 from .data import ConversationDataset, Features, Row, collate
 from .metrics import (

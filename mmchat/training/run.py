@@ -15,13 +15,13 @@ from transformers import EarlyStoppingCallback, set_seed
 
 from ..device import choose_device
 from ..errors import BadInput, MmchatError
-from ..image_encoder import find_image_encoder, load_image_encoder
-from ..language_model import add_adapter, load_language_model
-from ..model import MultimodalModel, load_model, preset_of
+from ..models.image_encoder import find_image_encoder, load_image_encoder
+from ..models.language_model import add_adapter, load_language_model
+from ..models.projector import ProjectorConfig, build_projector
+from ..models.prompt import CHAT_FORMATS, no_text
+from ..models.tagger import load_tagger
+from ..models.vision_language_model import MultimodalModel, load_model, preset_of
 from ..presets import HubRepository, Preset, get_preset
-from ..projector import ProjectorConfig, build_projector
-from ..prompt import CHAT_FORMATS, no_text
-from ..tagger import load_tagger
 from .callbacks import HistoryCallback, StopOnSignal
 from .conversations import read_conversations
 from .data import ConversationDataset

@@ -17,8 +17,8 @@ from torch import nn
 
 from ..errors import BadInput
 from ..generation import stop_token_ids
-from ..model import MultimodalModel
-from ..prompt import IMAGE_TOKEN_ID, EncodedConversation
+from ..models.prompt import IMAGE_TOKEN_ID, EncodedConversation
+from ..models.vision_language_model import MultimodalModel
 from .data import Row, collate, lay_out
 from .metrics import words
 from .trainer import MultimodalTrainer

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..device import choose_device
 from ..errors import BadInput
-from ..model import MultimodalModel
+from ..models.vision_language_model import MultimodalModel
 
 logger = logging.getLogger(__name__)
 

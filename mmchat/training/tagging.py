@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from ..errors import BadInput
+from ..models.tagger import Tag, Tagger, pooled, tag_text
 from ..presets import ImageEncoderPreset
-from ..tagger import Tag, Tagger, pooled, tag_text
 from .data import Features
 from .labels import Labeled
 from .questions import AGREEMENT

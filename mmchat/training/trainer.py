@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..device import choose_device
 from ..errors import WeightsError
-from ..model import IGNORED
+from ..models.vision_language_model import IGNORED
 from ..presets import Preset
 from .data import collate
 from .recipe import Recipe

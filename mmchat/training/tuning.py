@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from ..device import choose_device
 from ..errors import BadInput
-from ..image_encoder import ImageEncoder, open_image
+from ..models.image_encoder import ImageEncoder, open_image
 from ..presets import TUNED
 from ..text import STOP_WORDS
 from .questions import AGREEMENT, words_of

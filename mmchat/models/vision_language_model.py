@@ -13,16 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .errors import WeightsError
-from .language_model import (
-    ADAPTER_WEIGHTS,
-    adapter_state,
-    load_adapter,
-    load_adapter_weights,
-    load_language_model,
-    save_adapter_config,
-)
-from .presets import (
+from ..errors import WeightsError
+from ..presets import (
     EFFICIENTNETS,
     PRESETS,
     TUNED,
@@ -30,6 +22,14 @@ from .presets import (
     ImageEncoderPreset,
     Preset,
     tuned_image_encoder,
+)
+from .language_model import (
+    ADAPTER_WEIGHTS,
+    adapter_state,
+    load_adapter,
+    load_adapter_weights,
+    load_language_model,
+    save_adapter_config,
 )
 from .projector import ProjectorConfig, build_projector
 from .prompt import IMAGE_TOKEN_ID

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .errors import WeightsError
+from ..errors import WeightsError
 
 TAGGER_FILE = "tagger.safetensors"  # in a weights folder
 MOST_CLASSES, MOST_WORDS = 2, 7  # shown to the language model: each costs it two or three tokens

@@ -11,10 +11,10 @@ from threading import Lock
 
 import numpy as np
 
-from .assets import fetch
-from .errors import AssetError, BadInput, WeightsError
-from .hub import fetch_repository
-from .presets import HubRepository, SpeechPreset
+from ..assets import fetch
+from ..errors import AssetError, BadInput, WeightsError
+from ..hub import fetch_repository
+from ..presets import HubRepository, SpeechPreset
 
 # Sizes of Whisper whose repository has another name than the rule of ``_repository``.
 REPOSITORIES = {

@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from .assets import convert_once, fetch
-from .device import choose_attention
-from .errors import AssetError, WeightsError
-from .hub import fetch_repository
-from .presets import HubRepository, LanguageModelPreset
+from ..assets import convert_once, fetch
+from ..device import choose_attention
+from ..errors import AssetError, WeightsError
+from ..hub import fetch_repository
+from ..presets import HubRepository, LanguageModelPreset
 from .prompt import CHAT_FORMATS
 
 logger = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .assets import fetch
-from .errors import BadInput, WeightsError
-from .hub import fetch_repository
-from .presets import EFFICIENTNETS, HubRepository, ImageEncoderPreset, WheelMember, tuned_image_encoder
+from ..assets import fetch
+from ..errors import BadInput, WeightsError
+from ..hub import fetch_repository
+from ..presets import EFFICIENTNETS, HubRepository, ImageEncoderPreset, WheelMember, tuned_image_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def _on_onnx_runtime(network: nn.Module, resolution: int) -> Any:
     try:
         import onnxruntime
 
-        from .onnx_graph import build_image_encoder
+        from ..onnx_graph import build_image_encoder
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # more gain little on small pictures; many pictures go side by side
