@@ -110,8 +110,8 @@ def decoding() -> Iterator[Row]:
     import torch
 
     from mmchat import SamplingOptions
-    from mmchat.decoder import TorchDecoder
-    from mmchat.generation import stream_token_ids
+    from mmchat.inference.decoder import TorchDecoder
+    from mmchat.inference.generation import stream_token_ids
 
     model, embeddings, count = engine().model.language_model, _embeddings(), 64
     options = SamplingOptions(temperature=0, max_new_tokens=count)
@@ -421,8 +421,8 @@ def precomputing() -> Iterator[Row]:
 def quality(captions: str, photos: str, limit: int) -> Iterator[Row]:
     """Greedy captions, written with packed weights and by PyTorch."""
     from mmchat import Message, SamplingOptions
-    from mmchat.decoder import TorchDecoder
-    from mmchat.reuse import Readings
+    from mmchat.inference.decoder import TorchDecoder
+    from mmchat.inference.prefix_cache import Readings
     from mmchat.training.evaluation import read_items
     from mmchat.training.metrics import caption_metrics
 

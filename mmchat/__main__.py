@@ -175,7 +175,7 @@ def doctor(_: argparse.Namespace) -> int:
 
 def _start(options: argparse.Namespace):
     from .engine import load
-    from .generation import SamplingOptions
+    from .inference.generation import SamplingOptions
 
     given = {name: getattr(options, name) for name in ("temperature", "beams", "max_new_tokens")}
     sampling = SamplingOptions(**{name: value for name, value in given.items() if value is not None})

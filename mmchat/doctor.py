@@ -109,7 +109,7 @@ def _is_present(source: Any) -> bool:
 def _answer() -> Finding:
     try:
         from .engine import load
-        from .generation import SamplingOptions
+        from .inference.generation import SamplingOptions
         from .models.prompt import Message
 
         engine = load("smol")

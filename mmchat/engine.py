@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .decoder import load_decoder
 from .device import choose_device, choose_preset, choose_quantization
 from .errors import BadInput, MmchatError
-from .generation import TEXT_PENALTY, SamplingOptions, generate_texts, stream_text
 from .importing import own_weights
+from .inference.decoder import load_decoder
+from .inference.generation import TEXT_PENALTY, SamplingOptions, generate_texts, stream_text
+from .inference.prefix_cache import Reading, Readings, Row
 from .models.image_encoder import load_image_encoder, open_image, to_rgb
 from .models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, EncodedConversation, Message, encode, has_images
 from .models.speech import SpeechRecognizer, Transcript, find_speech_model
 from .models.tagger import Tag
 from .models.vision_language_model import load_model, preset_of, preset_trained
 from .presets import AUTO, DEFAULT_PRESET, Preset, get_preset
-from .reuse import Reading, Readings, Row
 
 logger = logging.getLogger(__name__)
 

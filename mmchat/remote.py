@@ -15,7 +15,7 @@ from PIL import Image
 
 from .engine import rewrite_request, with_question
 from .errors import BadInput, MmchatError
-from .generation import SamplingOptions
+from .inference.generation import SamplingOptions
 from .models.image_encoder import open_image, to_rgb
 from .models.prompt import Message
 from .models.speech import SpeechRecognizer, Transcript

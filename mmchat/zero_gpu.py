@@ -8,7 +8,7 @@ from contextlib import closing
 
 from .device import on_zero_gpu
 from .engine import Engine
-from .generation import SamplingOptions
+from .inference.generation import SamplingOptions
 from .models.prompt import Message
 
 logger = logging.getLogger(__name__)

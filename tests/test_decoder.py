@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from mmchat import Message, SamplingOptions
-from mmchat.decoder import TorchDecoder, load_decoder
+from mmchat.inference.decoder import TorchDecoder, load_decoder
+from mmchat.inference.onnx_decoder import OnnxDecoder, load_onnx_decoder
+from mmchat.inference.onnx_graph import BLOCK, eight_bits, four_bits
+from mmchat.inference.prefix_cache import Readings
 from mmchat.models.language_model import add_adapter, load_language_model
-from mmchat.onnx_decoder import OnnxDecoder, load_onnx_decoder
-from mmchat.onnx_graph import BLOCK, eight_bits, four_bits
 from mmchat.presets import get_preset
-from mmchat.reuse import Readings
 from tests.close import assert_close
 from tests.conftest import ROOT
 

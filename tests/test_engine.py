@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from mmchat import BadInput, Message, SamplingOptions
-from mmchat.decoder import TorchDecoder
 from mmchat.errors import MmchatError
+from mmchat.inference.decoder import TorchDecoder
+from mmchat.inference.prefix_cache import Reading, Readings
 from mmchat.models.prompt import IMAGE_TOKEN_ID
-from mmchat.reuse import Reading, Readings
 from tests.close import assert_close
 
 GREEDY = SamplingOptions(temperature=0, max_new_tokens=16)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from mmchat import SamplingOptions
-from mmchat.decoder import TorchDecoder
 from mmchat.errors import BadInput
-from mmchat.generation import generate_texts, stream_text
+from mmchat.inference.decoder import TorchDecoder
+from mmchat.inference.generation import generate_texts, stream_text
 from mmchat.models.prompt import CHAT_FORMATS
 from mmchat.models.vision_language_model import load_model
 from mmchat.presets import get_preset

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmchat.decoder import TorchDecoder
 from mmchat.errors import BadInput
-from mmchat.generation import SamplingOptions, stop_token_ids, stream_text, stream_token_ids
+from mmchat.inference.decoder import TorchDecoder
+from mmchat.inference.generation import SamplingOptions, stop_token_ids, stream_text, stream_token_ids
 from mmchat.models.prompt import Message
 
 GREEDY = SamplingOptions(temperature=0, repetition_penalty=1, max_new_tokens=24)

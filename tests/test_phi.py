@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from mmchat import Message, SamplingOptions
-from mmchat.decoder import TorchDecoder
 from mmchat.device import Device, choose_preset, choose_quantization
 from mmchat.engine import REWRITE, Engine
 from mmchat.errors import BadInput
-from mmchat.generation import _beam_settings, generate_texts, stream_text
+from mmchat.inference.decoder import TorchDecoder
+from mmchat.inference.generation import _beam_settings, generate_texts, stream_text
 from mmchat.models.image_encoder import find_image_encoder, load_image_encoder
 from mmchat.models.language_model import add_adapter, load_language_model
 from mmchat.models.projector import ProjectorConfig, build_projector

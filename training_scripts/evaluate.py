@@ -87,8 +87,8 @@ def evaluate_questions(options):
 
     from mmchat.device import choose_device
     from mmchat.errors import BadInput
-    from mmchat.generation import SamplingOptions
     from mmchat.importing import own_weights
+    from mmchat.inference.generation import SamplingOptions
     from mmchat.models.image_encoder import load_image_encoder
     from mmchat.models.prompt import CHAT_FORMATS
     from mmchat.models.vision_language_model import load_model, preset_of

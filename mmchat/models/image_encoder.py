@@ -143,7 +143,7 @@ def _on_onnx_runtime(network: nn.Module, resolution: int) -> Any:
     try:
         import onnxruntime
 
-        from ..onnx_graph import build_image_encoder
+        from ..inference.onnx_graph import build_image_encoder
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # more gain little on small pictures; many pictures go side by side

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ..errors import BadInput
-from ..generation import SamplingOptions, generate_texts
+from ..inference.generation import SamplingOptions, generate_texts
 from ..models.prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, Message, encode
 from ..models.vision_language_model import MultimodalModel
 from .conversations import Conversation, conversation_of, stream_entries

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import BadInput
-from ..generation import SamplingOptions
+from ..inference.generation import SamplingOptions
 from .conversations import Conversation, read_conversations
 from .evaluation import Evaluator, Item
 from .features import FeatureStore, PictureFolder, read_picture

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import BadInput
-from ..generation import stop_token_ids
+from ..inference.generation import stop_token_ids
 from ..models.prompt import IMAGE_TOKEN_ID, EncodedConversation
 from ..models.vision_language_model import MultimodalModel
 from .data import Row, collate, lay_out

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import AssetError
+from ..errors import AssetError
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import BadInput
+from ..errors import BadInput
 
 TEXT_PENALTY = 1.1
 

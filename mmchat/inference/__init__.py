@@ -1,0 +1,1 @@
+"""Embeddings to text: sampling, decoders and their caches."""
