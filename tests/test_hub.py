@@ -11,8 +11,8 @@ import sys
 import pytest
 import torch
 
-from mmchat.assets import cache_folder, fetch
-from mmchat.hub import _note, is_here
+from mmchat.fetching.hub import _note, is_here
+from mmchat.fetching.wheels import cache_folder, fetch
 from mmchat.presets import PHI_3_5, SMOL, HubRepository
 from tests.conftest import ROOT, page_address
 from tests.hub_server import Hub, serve

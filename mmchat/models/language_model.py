@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ..assets import convert_once, fetch
 from ..device import choose_attention
 from ..errors import AssetError, WeightsError
-from ..hub import fetch_repository
+from ..fetching.hub import fetch_repository
+from ..fetching.wheels import convert_once, fetch
 from ..presets import HubRepository, LanguageModelPreset
 from .prompt import CHAT_FORMATS
 

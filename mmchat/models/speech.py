@@ -11,9 +11,9 @@ from threading import Lock
 
 import numpy as np
 
-from ..assets import fetch
 from ..errors import AssetError, BadInput, WeightsError
-from ..hub import fetch_repository
+from ..fetching.hub import fetch_repository
+from ..fetching.wheels import fetch
 from ..presets import HubRepository, SpeechPreset
 
 # Sizes of Whisper whose repository has another name than the rule of ``_repository``.

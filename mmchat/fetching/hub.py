@@ -7,9 +7,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from .assets import cache_folder
-from .errors import AssetError
-from .presets import HubRepository
+from ..errors import AssetError
+from ..presets import HubRepository
+from .wheels import cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
-from .errors import AssetError
-from .presets import WheelMember
+from ..errors import AssetError
+from ..presets import WheelMember
 
 logger = logging.getLogger(__name__)
 
