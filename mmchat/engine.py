@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from .checkpoints.importing import own_weights
 from .device import choose_device, choose_preset, choose_quantization
 from .errors import BadInput, MmchatError
-from .importing import own_weights
 from .inference.decoder import load_decoder
 from .inference.generation import TEXT_PENALTY, SamplingOptions, generate_texts, stream_text
 from .inference.prefix_cache import Reading, Readings, Row

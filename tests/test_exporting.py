@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from mmchat import BadInput, Message, SamplingOptions
+from mmchat.checkpoints.exporting import chat_template, export_llava
 from mmchat.engine import Engine
-from mmchat.exporting import chat_template, export_llava
 from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
 from mmchat.models.vision_language_model import load_model
 from mmchat.presets import PRESETS, HubRepository

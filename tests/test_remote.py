@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 from mmchat import BadInput, Message, MmchatError, SamplingOptions
+from mmchat.checkpoints.exporting import export_llava
 from mmchat.engine import Engine
-from mmchat.exporting import export_llava
 from mmchat.presets import PRESETS
 from mmchat.remote import RemoteEngine, _as_sent
 from mmchat.training.recipe import Recipe

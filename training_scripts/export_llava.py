@@ -30,8 +30,8 @@ def main():
 
     import torch
 
+    from mmchat.checkpoints.exporting import export_llava
     from mmchat.errors import MmchatError
-    from mmchat.exporting import export_llava
     from mmchat.presets import get_preset
 
     try:

@@ -27,8 +27,8 @@ def main():
     parser.add_argument("--marker", help="the word whose embedding ends every picture, where the checkpoint has one")
     options = parser.parse_args()
 
+    from mmchat.checkpoints.importing import import_checkpoint
     from mmchat.errors import MmchatError
-    from mmchat.importing import import_checkpoint
     from mmchat.presets import get_preset
 
     try:

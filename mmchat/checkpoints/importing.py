@@ -25,10 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from .errors import WeightsError
-from .fetching.hub import fetch_repository
-from .fetching.wheels import convert_once
-from .models.language_model import (
+from ..errors import WeightsError
+from ..fetching.hub import fetch_repository
+from ..fetching.wheels import convert_once
+from ..models.language_model import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     add_adapter,
@@ -37,9 +37,9 @@ from .models.language_model import (
     load_language_model,
     set_adapter_weights,
 )
-from .models.projector import Marked, ProjectorConfig, build_projector
-from .models.vision_language_model import MultimodalModel
-from .presets import Preset
+from ..models.projector import Marked, ProjectorConfig, build_projector
+from ..models.vision_language_model import MultimodalModel
+from ..presets import Preset
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import BadInput
-from .fetching.hub import fetch_repository
-from .models.prompt import CHAT_FORMATS, ROLES, ChatFormat
-from .models.vision_language_model import MultimodalModel, load_model, preset_of
-from .presets import ImageEncoderPreset, Preset
+from ..errors import BadInput
+from ..fetching.hub import fetch_repository
+from ..models.prompt import CHAT_FORMATS, ROLES, ChatFormat
+from ..models.vision_language_model import MultimodalModel, load_model, preset_of
+from ..presets import ImageEncoderPreset, Preset
 
 IMAGE_TOKEN = "<image>"
 

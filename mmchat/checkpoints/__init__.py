@@ -1,0 +1,1 @@
+"""Weights on disk: our folder, and other projects' checkpoints in and out."""
