@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mmchat.errors import BadInput, MmchatError
-from mmchat.limits import RateLimit, questions_per_minute
 from mmchat.presets import AUTO, DEFAULT_PRESET, PRESETS, get_preset
+from mmchat.serving.rate_limit import RateLimit, questions_per_minute
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 
@@ -60,20 +60,20 @@ def main() -> None:
         logging.getLogger(client).setLevel(logging.WARNING)
     if os.environ.get("SPACES_ZERO_GPU"):
         import spaces  # noqa: F401 (it has to come before torch, which it changes)
-    from mmchat import ui
     from mmchat.device import on_zero_gpu
-    from mmchat.loading import LoadingEngine
+    from mmchat.serving import page
+    from mmchat.serving.loading import LoadingEngine
 
-    engine = LoadingEngine(lambda: load_engine(options), notify=ui.gr.Info)
+    engine = LoadingEngine(lambda: load_engine(options), notify=page.gr.Info)
     try:
         if options.preset != AUTO:
             get_preset(options.preset)  # a mistake is said before a page is shown
         if on_zero_gpu():  # models have to be there before the page is
             engine.start()
             engine.wait()
-        demo = ui.build(engine, EXAMPLES, RateLimit(options.rate_limit))
+        demo = page.build(engine, EXAMPLES, RateLimit(options.rate_limit))
         address = {"server_name": options.host, "server_port": options.port}
-        ui.launch(demo, **address, auth=sign_in(), prevent_thread_lock=True)
+        page.launch(demo, **address, auth=sign_in(), prevent_thread_lock=True)
         if not on_zero_gpu():
             engine.start()
         engine.wait()
@@ -104,12 +104,12 @@ def sign_in() -> tuple[str, str] | None:
 def load_engine(options: argparse.Namespace) -> Any:
     """What answers: models here, or a server that has them."""
     if options.server:
-        from mmchat.remote import RemoteEngine
+        from mmchat.serving.remote import RemoteEngine
 
         engine = RemoteEngine(options.server, os.environ.get("MMCHAT_MODEL"))
     else:
         from mmchat import load
-        from mmchat.zero_gpu import lend_gpu
+        from mmchat.serving.zero_gpu import lend_gpu
 
         logging.info("Loading the models of '%s' …", options.preset)
         engine = lend_gpu(load(options.preset, options.weights, options.quantization, options.speech))

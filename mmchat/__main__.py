@@ -150,7 +150,7 @@ def classes(options: argparse.Namespace) -> int:
 
 def space(options: argparse.Namespace) -> int:
     """Writes the folder of a Space, ready to be pushed."""
-    from .space import assemble
+    from .serving.space import assemble
 
     files = assemble(options.out)
     size = sum((options.out / file).stat().st_size for file in files) / 1e6
@@ -162,7 +162,7 @@ def space(options: argparse.Namespace) -> int:
 
 def doctor(_: argparse.Namespace) -> int:
     """Prints what is found on this machine, and what to do about what is wrong; 1 if something is."""
-    from .doctor import examine
+    from .serving.doctor import examine
 
     is_well = True
     for finding in examine():

@@ -28,7 +28,7 @@ def engine():
 @pytest.fixture(scope="module")
 def address(engine):
     """Where the real page is served."""
-    from mmchat import ui
+    from mmchat.serving import page as ui
 
     engine.warm_up()
     demo = ui.build(engine, ROOT / "examples")

@@ -10,8 +10,8 @@ import wave
 
 import pytest
 
-from mmchat import ui
 from mmchat.models.speech import SAMPLE_RATE, read_audio
+from mmchat.serving import page as ui
 from tests.conftest import ROOT, SPEECH
 
 pytestmark = pytest.mark.browser

@@ -6,9 +6,9 @@ from collections import namedtuple
 
 import pytest
 
-from mmchat import doctor
 from mmchat.__main__ import main
 from mmchat.errors import AssetError
+from mmchat.serving import doctor
 
 
 @pytest.fixture

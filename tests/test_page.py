@@ -15,11 +15,12 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-from mmchat import ui, uploads
 from mmchat.errors import BadInput
-from mmchat.limits import RateLimit
-from mmchat.loading import PATIENCE, LoadingEngine
 from mmchat.models.speech import Transcript
+from mmchat.serving import page as ui
+from mmchat.serving import uploads
+from mmchat.serving.loading import PATIENCE, LoadingEngine
+from mmchat.serving.rate_limit import RateLimit
 from tests.conftest import ROOT
 from tests.raw import upload
 

@@ -352,7 +352,7 @@ def test_auto_takes_phi_where_it_fits_and_can_be_had(monkeypatch):
 def test_a_model_trained_in_4_bits_chats_through_the_page_rewriting_or_not(tiny, trained):
     from gradio_client import Client, handle_file
 
-    from mmchat import ui
+    from mmchat.serving import page as ui
 
     preset, folder = trained
     engine = Engine(preset, folder)
@@ -369,7 +369,7 @@ def test_a_model_trained_in_4_bits_chats_through_the_page_rewriting_or_not(tiny,
 
 
 def test_the_page_keeps_the_draft_and_the_model_does_not_read_it(tiny, trained):
-    from mmchat.ui import Page, to_messages
+    from mmchat.serving.page import Page, to_messages
 
     preset, folder = trained
     engine = Engine(preset, folder)

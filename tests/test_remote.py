@@ -22,7 +22,7 @@ from mmchat import BadInput, Message, MmchatError, SamplingOptions
 from mmchat.checkpoints.exporting import export_llava
 from mmchat.engine import Engine
 from mmchat.presets import PRESETS
-from mmchat.remote import RemoteEngine, _as_sent
+from mmchat.serving.remote import RemoteEngine, _as_sent
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
 from tests.conftest import ROOT
@@ -106,7 +106,7 @@ def test_a_server_says_what_the_engine_says(tiny, served):
 def test_the_page_is_its_client(tiny, served):
     from gradio_client import Client, handle_file
 
-    from mmchat import ui
+    from mmchat.serving import page as ui
 
     address, name, _ = served
     remote = RemoteEngine(address, name)

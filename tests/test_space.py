@@ -14,8 +14,8 @@ from mmchat import BadInput, Message, SamplingOptions
 from mmchat.__main__ import main
 from mmchat.device import choose_device, choose_quantization
 from mmchat.engine import Engine
-from mmchat.space import assemble, check, front_matter
-from mmchat.zero_gpu import lend_gpu, seconds_needed
+from mmchat.serving.space import assemble, check, front_matter
+from mmchat.serving.zero_gpu import lend_gpu, seconds_needed
 from tests.conftest import ROOT, page_address
 
 

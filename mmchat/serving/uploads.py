@@ -8,7 +8,7 @@ from pathlib import Path
 import gradio as gr
 from gradio.utils import get_upload_folder
 
-from . import BadInput, MmchatError, open_image
+from .. import BadInput, MmchatError, open_image
 
 logger = logging.getLogger(__name__)
 

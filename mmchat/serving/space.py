@@ -6,9 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
-from .errors import BadInput
+from ..errors import BadInput
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("app.py", "mmchat", "weights", "examples", "requirements.txt", "README.md", "LICENSE", "docs")
 LEFT_OUT = ("__pycache__", "*.pyc", "*.pyi", ".*")
 LARGEST_FILE = 10_000_000  # bytes; the Hub wants larger ones in LFS

@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from threading import Lock
 
-from .errors import BadInput
+from ..errors import BadInput
 
 MINUTE = 60  # seconds
 REMEMBERED = 10_000  # addresses; the ones heard of longest ago are forgotten

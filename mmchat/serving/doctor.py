@@ -10,10 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .errors import MmchatError
-from .fetching.hub import is_here
-from .fetching.wheels import cache_folder, is_fetched
-from .presets import PRESETS, HubRepository, Preset, WheelMember
+from ..errors import MmchatError
+from ..fetching.hub import is_here
+from ..fetching.wheels import cache_folder, is_fetched
+from ..presets import PRESETS, HubRepository, Preset, WheelMember
 
 NEEDED = ("gradio", "torch", "transformers", "peft", "faster-whisper", "pillow", "safetensors")
 OPTIONAL = {
@@ -67,7 +67,7 @@ def _package(name: str, purpose: str = "") -> Finding:
 
 def _device() -> Finding:
     try:
-        from .device import choose_device, choose_preset
+        from ..device import choose_device, choose_preset
     except ImportError as error:
         return Finding("device", "unknown", f"A package is missing ({error.name}): run make run again.")
     device = choose_device()
@@ -108,9 +108,9 @@ def _is_present(source: Any) -> bool:
 
 def _answer() -> Finding:
     try:
-        from .engine import load
-        from .inference.generation import SamplingOptions
-        from .models.prompt import Message
+        from ..engine import load
+        from ..inference.generation import SamplingOptions
+        from ..models.prompt import Message
 
         engine = load("smol")
         options = SamplingOptions(temperature=0, max_new_tokens=24)

@@ -13,13 +13,13 @@ from typing import Any
 
 from PIL import Image
 
-from .engine import rewrite_request, with_question
-from .errors import BadInput, MmchatError
-from .inference.generation import SamplingOptions
-from .models.image_encoder import open_image, to_rgb
-from .models.prompt import Message
-from .models.speech import SpeechRecognizer, Transcript
-from .presets import SMOL
+from ..engine import rewrite_request, with_question
+from ..errors import BadInput, MmchatError
+from ..inference.generation import SamplingOptions
+from ..models.image_encoder import open_image, to_rgb
+from ..models.prompt import Message
+from ..models.speech import SpeechRecognizer, Transcript
+from ..presets import SMOL
 
 logger = logging.getLogger(__name__)
 
