@@ -314,8 +314,8 @@ def training() -> Iterator[Row]:
     from torch import nn
 
     from mmchat.models.vision_language_model import IGNORED
-    from mmchat.training.conversations import conversation_of, entry_of
-    from mmchat.training.data import ConversationDataset, collate
+    from mmchat.training.data.conversations import conversation_of, entry_of
+    from mmchat.training.data.packing import ConversationDataset, collate
     from mmchat.training.recipe import Recipe
     from mmchat.training.run import build_model, chosen_preset
 
@@ -391,7 +391,7 @@ def precomputing() -> Iterator[Row]:
     """Features of 160 photos, against one photo after the other."""
     import torch
 
-    from mmchat.training.features import embed_folder
+    from mmchat.training.data.features import embed_folder
 
     encoder = engine().image_encoder
     with tempfile.TemporaryDirectory() as folder:

@@ -54,7 +54,7 @@ def tiny(tmp_path_factory):
     """Small models, pictures, their features, and conversations about them; the presets are known while tests run."""
     from mmchat.models.image_encoder import load_image_encoder
     from mmchat.presets import PRESETS
-    from mmchat.training.features import embed_folder
+    from mmchat.training.data.features import embed_folder
     from tests import tiny
 
     folder = tmp_path_factory.mktemp("tiny")

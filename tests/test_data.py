@@ -15,7 +15,7 @@ from mmchat.errors import BadInput
 from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, EncodedConversation
 from mmchat.models.vision_language_model import IGNORED
 from mmchat.presets import get_preset
-from mmchat.training.conversations import (
+from mmchat.training.data.conversations import (
     Conversation,
     entry_of,
     read_conversations,
@@ -23,8 +23,8 @@ from mmchat.training.conversations import (
     stream_entries,
     write_conversations,
 )
-from mmchat.training.data import ConversationDataset, collate, lay_out
-from mmchat.training.features import FeatureStore
+from mmchat.training.data.features import FeatureStore
+from mmchat.training.data.packing import ConversationDataset, collate, lay_out
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import build_model
 from tests.close import assert_close
@@ -104,7 +104,7 @@ def test_any_json_list_is_streamed_as_json_reads_it(tmp_path_factory, entries):
 
 
 def test_long_files_are_read_across_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmchat.training.conversations.CHUNK", 7)
+    monkeypatch.setattr("mmchat.training.data.conversations.CHUNK", 7)
     entries = [entry_of(str(number), "a.jpg", [("What?", f"Dog number {number}.")]) for number in range(50)]
     assert write_conversations(tmp_path / "many.json", entries) == 50
     read = list(read_conversations(tmp_path / "many.json"))

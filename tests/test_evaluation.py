@@ -19,8 +19,9 @@ from mmchat.inference.generation import generate_texts, stream_text
 from mmchat.models.prompt import CHAT_FORMATS
 from mmchat.models.vision_language_model import load_model
 from mmchat.presets import get_preset
-from mmchat.training.conversations import entry_of, write_conversations
-from mmchat.training.data import ConversationDataset
+from mmchat.training.data.conversations import entry_of, write_conversations
+from mmchat.training.data.features import FeatureStore
+from mmchat.training.data.packing import ConversationDataset
 from mmchat.training.evaluation import (
     BlankFeatures,
     Evaluator,
@@ -30,7 +31,6 @@ from mmchat.training.evaluation import (
     measure,
     read_items,
 )
-from mmchat.training.features import FeatureStore
 from mmchat.training.metrics import (
     accuracy,
     always_the_same,

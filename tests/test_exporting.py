@@ -138,7 +138,7 @@ def test_siglip_is_exported_too(tiny, tmp_path):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from mmchat.models.image_encoder import find_image_encoder, load_image_encoder
-    from mmchat.training.features import embed_folder
+    from mmchat.training.data.features import embed_folder
 
     encoder = find_image_encoder(HubRepository(str(tiny / "siglip")))
     embed_folder(tiny / "pictures", tmp_path / "features", encoder, load_image_encoder(encoder))

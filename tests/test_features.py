@@ -11,8 +11,8 @@ from PIL import Image
 from mmchat.errors import BadInput
 from mmchat.models.image_encoder import load_image_encoder, open_image
 from mmchat.presets import HubRepository, get_preset
-from mmchat.training import features
-from mmchat.training.features import FeatureStore, PictureFolder, embed_folder
+from mmchat.training.data import features
+from mmchat.training.data.features import FeatureStore, PictureFolder, embed_folder
 from tests.close import assert_close
 
 HALF = 2**-10  # the distance between numbers in half precision, as they are stored, relative to them

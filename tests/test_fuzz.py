@@ -24,8 +24,8 @@ from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
 from mmchat.models.speech import read_audio
 from mmchat.models.vision_language_model import load_model
 from mmchat.presets import get_preset
-from mmchat.training.captions import read_captions
-from mmchat.training.conversations import read_conversations
+from mmchat.training.data.captions import read_captions
+from mmchat.training.data.conversations import read_conversations
 from mmchat.training.run import train
 from tests.conftest import SPEECH
 from tests.test_trainer import recipe

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from mmchat.errors import BadInput
-from mmchat.training import captions, details, naming
-from mmchat.training.label_questions import (
+from mmchat.training.data import captions, details, naming
+from mmchat.training.data.label_questions import (
     EVALUATION_WORDINGS,
     PRESENCE,
     WORDINGS,
@@ -25,8 +25,8 @@ from mmchat.training.label_questions import (
     questions_only,
     tidy_question,
 )
-from mmchat.training.labels import Box, Labeled, read_labels
-from mmchat.training.naming import Dictionary, counted, plural, sentence, with_article
+from mmchat.training.data.labels import Box, Labeled, read_labels
+from mmchat.training.data.naming import Dictionary, counted, plural, sentence, with_article
 
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "prepare_data.py"
 
@@ -364,7 +364,7 @@ def test_what_is_drawn_depends_on_the_seed_alone():
     def made(hash_seed: str) -> bytes:
         code = (
             "import random, json, sys; sys.path.insert(0, '.'); from tests.test_labels import collection;"
-            "from mmchat.training.label_questions import conversations;"
+            "from mmchat.training.data.label_questions import conversations;"
             "print(json.dumps(list(conversations(collection(30), random.Random(3), per_image=4))))"
         )
         environment = {"PYTHONHASHSEED": hash_seed, "PATH": ""}

@@ -223,7 +223,7 @@ class TestImageEncoders:
             find_image_encoder(HubRepository(str(tiny / "clip")), layer=-9)
 
     def test_weights_bring_their_image_encoder(self, tiny, tmp_path, picture):
-        from mmchat.training.features import embed_folder
+        from mmchat.training.data.features import embed_folder
 
         encoder = find_image_encoder(HubRepository(str(tiny / "siglip")), "patches", -1)
         embed_folder(tiny / "pictures", tmp_path / "features", encoder, load_image_encoder(encoder))

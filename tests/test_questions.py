@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from mmchat.errors import BadInput
-from mmchat.training import easy_vqa
-from mmchat.training.captions import conversations, descriptions, questions_only, read_captions, tidy_caption
-from mmchat.training.conversations import write_conversations
+from mmchat.training.data import easy_vqa
+from mmchat.training.data.captions import conversations, descriptions, questions_only, read_captions, tidy_caption
+from mmchat.training.data.conversations import write_conversations
+from mmchat.training.data.questions import ask
 from mmchat.training.evaluation import read_items
-from mmchat.training.questions import ask
 
 DOGS = [
     "A brown dog runs with two boys .",

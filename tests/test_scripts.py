@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from mmchat.errors import BadInput
-from mmchat.text import clean_answer, clean_answers
-from mmchat.training.conversations import entry_of
+from mmchat.training.data.cleaning import clean_answer, clean_answers
+from mmchat.training.data.conversations import entry_of
 from mmchat.training.recipe import Recipe, parse_recipe, read_recipe, write_recipe
 from tests.conftest import ROOT
 

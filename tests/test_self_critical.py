@@ -12,8 +12,8 @@ from mmchat.models.language_model import load_language_model
 from mmchat.models.prompt import CHAT_FORMATS, Message, encode
 from mmchat.models.vision_language_model import load_model
 from mmchat.presets import get_preset
-from mmchat.training.conversations import entry_of, write_conversations
-from mmchat.training.data import lay_out
+from mmchat.training.data.conversations import entry_of, write_conversations
+from mmchat.training.data.packing import lay_out
 from mmchat.training.run import train
 from mmchat.training.self_critical import Reward, advantages, sample_answers, take_open_questions
 from tests.test_trainer import assert_same, history, recipe
@@ -115,7 +115,7 @@ def test_advantages_are_over_the_others():
 
 
 def test_sampled_answers_are_as_frequent_as_the_model_says(tiny, model_and_tokenizer):
-    from mmchat.training.features import FeatureStore
+    from mmchat.training.data.features import FeatureStore
     from mmchat.training.self_critical import OpenQuestion
 
     model, tokenizer = model_and_tokenizer

@@ -14,9 +14,9 @@ from mmchat.models.tagger import TAGGER_FILE, Tag, Tagger, load_tagger, tag_text
 from mmchat.models.vision_language_model import load_model
 from mmchat.presets import EFFICIENTNET_LITE2
 from mmchat.training.averaging import average_weights
-from mmchat.training.conversations import conversation_of, entry_of
-from mmchat.training.data import ConversationDataset
-from mmchat.training.labels import Labeled
+from mmchat.training.data.conversations import conversation_of, entry_of
+from mmchat.training.data.labels import Labeled
+from mmchat.training.data.packing import ConversationDataset
 from mmchat.training.tagging import TAGS_FILE, TrainingTags, Vocabulary, fit_tagger, read_classes
 
 CELLS, WIDTH = 4, 8

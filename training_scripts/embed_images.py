@@ -41,7 +41,7 @@ def main():
     from mmchat.errors import MmchatError
     from mmchat.models.image_encoder import find_image_encoder, load_image_encoder
     from mmchat.presets import HubRepository, get_preset
-    from mmchat.training.features import embed_folder
+    from mmchat.training.data.features import embed_folder
 
     try:
         preset = get_preset(options.preset).image_encoder

@@ -93,6 +93,7 @@ def evaluate_questions(options):
     from mmchat.models.prompt import CHAT_FORMATS
     from mmchat.models.vision_language_model import load_model, preset_of
     from mmchat.presets import get_preset
+    from mmchat.training.data.features import FeatureStore, PictureFolder
     from mmchat.training.evaluation import (
         DEFAULT_MAX_NEW_TOKENS,
         MAX_NEW_TOKENS,
@@ -102,7 +103,6 @@ def evaluate_questions(options):
         measure,
         read_items,
     )
-    from mmchat.training.features import FeatureStore, PictureFolder
 
     preset, device = get_preset(options.preset), choose_device()
     all_weights = options.weights or [own_weights(preset)]

@@ -32,7 +32,7 @@ def main():
     from mmchat.errors import MmchatError
     from mmchat.models.image_encoder import load_image_encoder
     from mmchat.presets import get_preset
-    from mmchat.training.features import FeatureStore
+    from mmchat.training.data.features import FeatureStore
     from mmchat.training.tagging import Vocabulary, fit_tagger, read_classes
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -58,7 +58,7 @@ def main():
 
 def read_sources(options):
     """Captions and labels with the names that the pictures have in the features."""
-    from mmchat.training import captions, labels
+    from mmchat.training.data import captions, labels
 
     splits = dict(pair(text) for text in options.splits)
     captioned, labeled = [], []

@@ -98,11 +98,11 @@ def main():
     options = parse()
 
     from mmchat.errors import MmchatError
-    from mmchat.training.conversations import write_conversations
+    from mmchat.training.data.conversations import write_conversations
 
     try:
         if options.command == "split":
-            from mmchat.training.conversations import split_by_image
+            from mmchat.training.data.conversations import split_by_image
 
             train, rest = split_by_image(options.conversations, options.share, random.Random(options.seed))
             print(f"{write_conversations(options.rest, rest)} conversations in {options.rest}")
@@ -110,7 +110,7 @@ def main():
         else:
             entries = SOURCES[options.command](options)
         if options.clean_answers:
-            from mmchat.text import clean_answers
+            from mmchat.training.data.cleaning import clean_answers
 
             entries = map(clean_answers, entries)
         print(f"{write_conversations(options.out, entries)} conversations in {options.out}")
@@ -119,7 +119,7 @@ def main():
 
 
 def from_captions(options):
-    from mmchat.training import captions
+    from mmchat.training.data import captions
 
     pictures = captions.read_split(options.captions, options.splits, options.split)
     pictures = [in_folder(options.folder, picture) for picture in pictures[: options.limit]]
@@ -144,7 +144,7 @@ def from_captions(options):
 
 
 def from_easy_vqa(options):
-    from mmchat.training import easy_vqa
+    from mmchat.training.data import easy_vqa
 
     if options.images:
         count = easy_vqa.extract_pictures(options.images, options.split, options.limit)
@@ -163,8 +163,8 @@ def from_easy_vqa(options):
 
 
 def from_labels(options):
-    from mmchat.training import label_questions, labels
-    from mmchat.training.naming import Dictionary
+    from mmchat.training.data import label_questions, labels
+    from mmchat.training.data.naming import Dictionary
 
     pictures = labels.of_split(labels.read_labels(options.labels, options.format), options.splits, options.split)
     pictures = labels.in_folder(pictures[: options.limit], options.folder)

@@ -19,8 +19,8 @@ from ..errors import BadInput
 from ..inference.generation import SamplingOptions, generate_texts
 from ..models.prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, Message, encode
 from ..models.vision_language_model import MultimodalModel
-from .conversations import Conversation, conversation_of, stream_entries
-from .data import ConversationDataset, Features, Row, collate
+from .data.conversations import Conversation, conversation_of, stream_entries
+from .data.packing import ConversationDataset, Features, Row, collate
 from .metrics import (
     Estimate,
     answer_metrics,

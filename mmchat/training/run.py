@@ -23,10 +23,10 @@ from ..models.tagger import load_tagger
 from ..models.vision_language_model import MultimodalModel, load_model, preset_of
 from ..presets import HubRepository, Preset, get_preset
 from .callbacks import HistoryCallback, StopOnSignal
-from .conversations import read_conversations
-from .data import ConversationDataset
+from .data.conversations import read_conversations
+from .data.features import FeatureStore, PictureFolder
+from .data.packing import ConversationDataset
 from .evaluation import Evaluator
-from .features import FeatureStore, PictureFolder
 from .int8 import use_faster_multiplication
 from .recipe import Recipe, write_recipe
 from .samples import write_samples

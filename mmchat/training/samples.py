@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ..errors import BadInput
 from ..inference.generation import SamplingOptions
-from .conversations import Conversation, read_conversations
+from .data.conversations import Conversation, read_conversations
+from .data.features import FeatureStore, PictureFolder, read_picture
 from .evaluation import Evaluator, Item
-from .features import FeatureStore, PictureFolder, read_picture
 
 logger = logging.getLogger(__name__)
 

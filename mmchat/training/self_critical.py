@@ -19,7 +19,7 @@ from ..errors import BadInput
 from ..inference.generation import stop_token_ids
 from ..models.prompt import IMAGE_TOKEN_ID, EncodedConversation
 from ..models.vision_language_model import MultimodalModel
-from .data import Row, collate, lay_out
+from .data.packing import Row, collate, lay_out
 from .metrics import words
 from .trainer import MultimodalTrainer
 

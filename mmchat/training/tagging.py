@@ -20,9 +20,9 @@ from torch import nn
 from ..errors import BadInput
 from ..models.tagger import Tag, Tagger, pooled, tag_text
 from ..presets import ImageEncoderPreset
-from .data import Features
-from .labels import Labeled
-from .questions import AGREEMENT
+from .data.labels import Labeled
+from .data.packing import Features
+from .data.questions import AGREEMENT
 from .tuning import words_and_pairs
 
 logger = logging.getLogger(__name__)

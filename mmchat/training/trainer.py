@@ -24,7 +24,7 @@ from ..device import choose_device
 from ..errors import WeightsError
 from ..models.vision_language_model import IGNORED
 from ..presets import Preset
-from .data import collate
+from .data.packing import collate
 from .recipe import Recipe
 
 logger = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ from ..device import choose_device
 from ..errors import BadInput
 from ..models.image_encoder import ImageEncoder, open_image
 from ..presets import TUNED
-from ..text import STOP_WORDS
-from .questions import AGREEMENT, words_of
+from .data.cleaning import STOP_WORDS
+from .data.questions import AGREEMENT, words_of
 
 logger = logging.getLogger(__name__)
 

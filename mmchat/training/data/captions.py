@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput
+from ...errors import BadInput
 from .conversations import entry_of
 from .details import DETAIL, asked_for_detail, detailed_pictures
 from .questions import AGREEMENT, Question, ask, words_of

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..fetching.wheels import fetch_wheel
+from ...fetching.wheels import fetch_wheel
 from .conversations import entry_of
 
 PACKAGE, VERSION = "easy-vqa", "1.0"

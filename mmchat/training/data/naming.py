@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ..errors import BadInput
+from ...errors import BadInput
 from .wordnet import WordNet
 
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()

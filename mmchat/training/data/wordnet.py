@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import BadInput
+from ...errors import BadInput
 
 VERSION = "WordNet 3.0"  # other versions number their synsets differently
 

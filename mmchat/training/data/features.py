@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..errors import BadInput
-from ..models.image_encoder import FORMATS, open_image
-from ..presets import ImageEncoderPreset
+from ...errors import BadInput
+from ...models.image_encoder import FORMATS, open_image
+from ...presets import ImageEncoderPreset
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import Dataset
 
-from ..errors import BadInput
-from ..models.prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, encode, no_text
-from ..models.vision_language_model import IGNORED
+from ...errors import BadInput
+from ...models.prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, encode, no_text
+from ...models.vision_language_model import IGNORED
 from .conversations import Conversation
 
 logger = logging.getLogger(__name__)

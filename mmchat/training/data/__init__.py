@@ -1,0 +1,1 @@
+"""Training data: conversations from captions, labels and questions; features; packing into batches."""
