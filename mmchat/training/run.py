@@ -26,10 +26,10 @@ from .callbacks import HistoryCallback, StopOnSignal
 from .data.conversations import read_conversations
 from .data.features import FeatureStore, PictureFolder
 from .data.packing import ConversationDataset
-from .evaluation import Evaluator
+from .evaluation.evaluator import Evaluator
+from .evaluation.samples import write_samples
 from .int8 import use_faster_multiplication
 from .recipe import Recipe, write_recipe
-from .samples import write_samples
 from .self_critical import SelfCriticalTrainer
 from .sharding import shard_base
 from .tagging import TrainingTags

@@ -20,7 +20,7 @@ from ..inference.generation import stop_token_ids
 from ..models.prompt import IMAGE_TOKEN_ID, EncodedConversation
 from ..models.vision_language_model import MultimodalModel
 from .data.packing import Row, collate, lay_out
-from .metrics import words
+from .evaluation.metrics import words
 from .trainer import MultimodalTrainer
 
 FEWEST_ANSWERS = 3  # a question that people answered in so many ways is open: there is more than one right answer

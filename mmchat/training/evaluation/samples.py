@@ -8,11 +8,11 @@ import textwrap
 from itertools import islice
 from pathlib import Path
 
-from ..errors import BadInput
-from ..inference.generation import SamplingOptions
-from .data.conversations import Conversation, read_conversations
-from .data.features import FeatureStore, PictureFolder, read_picture
-from .evaluation import Evaluator, Item
+from ...errors import BadInput
+from ...inference.generation import SamplingOptions
+from ..data.conversations import Conversation, read_conversations
+from ..data.features import FeatureStore, PictureFolder, read_picture
+from .evaluator import Evaluator, Item
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..errors import BadInput
-from ..inference.generation import SamplingOptions, generate_texts
-from ..models.prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, Message, encode
-from ..models.vision_language_model import MultimodalModel
-from .data.conversations import Conversation, conversation_of, stream_entries
-from .data.packing import ConversationDataset, Features, Row, collate
+from ...errors import BadInput
+from ...inference.generation import SamplingOptions, generate_texts
+from ...models.prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, Message, encode
+from ...models.vision_language_model import MultimodalModel
+from ..data.conversations import Conversation, conversation_of, stream_entries
+from ..data.packing import ConversationDataset, Features, Row, collate
 from .metrics import (
     Estimate,
     answer_metrics,

@@ -1,0 +1,1 @@
+"""Evaluation: answers to test questions, metrics, samples, recordings."""
