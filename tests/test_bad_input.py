@@ -15,8 +15,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from mmchat.models.image_encoder import open_image
-from mmchat.models.speech import SAMPLE_RATE, read_audio
+from mmchat.media import SAMPLE_RATE, open_image, read_audio
 from tests.conftest import ROOT, SPEECH
 from tests.raw import endpoints, served, upload
 
@@ -204,11 +203,10 @@ def test_odd_recordings_are_heard_or_get_a_sentence(client, tmp_path, then_works
 
 def test_days_of_silence_do_not_fill_the_memory(tmp_path, monkeypatch):
     """Three hours would be 690 MB of samples; what is decoded is a little more than ten minutes."""
-    from mmchat import BadInput
-    from mmchat.models import speech
+    from mmchat import BadInput, media
 
-    decoded, decode = [], speech._decode
-    monkeypatch.setattr(speech, "_decode", lambda path: (decoded.append(len(b)) or b for b in decode(path)))
+    decoded, decode = [], media._decode
+    monkeypatch.setattr(media, "_decode", lambda path: (decoded.append(len(b)) or b for b in decode(path)))
     with pytest.raises(BadInput, match="at most 10 minutes"):
         read_audio(silence(tmp_path / "three hours.flac", 3))
-    assert sum(decoded) < 1.1 * speech.MAX_SECONDS * SAMPLE_RATE
+    assert sum(decoded) < 1.1 * media.MAX_SECONDS * SAMPLE_RATE

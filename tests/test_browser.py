@@ -10,7 +10,7 @@ import wave
 
 import pytest
 
-from mmchat.models.speech import SAMPLE_RATE, read_audio
+from mmchat.media import SAMPLE_RATE, read_audio
 from mmchat.serving import page as ui
 from tests.conftest import ROOT, SPEECH
 

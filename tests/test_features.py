@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from mmchat.errors import BadInput
-from mmchat.models.image_encoder import load_image_encoder, open_image
+from mmchat.media import open_image
+from mmchat.models.image_encoder import load_image_encoder
 from mmchat.presets import HubRepository, get_preset
 from mmchat.training.data import features
 from mmchat.training.data.features import FeatureStore, PictureFolder, embed_folder

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mmchat.conversation import Message, SamplingOptions
 from mmchat.errors import BadInput
 from mmchat.inference.decoder import TorchDecoder
-from mmchat.inference.generation import SamplingOptions, stop_token_ids, stream_text, stream_token_ids
-from mmchat.models.prompt import Message
+from mmchat.inference.generation import stop_token_ids, stream_text, stream_token_ids
 
 GREEDY = SamplingOptions(temperature=0, repetition_penalty=1, max_new_tokens=24)
 

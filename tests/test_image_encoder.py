@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from mmchat.errors import BadInput
-from mmchat.models.image_encoder import load_image_encoder, open_image
+from mmchat.media import open_image
+from mmchat.models.image_encoder import load_image_encoder
 from mmchat.presets import EFFICIENTNET_LITE0
 from tests.close import assert_close
 

@@ -15,8 +15,8 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
+from mmchat.conversation import Transcript
 from mmchat.errors import BadInput
-from mmchat.models.speech import Transcript
 from mmchat.serving import page as ui
 from mmchat.serving import uploads
 from mmchat.serving.loading import PATIENCE, LoadingEngine

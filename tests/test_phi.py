@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from mmchat import Message, SamplingOptions
+from mmchat.conversation import REWRITE
 from mmchat.device import Device, choose_preset, choose_quantization
-from mmchat.engine import REWRITE, Engine
+from mmchat.engine import Engine
 from mmchat.errors import BadInput
 from mmchat.inference.decoder import TorchDecoder
 from mmchat.inference.generation import _beam_settings, generate_texts, stream_text

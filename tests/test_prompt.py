@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, Message, encode
+from mmchat.conversation import Message
+from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
 
 FORMAT = CHAT_FORMATS["smollm2"]
 CONVERSATION = [

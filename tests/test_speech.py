@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from mmchat.conversation import Transcript
 from mmchat.errors import BadInput, WeightsError
-from mmchat.models.speech import SpeechRecognizer, Transcript, find_speech_model, read_audio
+from mmchat.media import read_audio
+from mmchat.models.speech import SpeechRecognizer, find_speech_model
 from mmchat.presets import SMOL, HubRepository, SpeechPreset
 from tests.conftest import SPEECH
 
@@ -111,7 +113,7 @@ def test_broken_files_get_one_clear_sentence(engine, tmp_path, content):
 
 
 def test_a_recording_that_is_too_long_is_refused(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr("mmchat.models.speech.MAX_SECONDS", 5)
+    monkeypatch.setattr("mmchat.media.MAX_SECONDS", 5)
     with pytest.raises(BadInput, match="too long"):
         engine.transcribe(SPEECH)
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mmchat.conversation import Message
 from mmchat.errors import BadInput, WeightsError
-from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, Message, encode
+from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
 from mmchat.models.tagger import TAGGER_FILE, Tag, Tagger, load_tagger, tag_text
 from mmchat.models.vision_language_model import load_model
 from mmchat.presets import EFFICIENTNET_LITE2

@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from mmchat.errors import BadInput, WeightsError
-from mmchat.models.image_encoder import find_image_encoder, load_image_encoder, open_image
+from mmchat.media import open_image
+from mmchat.models.image_encoder import find_image_encoder, load_image_encoder
 from mmchat.models.vision_language_model import load_model, preset_of
 from mmchat.presets import EFFICIENTNET_LITE0, SMOL, TUNED, HubRepository
 from mmchat.training.averaging import average_weights

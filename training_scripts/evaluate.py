@@ -86,9 +86,9 @@ def evaluate_questions(options):
     from tqdm import tqdm
 
     from mmchat.checkpoints.importing import own_weights
+    from mmchat.conversation import SamplingOptions
     from mmchat.device import choose_device
     from mmchat.errors import BadInput
-    from mmchat.inference.generation import SamplingOptions
     from mmchat.models.image_encoder import load_image_encoder
     from mmchat.models.prompt import CHAT_FORMATS
     from mmchat.models.vision_language_model import load_model, preset_of

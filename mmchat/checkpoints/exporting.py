@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..conversation import ROLES
 from ..errors import BadInput
 from ..fetching.hub import fetch_repository
-from ..models.prompt import CHAT_FORMATS, ROLES, ChatFormat
+from ..models.prompt import CHAT_FORMATS, ChatFormat
 from ..models.vision_language_model import MultimodalModel, load_model, preset_of
 from ..presets import ImageEncoderPreset, Preset
 

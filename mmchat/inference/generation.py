@@ -4,53 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import BadInput
-
-TEXT_PENALTY = 1.1
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: 0 takes the likeliest token every time; higher is more varied.
-        top_p: sample from the smallest set of tokens whose probabilities reach this sum (Holtzman et al. 2020,
-            arXiv 1904.09751).
-        max_new_tokens: the longest answer.
-        repetition_penalty: above 1, tokens already in the answer become less likely (Keskar et al. 2019,
-            arXiv 1909.05858). None: the engine takes 1 about pictures, whose descriptions rightly repeat "a" and "in",
-            and TEXT_PENALTY without, where a small model would go round in circles.
-        beams: above 1, the likeliest whole answer is searched for among so many at a time; it comes in one piece, and
-            temperature and top_p do not count.
-        seed: makes a sampled answer repeatable.
-    """
-
-    temperature: float = 0.2
-    top_p: float = 0.9
-    max_new_tokens: int = 256
-    repetition_penalty: float | None = None
-    beams: int = 1
-    seed: int | None = None
-
-    def __post_init__(self):
-        if not 0 <= self.temperature <= 5:
-            raise BadInput("The temperature must lie between 0 and 5.")
-        if not 0 < self.top_p <= 1:
-            raise BadInput("Top-p must be above 0 and at most 1.")
-        if not 1 <= self.max_new_tokens <= 4096:
-            raise BadInput("The longest answer must have between 1 and 4096 tokens.")
-        if self.repetition_penalty is not None and not 0.5 <= self.repetition_penalty <= 3:
-            raise BadInput("The repetition penalty must lie between 0.5 and 3.")
-        if not 1 <= self.beams <= 16:
-            raise BadInput("The number of beams must lie between 1 and 16.")
+from ..conversation import SamplingOptions
 
 
 def stop_token_ids(model: nn.Module) -> set[int]:

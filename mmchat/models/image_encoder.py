@@ -6,7 +6,7 @@ import logging
 from itertools import pairwise
 from math import isqrt
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,48 +22,6 @@ from ..fetching.wheels import fetch
 from ..presets import EFFICIENTNETS, HubRepository, ImageEncoderPreset, WheelMember, tuned_image_encoder
 
 logger = logging.getLogger(__name__)
-
-MAX_PIXELS = 40_000_000
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-
-
-def open_image(source: str | Path | BinaryIO) -> Image.Image:
-    """Decodes a picture completely, as ``to_rgb`` gives it.
-
-    Raises:
-        BadInput: it is no picture, is damaged, or has more than ``MAX_PIXELS``.
-    """
-    too_large = BadInput(f"That picture is too large. Please send one of at most {MAX_PIXELS / 1e6:.0f} megapixels.")
-    try:
-        with Image.open(source, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:  # checked on the header: decoding is what would fill the memory
-                raise too_large
-            image.load()
-            return to_rgb(image)
-    except BadInput:
-        raise
-    except FileNotFoundError as error:
-        raise BadInput(f"There is no picture '{Path(source).name}'.") from error
-    except Image.DecompressionBombError as error:
-        raise too_large from error
-    except Exception as error:  # decoders of damaged files raise almost anything
-        raise BadInput("That file is not a picture I can read. Please send a JPEG, PNG or WebP.") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded picture as people see it: RGB, upright as its EXIF data say, transparency on white."""
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception as error:  # damaged EXIF data must not cost the picture
-        logger.info("Unreadable EXIF data: %s", error)
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        levels = np.asarray(image, dtype=np.float32)
-        image = Image.fromarray((levels / max(levels.max(), 1.0) * 255).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 class ImageEncoder(nn.Module):

@@ -8,31 +8,12 @@ can never open or close a turn: special tokens are recognised in the format's ow
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
+from ..conversation import ROLES, Message, has_images
+
 IMAGE_TOKEN_ID = -200  # stands in the ids where a picture's features go, once for each feature
-ROLES = ("system", "user", "assistant")
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn: who speaks, what they say, and the pictures they show with it.
-
-    ``images`` are paths or decoded PIL pictures; they stand before the text.
-    """
-
-    role: str
-    text: str
-    images: Sequence[Any] = field(default=())
-
-    def __post_init__(self):
-        if self.role not in ROLES:
-            raise ValueError(f"A message's role is one of {', '.join(ROLES)}, not '{self.role}'")
-        if isinstance(self.images, (str, bytes, Path)):
-            raise ValueError("images is a list of pictures; put the single picture into one: images=[picture]")
-        object.__setattr__(self, "images", tuple(self.images))
 
 
 @dataclass(frozen=True)
@@ -95,11 +76,6 @@ class EncodedConversation:
     token_ids: list[int]
     is_answer: list[bool]  # as long as token_ids
     images: list[Any]  # in the order in which their IMAGE_TOKEN_IDs stand in token_ids
-
-
-def has_images(messages: Sequence[Message]) -> bool:
-    """Whether a picture is shown anywhere in the conversation."""
-    return any(message.images for message in messages)
 
 
 def no_text(image: Any) -> str:

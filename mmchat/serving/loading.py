@@ -7,6 +7,8 @@ from concurrent.futures import Future
 from threading import Thread
 from typing import Any
 
+from ..conversation import Engine
+
 PATIENCE = "The models are still being loaded. Your answer comes as soon as they are."
 
 
@@ -18,7 +20,7 @@ class LoadingEngine:
         notify: is told to be patient, when something is asked before the engine is there.
     """
 
-    def __init__(self, load: Callable[[], Any], notify: Callable[[str], None]):
+    def __init__(self, load: Callable[[], Engine], notify: Callable[[str], None]):
         self._load, self._notify = load, notify
         self._loaded: Future = Future()
 
@@ -26,7 +28,7 @@ class LoadingEngine:
         """Begins to load."""
         Thread(target=self._run, daemon=True).start()
 
-    def wait(self) -> Any:
+    def wait(self) -> Engine:
         """The engine, once it is there.
 
         Raises:
@@ -47,7 +49,7 @@ class LoadingEngine:
     def rewrite(self, *arguments: Any) -> Iterator[str]:
         yield from self._engine().rewrite(*arguments)
 
-    def _engine(self) -> Any:
+    def _engine(self) -> Engine:
         if not self._loaded.done():
             self._notify(PATIENCE)
         return self.wait()

@@ -12,7 +12,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 
 import gradio as gr
 
-from .. import BadInput, Engine, Message, SamplingOptions
+from ..conversation import Engine, Message, SamplingOptions
+from ..errors import BadInput
 from .rate_limit import RateLimit
 from .uploads import KEEP_UPLOADS, MAX_UPLOAD, SafeImage, is_uploaded, shown_error
 

@@ -11,14 +11,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from ..engine import rewrite_request, with_question
+from ..conversation import Message, SamplingOptions, Transcript, rewrite_request, with_question
 from ..errors import BadInput, MmchatError
-from ..inference.generation import SamplingOptions
-from ..models.image_encoder import open_image, to_rgb
-from ..models.prompt import Message
-from ..models.speech import SpeechRecognizer, Transcript
+from ..media import decode_image
+from ..models.speech import SpeechRecognizer
 from ..presets import SMOL
 
 logger = logging.getLogger(__name__)
@@ -113,7 +109,7 @@ def _as_sent(message: Message) -> dict[str, Any]:
 
 
 def _data_url(source: Any) -> str:
-    image = to_rgb(source) if isinstance(source, Image.Image) else open_image(source)
+    image = decode_image(source)
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     data = io.BytesIO()
     image.save(data, "PNG" if max(image.size) <= 64 else "JPEG", quality=95)

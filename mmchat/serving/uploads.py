@@ -8,7 +8,8 @@ from pathlib import Path
 import gradio as gr
 from gradio.utils import get_upload_folder
 
-from .. import BadInput, MmchatError, open_image
+from ..errors import BadInput, MmchatError
+from ..media import open_image
 
 logger = logging.getLogger(__name__)
 

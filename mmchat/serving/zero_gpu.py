@@ -6,10 +6,9 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
+from ..conversation import Message, SamplingOptions
 from ..device import on_zero_gpu
 from ..engine import Engine
-from ..inference.generation import SamplingOptions
-from ..models.prompt import Message
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from ..device import choose_device
 from ..errors import BadInput
-from ..models.image_encoder import ImageEncoder, open_image
+from ..media import open_image
+from ..models.image_encoder import ImageEncoder
 from ..presets import TUNED
 from .data.cleaning import STOP_WORDS
 from .data.questions import AGREEMENT, words_of

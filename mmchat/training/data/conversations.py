@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...conversation import Message
 from ...errors import BadInput
-from ...models.prompt import Message
 
 IMAGE_MARK = "<image>"
 SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ...errors import BadInput
-from ...models.image_encoder import FORMATS, open_image
+from ...media import FORMATS, open_image
 from ...presets import ImageEncoderPreset
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ...conversation import Message, SamplingOptions
 from ...errors import BadInput
-from ...inference.generation import SamplingOptions, generate_texts
-from ...models.prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, Message, encode
+from ...inference.generation import generate_texts
+from ...models.prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, encode
 from ...models.vision_language_model import MultimodalModel
 from ..data.conversations import Conversation, conversation_of, stream_entries
 from ..data.packing import ConversationDataset, Features, Row, collate

@@ -8,8 +8,8 @@ import textwrap
 from itertools import islice
 from pathlib import Path
 
+from ...conversation import SamplingOptions
 from ...errors import BadInput
-from ...inference.generation import SamplingOptions
 from ..data.conversations import Conversation, read_conversations
 from ..data.features import FeatureStore, PictureFolder, read_picture
 from .evaluator import Evaluator, Item
