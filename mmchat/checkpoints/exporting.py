@@ -10,7 +10,7 @@ from torch import nn
 
 from ..conversation import ROLES
 from ..errors import BadInput
-from ..fetching.hub import fetch_repository
+from ..fetching import fetch
 from ..models.prompt import CHAT_FORMATS, ChatFormat
 from ..models.vision_language_model import MultimodalModel, load_model, preset_of
 from ..presets import ImageEncoderPreset, Preset
@@ -91,7 +91,7 @@ def _vision(encoder: ImageEncoderPreset) -> tuple[Path, Any]:
     """Where the image encoder lies, and the configuration of its image half."""
     from transformers import AutoConfig
 
-    folder = fetch_repository(encoder.source)
+    folder = fetch(encoder.source)
     config = AutoConfig.from_pretrained(folder)
     return folder, getattr(config, "vision_config", config)
 

@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..errors import WeightsError
-from ..fetching.hub import fetch_repository
-from ..fetching.wheels import convert_once
+from ..fetching import fetch
+from ..fetching.cache import convert_once
 from ..models.language_model import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -164,7 +164,7 @@ def own_weights(preset: Preset) -> Path:
 
     def convert(target: Path) -> None:
         logger.info("Importing the weights that %s published", source.name)
-        import_checkpoint(fetch_repository(source, (LORA_FILE, PROJECTOR_FILES[0])), target, preset)
+        import_checkpoint(fetch(source, (LORA_FILE, PROJECTOR_FILES[0])), target, preset)
 
     return convert_once(f"{source.name.replace('/', '--')}-1", convert)  # "-1": the version of what import writes
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import AssetError
-from ..presets import HubRepository
-from .wheels import cache_folder
+from .cache import cache_folder
+from .sources import HubRepository
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +35,14 @@ def fetch_repository(repository: HubRepository, files: Sequence[str] | None = No
     return _noted(_note(repository)) or _download(repository, files)
 
 
-def is_here(repository: HubRepository) -> bool:
+def is_repository_here(repository: HubRepository) -> bool:
     """Whether it has been fetched."""
     return Path(repository.name).is_dir() or _noted(_note(repository)) is not None
 
 
 def can_fetch(repository: HubRepository) -> bool:
     """Whether it is here already, or the Hub answers that it is there."""
-    if is_here(repository):
+    if is_repository_here(repository):
         return True
     from huggingface_hub import HfApi
 

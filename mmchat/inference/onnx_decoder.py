@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..fetching.wheels import convert_once
+from ..fetching.cache import convert_once
 from .onnx_graph import BLOCK, PARTS, REST, base_layers, build_decoder, eight_bits, four_bits
 
 logger = logging.getLogger(__name__)

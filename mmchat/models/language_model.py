@@ -16,9 +16,9 @@ from torch import nn
 
 from ..device import choose_attention
 from ..errors import AssetError, WeightsError
-from ..fetching.hub import fetch_repository
-from ..fetching.wheels import convert_once, fetch
-from ..presets import HubRepository, LanguageModelPreset
+from ..fetching import fetch
+from ..fetching.cache import convert_once
+from ..presets import LanguageModelPreset
 from .prompt import CHAT_FORMATS
 
 logger = logging.getLogger(__name__)
@@ -70,8 +70,8 @@ def empty_language_model(preset: LanguageModelPreset) -> nn.Module:
 
 
 def _model_folder(preset: LanguageModelPreset) -> Path:
-    if isinstance(preset.source, HubRepository):
-        return fetch_repository(preset.source)
+    if not preset.source.name.endswith(".gguf"):
+        return fetch(preset.source)
     # "-1" is the version of the conversion below: raise it when what it writes changes
     return convert_once(f"{preset.name}-1", lambda target: _convert_gguf(preset, target))
 
@@ -99,7 +99,7 @@ def _convert_gguf(preset: LanguageModelPreset, target: Path) -> None:
     """GGUF → safetensors and tokenizer.json: read once in 20 s, then mapped into memory in a fraction of a second."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    (source,) = fetch([preset.source])
+    source = fetch(preset.source)
     logger.info("Converting %s once; this takes about half a minute", source.name)
     model = AutoModelForCausalLM.from_pretrained(
         source.parent,

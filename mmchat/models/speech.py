@@ -12,8 +12,7 @@ import numpy as np
 
 from ..conversation import SpeechSegment, Transcript
 from ..errors import AssetError, BadInput, WeightsError
-from ..fetching.hub import fetch_repository
-from ..fetching.wheels import fetch
+from ..fetching import fetch
 from ..media import SAMPLE_RATE, read_audio
 from ..presets import HubRepository, SpeechPreset
 
@@ -47,8 +46,9 @@ class SpeechRecognizer:
         """
         with self._loading:
             if self._hear is None:
-                is_checkpoint = isinstance(self.preset.source, Path)
-                self._hear = _openai_whisper(self.preset) if is_checkpoint else _faster_whisper(self.preset)
+                path = fetch(self.preset.source)
+                read = _openai_whisper if path.suffix == ".pt" else _faster_whisper
+                self._hear = read(self.preset, path)
 
     def transcribe(self, path: str | Path) -> Transcript:
         """What is said in a recording.
@@ -66,13 +66,11 @@ class SpeechRecognizer:
         return transcript
 
 
-def _faster_whisper(preset: SpeechPreset) -> Callable[[np.ndarray], Transcript]:
+def _faster_whisper(preset: SpeechPreset, folder: Path) -> Callable[[np.ndarray], Transcript]:
     """A model in CTranslate2's format, with 8-bit weights."""
     import torch
     from faster_whisper import WhisperModel
 
-    is_on_hub = isinstance(preset.source, HubRepository)
-    folder = fetch_repository(preset.source) if is_on_hub else fetch(preset.source)[0].parent
     options = {"compute_type": "int8", "cpu_threads": preset.threads, "local_files_only": True}
     cores = torch.get_num_threads()
     # A model that one core is enough for hears several parts at once; each takes some memory of its own.
@@ -115,7 +113,7 @@ def _parts(samples: np.ndarray) -> list[slice]:
     return parts
 
 
-def _openai_whisper(preset: SpeechPreset) -> Callable[[np.ndarray], Transcript]:
+def _openai_whisper(preset: SpeechPreset, path: Path) -> Callable[[np.ndarray], Transcript]:
     """A checkpoint as OpenAI's own package writes it, perhaps fine-tuned."""
     import torch
 
@@ -124,11 +122,11 @@ def _openai_whisper(preset: SpeechPreset) -> Callable[[np.ndarray], Transcript]:
     except ImportError as error:
         raise AssetError("A Whisper checkpoint needs one more package: pip install openai-whisper") from error
     try:
-        checkpoint = torch.load(preset.source, map_location="cpu", weights_only=True)  # runs nothing that is in it
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs nothing that is in it
         model = Whisper(ModelDimensions(**checkpoint["dims"]))
         model.load_state_dict(checkpoint["model_state_dict"])
     except Exception as error:  # torch.load raises almost anything
-        raise WeightsError(f"{preset.source.name} is no Whisper checkpoint, or is damaged.") from error
+        raise WeightsError(f"{path.name} is no Whisper checkpoint, or is damaged.") from error
     model.eval()
 
     def hear(samples: np.ndarray) -> Transcript:

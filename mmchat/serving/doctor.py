@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from ..errors import MmchatError
-from ..fetching.hub import is_here
-from ..fetching.wheels import cache_folder, is_fetched
-from ..presets import PRESETS, HubRepository, Preset, WheelMember
+from ..fetching import is_here
+from ..fetching.cache import cache_folder
+from ..fetching.sources import Source
+from ..presets import PRESETS, Preset
 
 NEEDED = ("gradio", "torch", "transformers", "peft", "faster-whisper", "pillow", "safetensors")
 OPTIONAL = {
@@ -85,26 +85,17 @@ def _cache() -> Finding:
 
 
 def _preset(preset: Preset) -> Finding:
-    parts: dict[str, Any] = {
+    parts: dict[str, Source] = {
         "language model": preset.language_model.source,
         "image encoder": preset.image_encoder.source,
         "speech": preset.speech.source,
         "weights": preset.weights,
     }
-    missing = [name for name, source in parts.items() if not _is_present(source)]
+    missing = [name for name, source in parts.items() if not is_here(source)]
     text = f"{', '.join(missing)} not here yet, fetched when first used" if missing else "everything is here"
     if "weights" in missing and isinstance(preset.weights, Path):
         text += "; no weights come with it: train or import some"
     return Finding(f"preset {preset.name}", text, is_here=not missing)
-
-
-def _is_present(source: Any) -> bool:
-    if isinstance(source, Path):
-        return source.exists()
-    if isinstance(source, HubRepository):
-        return is_here(source)
-    members = [source] if isinstance(source, WheelMember) else source
-    return all(is_fetched(member) for member in members)
 
 
 def _answer() -> Finding:

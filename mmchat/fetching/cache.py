@@ -1,0 +1,87 @@
+"""The folder of everything that is fetched or converted: whoever finds a file in it finds all of it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import AssetError
+
+MANIFEST = "files.json"  # beside converted weights: file name -> size in bytes
+
+
+def cache_folder() -> Path:
+    """The folder of everything fetched: ``MMCHAT_CACHE``, or ``~/.cache/mmchat``."""
+    return Path(os.environ.get("MMCHAT_CACHE") or Path.home() / ".cache" / "mmchat").expanduser()
+
+
+def convert_once(name: str, convert: Callable[[Path], None]) -> Path:
+    """A folder ``name`` of the cache, filled by ``convert(folder)`` the first time it is asked for.
+
+    The conversion writes into a temporary folder that is renamed when it is complete.
+    """
+    folder = cache_folder() / name
+    if _is_converted(folder):
+        return folder
+    with locked(folder) as unfinished:
+        if not _is_converted(folder):  # another process may have done it while this one waited
+            convert(unfinished)
+            files = [path for path in unfinished.rglob("*") if path.is_file()]
+            sizes = {path.relative_to(unfinished).as_posix(): path.stat().st_size for path in files}
+            (unfinished / MANIFEST).write_text(json.dumps(sizes, indent=1))
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.rename(folder)
+    return folder
+
+
+def is_whole(path: Path, size: int) -> bool:
+    """Whether a file is there, and of its full size."""
+    return path.is_file() and path.stat().st_size == size
+
+
+def _is_converted(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return False
+    return all(is_whole(folder / name, size) for name, size in sizes.items())
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[Path]:
+    """Lets one process at a time fill ``folder``, by way of an empty folder beside it, which is removed at the end.
+
+    The same name each time, so that what a killed process left is removed by the next.
+    """
+    from filelock import FileLock
+
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise _unusable_cache(error) from error
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        yield unfinished
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise _unusable_cache(error) from error
+        raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        lock.release()
+
+
+def _unusable_cache(error: OSError) -> AssetError:
+    return AssetError(
+        f"The cache folder {cache_folder()} cannot be used ({error.strerror}). "
+        "Set MMCHAT_CACHE to a folder that can be written and has 1 GB of room."
+    )
