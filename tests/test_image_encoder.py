@@ -14,7 +14,7 @@ from PIL import Image
 from mmchat.errors import BadInput
 from mmchat.media import open_image
 from mmchat.models.image_encoder import load_image_encoder
-from mmchat.presets import EFFICIENTNET_LITE0
+from mmchat.presets import EFFICIENTNET_LITE0, EFFICIENTNET_LITE2
 from tests.close import assert_close
 
 FIFTY_LAYERS = 1e-4  # of the largest number: rounding adds up on the way through them
@@ -127,7 +127,29 @@ def test_the_encoder_recognises_what_it_was_trained_on(photo):
     encoder = load_image_encoder(EFFICIENTNET_LITE0)
     features = encoder.encode([open_image(photo.with_name("coffee.jpg"))])
     with torch.inference_mode():
-        probabilities = encoder.network._fc(features[:, -1]).softmax(dim=-1)[0]
+        probabilities = encoder.network.classifier(features[:, -1]).softmax(dim=-1)[0]
     espresso = 967
     assert probabilities.argmax() == espresso
     assert probabilities[espresso] > 0.5
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("preset", [EFFICIENTNET_LITE0, EFFICIENTNET_LITE2], ids=lambda preset: preset.name)
+def test_our_network_is_the_published_one(preset):
+    """The package that the weights were published for, which nothing else needs, computes the same maps."""
+    from efficientnet_lite_pytorch import EfficientNet as Published
+
+    from mmchat.fetching import fetch
+    from mmchat.models.efficientnet import EfficientNet
+
+    weights = torch.load(fetch(preset.source), weights_only=True)
+    published, ours = Published.from_name(preset.name).eval(), EfficientNet(preset.name).eval()
+    published.load_state_dict(weights)
+    ours.load_published(weights)
+    torch.manual_seed(0)
+    pixels = torch.randn(1, 3, preset.resolution, preset.resolution)
+    expected = published.extract_features(pixels)
+    assert torch.equal(ours(pixels), expected)
+    ours.fold_norms()
+    assert_close(ours(pixels), expected, FIFTY_LAYERS)
+    assert ours.published_state()["_blocks.3._project_conv.bias"].shape == ours.blocks[3].project.convolution.bias.shape

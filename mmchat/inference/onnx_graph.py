@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import AssetError
+from ..models.efficientnet import Block, ConvNorm, EfficientNet
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def build_decoder(model: nn.Module, folder: Path) -> None:
 
 
 @torch.inference_mode()
-def build_image_encoder(network: nn.Module, resolution: int) -> bytes:
+def build_image_encoder(network: EfficientNet, resolution: int) -> bytes:
     """An EfficientNet-Lite whose batch norms are folded away: "pixels", [batch, 3, resolution, resolution] → "maps"."""
     return _EfficientNet(network, resolution).finish().SerializeToString()
 
@@ -100,31 +101,29 @@ class _Graph:
 
 
 class _EfficientNet(_Graph):
-    def __init__(self, network: nn.Module, resolution: int):
+    def __init__(self, network: EfficientNet, resolution: int):
         super().__init__()
         self.limits = [self._weight("lowest", torch.tensor(0.0)), self._weight("highest", torch.tensor(6.0))]  # ReLU6
-        x = self._input("pixels", FLOAT, ["batch", 3, resolution, resolution])
-        x = self._convolution(x, network._conv_stem, "stem")
-        for number, block in enumerate(network._blocks):
-            x = self._block(x, block, f"block.{number}")
-        self._node("Identity", [self._convolution(x, network._conv_head, "head")], ["maps"])
-        self.outputs.append(("maps", FLOAT, ["batch", network._conv_head.out_channels, "height", "width"]))
+        maps = self._input("pixels", FLOAT, ["batch", 3, resolution, resolution])
+        maps = self._convolution(maps, network.stem, "stem")
+        for number, block in enumerate(network.blocks):
+            maps = self._block(maps, block, f"block.{number}")
+        self._node("Identity", [self._convolution(maps, network.head, "head")], ["maps"])
+        self.outputs.append(("maps", FLOAT, ["batch", network.head.convolution.out_channels, "height", "width"]))
 
-    def _block(self, x: str, block: nn.Module, name: str) -> str:
-        """Wide, each channel by itself, narrow again (Sandler et al. 2018, arXiv 1801.04381)."""
-        wide = self._convolution(x, block._expand_conv, f"{name}.wide") if hasattr(block, "_expand_conv") else x
-        mixed = self._convolution(wide, block._depthwise_conv, f"{name}.mixed")
-        narrow = self._convolution(mixed, block._project_conv, f"{name}.narrow", is_clipped=False)
-        arguments = block._block_args
-        is_added = arguments.stride == 1 and arguments.input_filters == arguments.output_filters
-        return self._node("Add", [narrow, x], [f"{name}.sum"]) if is_added else narrow
+    def _block(self, maps: str, block: Block, name: str) -> str:
+        wide = self._convolution(maps, block.expand, f"{name}.wide") if hasattr(block, "expand") else maps
+        mixed = self._convolution(wide, block.depthwise, f"{name}.mixed")
+        narrow = self._convolution(mixed, block.project, f"{name}.narrow")
+        return self._node("Add", [narrow, maps], [f"{name}.sum"]) if block.is_residual else narrow
 
-    def _convolution(self, x: str, layer: nn.Conv2d, name: str, is_clipped: bool = True) -> str:
-        left, right, top, bottom = getattr(layer.static_padding, "padding", (0, 0, 0, 0))
-        weights = [self._weight(f"{name}.weight", layer.weight), self._weight(f"{name}.bias", layer.bias)]
-        shape = {"strides": list(layer.stride), "pads": [top, left, bottom, right], "group": layer.groups}
-        x = self._node("Conv", [x, *weights], [f"{name}.convolved"], **shape)
-        return self._node("Clip", [x, *self.limits], [name]) if is_clipped else x
+    def _convolution(self, maps: str, layer: ConvNorm, name: str) -> str:
+        convolution = layer.convolution
+        weights = [self._weight(f"{name}.weight", convolution.weight), self._weight(f"{name}.bias", convolution.bias)]
+        padding = [convolution.before, convolution.before, convolution.after, convolution.after]
+        shape = {"strides": list(convolution.stride), "pads": padding, "group": convolution.groups}
+        maps = self._node("Conv", [maps, *weights], [f"{name}.convolved"], **shape)
+        return self._node("Clip", [maps, *self.limits], [name]) if layer.is_clipped else maps
 
 
 class _Decoder(_Graph):

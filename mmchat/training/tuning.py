@@ -24,6 +24,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from ..device import choose_device
 from ..errors import BadInput
 from ..media import open_image
+from ..models.efficientnet import EfficientNet
 from ..models.image_encoder import ImageEncoder
 from ..presets import TUNED
 from .data.cleaning import STOP_WORDS
@@ -97,13 +98,13 @@ def _crop(picture: Image.Image) -> Image.Image:
 class WordPredictor(nn.Module):
     """An EfficientNet-Lite and a layer that reads the mean and the largest of its features over the picture."""
 
-    def __init__(self, network: nn.Module, width: int, shares: torch.Tensor):
+    def __init__(self, network: EfficientNet, width: int, shares: torch.Tensor):
         super().__init__()
         self.network = network
         self.head = nn.Linear(2 * width, shares.shape[1])
         nn.init.zeros_(self.head.weight)
         self.head.bias.data = torch.logit(shares.mean(dim=0), eps=1e-4)  # how common each word is
-        self.tuned = [*network._blocks[FROZEN_BLOCKS:], network._conv_head]
+        self.tuned = [*network.blocks[FROZEN_BLOCKS:], network.head]
         for module in self.tuned:
             module.requires_grad_(True)
 
@@ -114,7 +115,7 @@ class WordPredictor(nn.Module):
             pixels: [batch, 3, height, width].
             labels: [batch, words], the share of captions with each word.
         """
-        maps = self.network.extract_features(pixels.contiguous(memory_format=torch.channels_last))
+        maps = self.network(pixels.contiguous(memory_format=torch.channels_last))
         features = torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1)  # [batch, 2 · width]
         logits = self.head(nn.functional.dropout(features, DROPOUT, self.training))  # [batch, words]
         losses = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
@@ -137,7 +138,7 @@ def tune_image_encoder(
         BadInput: a picture cannot be read, or the captions have no word in common.
     """
     set_seed(seed)
-    start = {name: weight.clone() for name, weight in encoder.network.state_dict().items()}
+    start = {name: weight.clone() for name, weight in encoder.network.published_state().items()}
     dataset = PicturesWithWords(pictures, folder, encoder)
     logger.info("%d pictures and %d words to learn from", len(dataset), len(dataset.words))
     model = WordPredictor(encoder.network, encoder.preset.width, dataset.shares)
@@ -165,7 +166,7 @@ def tune_image_encoder(
     out.mkdir(parents=True, exist_ok=True)
     state = {
         name: start[name].lerp(weight.cpu(), SHARE).half().contiguous()
-        for name, weight in encoder.network.state_dict().items()
+        for name, weight in encoder.network.published_state().items()
         if not name.startswith("_fc.")  # ImageNet's classes
     }
     save_file(state, out / TUNED)
