@@ -314,7 +314,7 @@ def training() -> Iterator[Row]:
     import torch
     from torch import nn
 
-    from mmchat.models.vision_language_model import IGNORED
+    from mmchat.models.vision_language_model import IGNORE_INDEX
     from mmchat.training.data.conversations import conversation_of, entry_of
     from mmchat.training.data.packing import ConversationDataset, collate
     from mmchat.training.recipe import Recipe
@@ -349,7 +349,7 @@ def training() -> Iterator[Row]:
     def ours(rows: ConversationDataset, number: int) -> int:
         batch = collate([rows[index] for index in range(6 * number, 6 * number + 6)])  # 30 captions
         step(model(**batch)["loss"])
-        return int((batch["labels"] != IGNORED).sum())
+        return int((batch["labels"] != IGNORE_INDEX).sum())
 
     def plain(rows: ConversationDataset, number: int) -> int:
         """Every caption by itself, pictures encoded in the step, logits everywhere."""
@@ -361,8 +361,12 @@ def training() -> Iterator[Row]:
             inputs_embeds=embeddings, attention_mask=batch["attention_mask"], use_cache=False
         ).logits
         labels = batch["labels"]
-        step(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED))
-        return int((labels != IGNORED).sum())
+        step(
+            nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
+            )
+        )
+        return int((labels != IGNORE_INDEX).sum())
 
     shared, single = dataset(True), dataset(False)
     speeds = []

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .checkpoints.importing import own_weights
+from .checkpoints.weights_folder import default_weights, load_model, preset_for_weights, preset_trained
 from .conversation import (
     TEXT_PENALTY,
     Message,
@@ -37,7 +37,6 @@ from .models.image_encoder import load_image_encoder
 from .models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, EncodedConversation, encode
 from .models.speech import SpeechRecognizer, find_speech_model
 from .models.tagger import Tag
-from .models.vision_language_model import load_model, preset_of, preset_trained
 from .presets import AUTO, DEFAULT_PRESET, Preset, get_preset
 
 logger = logging.getLogger(__name__)
@@ -88,8 +87,8 @@ class Engine:
 
     def __init__(self, preset: Preset, weights: str | Path | None = None, quantization: str = "auto"):
         self.reason = ""  # why this preset, where "auto" chose it
-        weights = weights or own_weights(preset)
-        self.preset = preset = preset_of(preset, weights)
+        weights = weights or default_weights(preset)
+        self.preset = preset = preset_for_weights(preset, weights)
         self.device = choose_device()
         logger.info("Computing on %s: %s", self.device.type, self.device.reason)
         self.quantization = choose_quantization(quantization, self.device, preset.language_model.parameters)

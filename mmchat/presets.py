@@ -9,7 +9,7 @@ from .errors import MmchatError
 from .fetching.sources import HubRepository, WheelMember, fingerprint
 
 WEIGHTS_FOLDER = Path(__file__).resolve().parent.parent / "weights"
-TUNED = "image_encoder.safetensors"  # in a folder of weights: their own image encoder
+IMAGE_ENCODER_FILE = "image_encoder.safetensors"  # in a folder of weights: their own image encoder
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ DEFAULT_PRESET = AUTO
 
 def tuned_image_encoder(folder: str | Path) -> ImageEncoderPreset | None:
     """EfficientNet-Lite0 with the weights that lie in a folder; None if none do."""
-    path = Path(folder).resolve() / TUNED
+    path = Path(folder).resolve() / IMAGE_ENCODER_FILE
     return replace(EFFICIENTNET_LITE0, source=path) if path.is_file() else None
 
 

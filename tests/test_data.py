@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mmchat import Message
 from mmchat.errors import BadInput
 from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, EncodedConversation
-from mmchat.models.vision_language_model import IGNORED
+from mmchat.models.vision_language_model import IGNORE_INDEX
 from mmchat.presets import get_preset
 from mmchat.training.data.conversations import (
     Conversation,
@@ -214,7 +214,7 @@ def test_batches_are_padded_and_labelled(tiny):
     batch = collate([dataset[0], dataset[1], dataset[2]])
     assert batch["image_features"].shape == (3, 4, 24)
     assert (batch["input_ids"] == IMAGE_TOKEN_ID).sum() == 3 * 4
-    learnt = batch["labels"] != IGNORED
+    learnt = batch["labels"] != IGNORE_INDEX
     assert learnt.any(dim=1).all() and (batch["input_ids"][learnt] == batch["labels"][learnt]).all()
     ends = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert (batch["labels"] == ends).sum() == 1 + 3 + 6  # an answer ends with the end token, and that is learnt

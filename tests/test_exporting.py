@@ -10,9 +10,9 @@ from PIL import Image
 
 from mmchat import BadInput, Message, SamplingOptions
 from mmchat.checkpoints.exporting import chat_template, export_llava
+from mmchat.checkpoints.weights_folder import load_model
 from mmchat.engine import Engine
 from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
-from mmchat.models.vision_language_model import load_model
 from mmchat.presets import PRESETS, HubRepository
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train

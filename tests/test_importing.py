@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm, linear
 
-from mmchat.checkpoints.importing import import_checkpoint, own_weights
+from mmchat.checkpoints.importing import import_checkpoint
+from mmchat.checkpoints.weights_folder import default_weights, load_model
 from mmchat.engine import Engine
 from mmchat.errors import WeightsError
 from mmchat.fetching.cache import cache_folder
 from mmchat.models.language_model import load_language_model
-from mmchat.models.vision_language_model import load_model
 from mmchat.presets import PRESETS, HubRepository
 from tests.close import assert_close
 from tests.conftest import ROOT
@@ -215,10 +215,10 @@ def test_a_presets_published_weights_are_imported_once(tiny, tmp_path, monkeypat
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path / "cache"))
     publish("b", tmp_path / "published")
     preset = replace(PRESETS["phi3-pooled"], weights=HubRepository(str(tmp_path / "published")))
-    folder = own_weights(preset)
+    folder = default_weights(preset)
     assert folder.is_relative_to(cache_folder())
     shutil.rmtree(tmp_path / "published")
-    assert own_weights(preset) == folder
+    assert default_weights(preset) == folder
     assert Engine(preset).model.has_adapter
 
 

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mmchat.checkpoints.weights_folder import load_model, save_weights
 from mmchat.errors import WeightsError
 from mmchat.models.projector import ProjectorConfig, build_projector
 from mmchat.models.prompt import IMAGE_TOKEN_ID
-from mmchat.models.vision_language_model import IGNORED, MultimodalModel, load_model
+from mmchat.models.vision_language_model import IGNORE_INDEX, MultimodalModel
 from tests.close import assert_close
 
 PROJECTORS = ("linear", "mlp", "resblock")
@@ -31,7 +32,7 @@ def tiny_model(kind="mlp"):
 def padded_batch():
     """Two conversations of different length: the second has a picture of three features."""
     ids = torch.tensor([[5, 6, 7, 8, 9, 10, 0, 0], [4, *[IMAGE_TOKEN_ID] * 3, 11, 12, 13, 14]])
-    labels = torch.tensor([[IGNORED] * 3 + [8, 9, 10] + [IGNORED] * 2, [IGNORED] * 6 + [13, 14]])
+    labels = torch.tensor([[IGNORE_INDEX] * 3 + [8, 9, 10] + [IGNORE_INDEX] * 2, [IGNORE_INDEX] * 6 + [13, 14]])
     return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
 
 
@@ -68,7 +69,7 @@ def test_the_loss_equals_cross_entropy_on_the_next_token_of_every_answer():
     embeddings = model.splice(batch["input_ids"], features)
     logits = model.language_model(inputs_embeds=embeddings, attention_mask=batch["attention_mask"]).logits
     expected = torch.nn.functional.cross_entropy(
-        logits[:, :-1].reshape(-1, 50), batch["labels"][:, 1:].reshape(-1), ignore_index=IGNORED
+        logits[:, :-1].reshape(-1, 50), batch["labels"][:, 1:].reshape(-1), ignore_index=IGNORE_INDEX
     )
     assert_close(loss, expected)
 
@@ -93,7 +94,7 @@ def weights_copy(engine, tmp_path):
 
 
 def test_saved_weights_load_to_the_same_model(engine, tmp_path):
-    engine.model.save(tmp_path / "copy", engine.preset)
+    save_weights(engine.model, tmp_path / "copy", engine.preset)
     copy, _ = load_model(engine.preset, tmp_path / "copy", torch.float32)
     original = engine.model.state_dict()
     assert all(torch.equal(weight, original[name]) for name, weight in copy.state_dict().items())

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from mmchat import Message, SamplingOptions
+from mmchat.checkpoints.weights_folder import preset_for_weights
 from mmchat.conversation import REWRITE
 from mmchat.device import Device, choose_preset, choose_quantization
 from mmchat.engine import Engine
@@ -19,7 +20,7 @@ from mmchat.models.image_encoder import find_image_encoder, load_image_encoder
 from mmchat.models.language_model import add_adapter, load_language_model
 from mmchat.models.projector import ProjectorConfig, build_projector
 from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
-from mmchat.models.vision_language_model import MultimodalModel, preset_of
+from mmchat.models.vision_language_model import MultimodalModel
 from mmchat.presets import PHI_2, PHI_3_5, PRESETS, SMOL, HubRepository
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
@@ -240,7 +241,7 @@ class TestImageEncoders:
         )
         train(recipe)
         own = PRESETS["phi3-pooled"]
-        assert preset_of(own, tmp_path / "run").image_encoder == encoder
+        assert preset_for_weights(own, tmp_path / "run").image_encoder == encoder
         engine = Engine(own, tmp_path / "run")
         assert engine.preset.image_encoder == encoder
         "".join(engine.reply([Message("user", "What is it?", [picture])], SamplingOptions(max_new_tokens=3)))

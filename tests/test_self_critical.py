@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmchat.checkpoints.weights_folder import load_model
 from mmchat.conversation import Message
 from mmchat.errors import BadInput
 from mmchat.models.language_model import load_language_model
 from mmchat.models.prompt import CHAT_FORMATS, encode
-from mmchat.models.vision_language_model import load_model
 from mmchat.presets import get_preset
 from mmchat.training.data.conversations import entry_of, write_conversations
 from mmchat.training.data.packing import lay_out

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mmchat.checkpoints.weights_folder import load_model, save_weights
 from mmchat.conversation import Message
 from mmchat.errors import BadInput, WeightsError
 from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
 from mmchat.models.tagger import TAGGER_FILE, Tag, Tagger, load_tagger, tag_text
-from mmchat.models.vision_language_model import load_model
 from mmchat.presets import EFFICIENTNET_LITE2
 from mmchat.training.averaging import average_weights
 from mmchat.training.data.conversations import conversation_of, entry_of
@@ -150,7 +150,7 @@ def test_the_engine_tells_what_it_sees_and_the_model_is_told(engine, photo):
 
 
 def test_weights_bring_their_tagger_along(engine, fitted, tmp_path):
-    engine.model.save(tmp_path / "one", engine.preset)
+    save_weights(engine.model, tmp_path / "one", engine.preset)
     assert (tmp_path / "one" / TAGGER_FILE).exists()
     model, _ = load_model(engine.preset, tmp_path / "one", torch.float32)
     features = torch.rand(engine.preset.image_encoder.feature_count, engine.preset.image_encoder.width)

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from mmchat.checkpoints.weights_folder import load_model
 from mmchat.errors import BadInput, WeightsError
-from mmchat.models.vision_language_model import load_model
 from mmchat.presets import get_preset
 from mmchat.training.averaging import average_weights
 from mmchat.training.data.conversations import entry_of, write_conversations
@@ -322,7 +322,7 @@ def test_a_checkpoint_that_was_not_written_well_is_not_called_one(tiny, tmp_path
     assert checkpoints(tmp_path) == []
 
 
-@pytest.mark.parametrize("writer", ["mmchat.models.vision_language_model.save_file", "torch.save"])
+@pytest.mark.parametrize("writer", ["mmchat.checkpoints.weights_folder.save_file", "torch.save"])
 def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch, writer):
     module, name = writer.rsplit(".", 1)
     original, room = getattr(sys.modules[module], name), [True]

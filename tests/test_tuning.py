@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from mmchat.checkpoints.weights_folder import load_model, preset_for_weights, save_weights
 from mmchat.errors import BadInput, WeightsError
 from mmchat.media import open_image
 from mmchat.models.image_encoder import find_image_encoder, load_image_encoder
-from mmchat.models.vision_language_model import load_model, preset_of
-from mmchat.presets import EFFICIENTNET_LITE0, SMOL, TUNED, HubRepository
+from mmchat.presets import EFFICIENTNET_LITE0, IMAGE_ENCODER_FILE, SMOL, HubRepository
 from mmchat.training.averaging import average_weights
 from mmchat.training.tuning import tune_image_encoder, words_and_pairs
 
@@ -73,27 +73,27 @@ def test_captions_without_a_word_in_common_are_refused(tmp_path):
 def test_weights_bring_their_encoder_along(engine, tuned, tmp_path):
     encoder = find_image_encoder(HubRepository(str(tuned / "encoder")))
     folder = tmp_path / "weights"
-    engine.model.save(folder, replace(SMOL, image_encoder=encoder))
-    assert preset_of(SMOL, folder).image_encoder.revision == encoder.revision
-    load_model(preset_of(SMOL, folder), folder, torch.float32)
+    save_weights(engine.model, folder, replace(SMOL, image_encoder=encoder))
+    assert preset_for_weights(SMOL, folder).image_encoder.revision == encoder.revision
+    load_model(preset_for_weights(SMOL, folder), folder, torch.float32)
     average_weights(folder, folder, 0.5, tmp_path / "average")
-    assert (tmp_path / "average" / TUNED).read_bytes() == (folder / TUNED).read_bytes()
+    assert (tmp_path / "average" / IMAGE_ENCODER_FILE).read_bytes() == (folder / IMAGE_ENCODER_FILE).read_bytes()
 
-    (folder / TUNED).unlink()
+    (folder / IMAGE_ENCODER_FILE).unlink()
     with pytest.raises(WeightsError, match="image encoder 'efficientnet-lite0 tuned"):
-        load_model(preset_of(SMOL, folder), folder, torch.float32)
+        load_model(preset_for_weights(SMOL, folder), folder, torch.float32)
     load_model(SMOL, folder, torch.float32, any_encoder=True)  # a start for training with another
 
 
 def test_weights_made_with_the_untuned_encoder_find_it(engine, tmp_path):
-    engine.model.save(tmp_path, replace(SMOL, image_encoder=EFFICIENTNET_LITE0))
-    assert not (tmp_path / TUNED).exists()
-    assert preset_of(SMOL, tmp_path).image_encoder == EFFICIENTNET_LITE0
+    save_weights(engine.model, tmp_path, replace(SMOL, image_encoder=EFFICIENTNET_LITE0))
+    assert not (tmp_path / IMAGE_ENCODER_FILE).exists()
+    assert preset_for_weights(SMOL, tmp_path).image_encoder == EFFICIENTNET_LITE0
     assert find_image_encoder(HubRepository(EFFICIENTNET_LITE0.name)) == EFFICIENTNET_LITE0
 
 
 def test_a_damaged_encoder_is_named(tuned, tmp_path):
-    (tmp_path / TUNED).write_bytes((tuned / "encoder" / TUNED).read_bytes()[:-100])
+    (tmp_path / IMAGE_ENCODER_FILE).write_bytes((tuned / "encoder" / IMAGE_ENCODER_FILE).read_bytes()[:-100])
     with pytest.raises(WeightsError, match="image encoder") as caught:
         load_image_encoder(find_image_encoder(HubRepository(str(tmp_path))))
     assert str(tmp_path.parent) not in str(caught.value)

@@ -85,13 +85,12 @@ def evaluate_questions(options):
 
     from tqdm import tqdm
 
-    from mmchat.checkpoints.importing import own_weights
+    from mmchat.checkpoints.weights_folder import default_weights, load_model, preset_for_weights
     from mmchat.conversation import SamplingOptions
     from mmchat.device import choose_device
     from mmchat.errors import BadInput
     from mmchat.models.image_encoder import load_image_encoder
     from mmchat.models.prompt import CHAT_FORMATS
-    from mmchat.models.vision_language_model import load_model, preset_of
     from mmchat.presets import get_preset
     from mmchat.training.data.features import FeatureStore, PictureFolder
     from mmchat.training.evaluation.evaluator import (
@@ -105,8 +104,8 @@ def evaluate_questions(options):
     )
 
     preset, device = get_preset(options.preset), choose_device()
-    all_weights = options.weights or [own_weights(preset)]
-    preset = preset_of(preset, all_weights[0])  # whose image encoder the others have to share
+    all_weights = options.weights or [default_weights(preset)]
+    preset = preset_for_weights(preset, all_weights[0])  # whose image encoder the others have to share
     encoder = cache(lambda: load_image_encoder(preset.image_encoder).to(device.type))
     if options.features:
         features = FeatureStore(options.features)

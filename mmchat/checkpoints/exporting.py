@@ -12,8 +12,9 @@ from ..conversation import ROLES
 from ..errors import BadInput
 from ..fetching import fetch
 from ..models.prompt import CHAT_FORMATS, ChatFormat
-from ..models.vision_language_model import MultimodalModel, load_model, preset_of
+from ..models.vision_language_model import MultimodalModel
 from ..presets import ImageEncoderPreset, Preset
+from .weights_folder import load_model, preset_for_weights
 
 IMAGE_TOKEN = "<image>"
 
@@ -32,7 +33,7 @@ def export_llava(weights: str | Path, out: str | Path, preset: Preset, dtype: to
         BadInput: LLaVA has no place for a part of it; the sentence names the part.
         MmchatError: the weights or the base model cannot be had.
     """
-    preset = preset_of(preset, weights)
+    preset = preset_for_weights(preset, weights)
     model, tokenizer = load_model(preset, weights, torch.float32)
     _check(model, preset)
     if model.has_adapter:

@@ -39,7 +39,8 @@ from ..models.language_model import (
 )
 from ..models.projector import Marked, ProjectorConfig, build_projector
 from ..models.vision_language_model import MultimodalModel
-from ..presets import Preset
+from ..presets import HubRepository, Preset
+from .weights_folder import save_weights
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ LAYOUTS = {
     ),
     "linear": Layout({"linear.": ""}, first="weight", hidden=None, last="weight"),
 }
-IGNORED = "initial_weights"  # copies that the second layout keeps to see how far it has moved
+SNAPSHOT_PREFIX = "initial_weights"  # copies that the second layout keeps to see how far it has moved
 
 
 @dataclass
@@ -142,25 +143,17 @@ def import_checkpoint(
         projector.marker.data = _embedding_of(marker_token, preset)
         config = replace(config, marker=True)
     language_model = _import_adapter(folder, language_model, preset.language_model.name, report)
-    MultimodalModel(language_model, projector, config).save(out, preset)
+    save_weights(MultimodalModel(language_model, projector, config), out, preset)
     return report
 
 
-def own_weights(preset: Preset) -> Path:
-    """The folder of a preset's own weights; ones that others published are imported into the cache the first time.
+def import_published(source: HubRepository, preset: Preset) -> Path:
+    """The weights folder of a checkpoint that others published, imported into the cache the first time.
 
     Raises:
-        AssetError: they could not be fetched.
-        WeightsError: they are not as expected.
+        AssetError: it could not be fetched.
+        WeightsError: it is not as expected.
     """
-    if isinstance(preset.weights, Path):
-        if not preset.weights.is_dir():
-            raise WeightsError(
-                f"No weights come with the preset '{preset.name}'. Train some, or import a published checkpoint "
-                "(training_scripts/import_checkpoint.py), and name their folder with --weights."
-            )
-        return preset.weights
-    source = preset.weights
 
     def convert(target: Path) -> None:
         logger.info("Importing the weights that %s published", source.name)
@@ -191,7 +184,7 @@ def _import_projector(files: Sequence[Path], preset: Preset, report: ImportRepor
     tensors: Tensors = {}
     for file in files:
         tensors |= read_tensors(file)
-    for name in [name for name in tensors if name.startswith(IGNORED)]:
+    for name in [name for name in tensors if name.startswith(SNAPSHOT_PREFIX)]:
         report.ignored[name] = "the weights before training"
         del tensors[name]
     kind, renamed = _recognise(tensors)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from ..checkpoints.weights_folder import ADAPTER_FOLDER, CONFIG_FILE, PROJECTOR_FILE
 from ..errors import BadInput, WeightsError
 from ..models.language_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..models.tagger import TAGGER_FILE
-from ..models.vision_language_model import ADAPTER, CONFIG, PROJECTOR
-from ..presets import TUNED
+from ..presets import IMAGE_ENCODER_FILE
 
 
 def average_weights(first: str | Path, second: str | Path, share: float, out: str | Path) -> None:
@@ -27,14 +27,14 @@ def average_weights(first: str | Path, second: str | Path, share: float, out: st
     if not 0 <= share <= 1:
         raise BadInput("The share lies between 0 and 1.")
     first, second, out = Path(first), Path(second), Path(out)
-    names = [PROJECTOR, f"{ADAPTER}/{ADAPTER_WEIGHTS}"]
+    names = [PROJECTOR_FILE, f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}"]
     averaged = {name: _average(first / name, second / name, share) for name in names if (second / name).is_file()}
-    if PROJECTOR not in averaged:
-        raise WeightsError(f"'{second.name}' is not a folder of mmchat weights: it has no {PROJECTOR}.")
+    if PROJECTOR_FILE not in averaged:
+        raise WeightsError(f"'{second.name}' is not a folder of mmchat weights: it has no {PROJECTOR_FILE}.")
     for name, tensors in averaged.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, out / name)
-    for name in (CONFIG, TUNED, TAGGER_FILE, f"{ADAPTER}/{ADAPTER_CONFIG}"):
+    for name in (CONFIG_FILE, IMAGE_ENCODER_FILE, TAGGER_FILE, f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}"):
         if (second / name).is_file():
             shutil.copy(second / name, out / name)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, set_seed
 
+from ..checkpoints.weights_folder import load_model, preset_for_weights, save_weights
 from ..device import choose_device
 from ..errors import BadInput, MmchatError
 from ..models.image_encoder import find_image_encoder, load_image_encoder
@@ -20,7 +21,7 @@ from ..models.language_model import add_adapter, load_language_model
 from ..models.projector import ProjectorConfig, build_projector
 from ..models.prompt import CHAT_FORMATS, no_text
 from ..models.tagger import load_tagger
-from ..models.vision_language_model import MultimodalModel, load_model, preset_of
+from ..models.vision_language_model import MultimodalModel
 from ..presets import HubRepository, Preset, get_preset
 from .callbacks import HistoryCallback, StopOnSignal
 from .data.conversations import read_conversations
@@ -93,7 +94,7 @@ def train(recipe: Recipe) -> None:
     trainer.train(resume_from_checkpoint=_newest_checkpoint(recipe))
     is_first = trainer.is_world_process_zero()
     if is_first:
-        model.save(out, preset, torch.float16)  # checkpoints beside it keep full precision
+        save_weights(model, out, preset, torch.float16)  # checkpoints beside it keep full precision
     if recipe.eval and recipe.samples and (is_first or recipe.shard):  # of a model in shares all have to take part
         evaluator = Evaluator(model, tokenizer, CHAT_FORMATS[preset.language_model.chat_format])
         write_samples(evaluator, recipe.eval[0], features, recipe.samples, out if is_first else None)
@@ -118,7 +119,7 @@ def chosen_preset(recipe: Recipe) -> Preset:
             HubRepository(recipe.image_encoder), recipe.image_features, recipe.image_layer, recipe.class_token
         )
         return replace(preset, image_encoder=encoder)
-    return preset_of(preset, recipe.start_from) if recipe.start_from else preset
+    return preset_for_weights(preset, recipe.start_from) if recipe.start_from else preset
 
 
 def open_features(recipe: Recipe, preset: Preset) -> FeatureStore | PictureFolder:

@@ -20,9 +20,10 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..checkpoints.weights_folder import load_weights, save_weights, trained_state
 from ..device import choose_device
 from ..errors import WeightsError
-from ..models.vision_language_model import IGNORED
+from ..models.vision_language_model import IGNORE_INDEX
 from ..presets import Preset
 from .data.packing import collate
 from .recipe import Recipe
@@ -144,7 +145,7 @@ class MultimodalTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
         if model.training:
             self._showed_pictures |= "image_features" in inputs
-            self._answer_tokens += int((inputs["labels"] != IGNORED).sum())
+            self._answer_tokens += int((inputs["labels"] != IGNORE_INDEX).sum())
             share = own_token_share(self.state.global_step, self.recipe)
             if share > 0:
                 inputs = self._with_own_tokens(inputs, share)
@@ -154,7 +155,7 @@ class MultimodalTrainer(Trainer):
     def _with_own_tokens(self, inputs: dict[str, Any], share: float) -> dict[str, Any]:
         """Replaces a share of the answers' tokens by what the model predicts in their place; labels stay."""
         logits, _ = self.accelerator.unwrap_model(self.model).label_logits(**inputs)
-        is_label = inputs["labels"] != IGNORED  # [batch, length]
+        is_label = inputs["labels"] != IGNORE_INDEX  # [batch, length]
         predicted = torch.zeros_like(inputs["input_ids"]).masked_scatter(is_label, logits.argmax(dim=-1))
         is_replaced = is_label & (torch.rand(is_label.shape, device=is_label.device) < share)
         return {**inputs, "input_ids": inputs["input_ids"].where(~is_replaced, predicted)}
@@ -213,7 +214,7 @@ class MultimodalTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        model.save(output_dir or self.args.output_dir, self.preset)
+        save_weights(model, output_dir or self.args.output_dir, self.preset)
 
     def _get_output_dir(self, trial: Any) -> str:
         return os.path.join(super()._get_output_dir(trial), STAGING)
@@ -244,7 +245,7 @@ class MultimodalTrainer(Trainer):
 
     def _compare_with_disk(self, folder: Path) -> None:
         """Raises WeightsError unless what was written is what is in memory."""
-        for name, tensors in self.accelerator.unwrap_model(self.model).trained_state().items():
+        for name, tensors in trained_state(self.accelerator.unwrap_model(self.model)).items():
             written = load_file(folder / name)
             same = written.keys() == tensors.keys() and all(
                 torch.equal(written[key], tensor.cpu()) for key, tensor in tensors.items()
@@ -260,7 +261,7 @@ class MultimodalTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.accelerator.unwrap_model(model or self.model).load_trained(resume_from_checkpoint)
+        load_weights(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         logger.info("The best weights are those of %s", Path(self.state.best_model_checkpoint).name)

@@ -26,7 +26,7 @@ from ..errors import BadInput
 from ..media import open_image
 from ..models.efficientnet import EfficientNet
 from ..models.image_encoder import ImageEncoder
-from ..presets import TUNED
+from ..presets import IMAGE_ENCODER_FILE
 from .data.cleaning import STOP_WORDS
 from .data.questions import AGREEMENT, words_of
 
@@ -169,4 +169,4 @@ def tune_image_encoder(
         for name, weight in encoder.network.published_state().items()
         if not name.startswith("_fc.")  # ImageNet's classes
     }
-    save_file(state, out / TUNED)
+    save_file(state, out / IMAGE_ENCODER_FILE)

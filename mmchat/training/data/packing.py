@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from ...errors import BadInput
 from ...models.prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, encode, no_text
-from ...models.vision_language_model import IGNORED
+from ...models.vision_language_model import IGNORE_INDEX
 from .conversations import Conversation
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     is_token = place < torch.tensor([[len(row)] for row in rows])  # [batch, length]
     batch = {
         "input_ids": token_ids,
-        "labels": token_ids.where(pad("is_answer", 0).bool(), IGNORED),
+        "labels": token_ids.where(pad("is_answer", 0).bool(), IGNORE_INDEX),
         "attention_mask": is_token.long(),
     }
     if any(row.is_branched for row in rows):

@@ -1,0 +1,237 @@
+"""The format of a weights folder: what training leaves on disk, and what chat and training load again.
+
+mmchat.json, projector.safetensors, adapter/ as PEFT writes it, and where there are any a tagger and a tuned image
+encoder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..errors import WeightsError
+from ..fetching.sources import HubRepository
+from ..models.language_model import (
+    ADAPTER_WEIGHTS,
+    adapter_state,
+    load_adapter,
+    load_adapter_weights,
+    load_language_model,
+    save_adapter_config,
+)
+from ..models.projector import ProjectorConfig, build_projector
+from ..models.tagger import load_tagger
+from ..models.vision_language_model import MultimodalModel
+from ..presets import (
+    EFFICIENTNETS,
+    IMAGE_ENCODER_FILE,
+    PRESETS,
+    ImageEncoderPreset,
+    Preset,
+    tuned_image_encoder,
+)
+
+CONFIG_FILE = "mmchat.json"
+PROJECTOR_FILE = "projector.safetensors"
+ADAPTER_FOLDER = "adapter"
+FORMAT_VERSION = 2
+
+
+def trained_state(model: MultimodalModel) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors that a weights folder holds, file by file (the adapter's only where there is one)."""
+    state = {PROJECTOR_FILE: model.projector.state_dict()}
+    if model.has_adapter:
+        state[f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}"] = adapter_state(model.language_model)
+    return state
+
+
+def save_weights(model: MultimodalModel, folder: str | Path, preset: Preset, dtype: torch.dtype | None = None) -> None:
+    """Writes a folder that chats.
+
+    An image encoder that was tuned is copied into it.
+
+    Args:
+        dtype: the number format on disk; the weights' own if None.
+    """
+    folder = Path(folder)
+    for name, tensors in trained_state(model).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: tensor.to(dtype or tensor.dtype).contiguous() for key, tensor in tensors.items()}, path)
+    if model.has_adapter:
+        save_adapter_config(model.language_model, folder / ADAPTER_FOLDER)
+    config = {
+        "format_version": FORMAT_VERSION,
+        **_identity(preset),
+        **_encoder_of_choice(preset),
+        "projector": asdict(model.projector_config),
+        "adapter": model.has_adapter,
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    if model.tagger:
+        model.tagger.save(folder)
+    encoder = preset.image_encoder
+    if encoder.is_tuned and encoder.source != (folder / IMAGE_ENCODER_FILE).resolve():
+        shutil.copyfile(encoder.source, folder / IMAGE_ENCODER_FILE)
+
+
+def load_weights(model: MultimodalModel, folder: str | Path) -> None:
+    """Puts the weights of a folder into a model of the same shape.
+
+    Raises:
+        WeightsError: the folder's weights are missing, damaged or of another shape.
+    """
+    folder = Path(folder)
+    _load_projector(model.projector, folder)
+    if model.has_adapter:
+        load_adapter_weights(model.language_model, folder / ADAPTER_FOLDER)
+
+
+def _identity(preset: Preset) -> dict:
+    """What weights were trained for; weights of another identity are refused."""
+    encoder = preset.image_encoder
+    return {
+        "language_model": preset.language_model.name,
+        "chat_format": preset.language_model.chat_format,
+        "image_encoder": encoder.title,
+        "image_features": encoder.feature_kind,
+    }
+
+
+def _encoder_of_choice(preset: Preset) -> dict:
+    """Of an image encoder that somebody chose in place of the preset's own: all of it, so that chat finds it again."""
+    encoder = preset.image_encoder
+    is_own = preset.name in PRESETS and PRESETS[preset.name].image_encoder == encoder
+    is_chosen = encoder.features != "grid" and not is_own  # those of the package index are known by their names
+    return {"image_encoder_preset": asdict(encoder)} if is_chosen else {}
+
+
+def default_weights(preset: Preset) -> Path:
+    """The folder of a preset's own weights; ones that others published are imported into the cache the first time.
+
+    Raises:
+        AssetError: they could not be fetched.
+        WeightsError: there are none, or they are not as expected.
+    """
+    if isinstance(preset.weights, HubRepository):
+        from .importing import import_published  # needed here only: chat imports no importer
+
+        return import_published(preset.weights, preset)
+    if not preset.weights.is_dir():
+        raise WeightsError(
+            f"No weights come with the preset '{preset.name}'. Train some, or import a published checkpoint "
+            "(training_scripts/import_checkpoint.py), and name their folder with --weights."
+        )
+    return preset.weights
+
+
+def preset_trained(weights: str | Path) -> Preset:
+    """The preset that the weights of a folder were trained for.
+
+    Raises:
+        WeightsError: the folder is no weights folder, or was made for no preset there is.
+    """
+    name = _read_config(Path(weights)).get("language_model")
+    for preset in PRESETS.values():
+        if preset.language_model.name == name:
+            return preset
+    raise WeightsError(f"The weights in '{Path(weights).name}' were made for {name}, which no preset has.")
+
+
+def preset_for_weights(preset: Preset, weights: str | Path) -> Preset:
+    """The preset with the image encoder that the weights of a folder were trained with, where that is another one.
+
+    Raises:
+        WeightsError: the folder is no weights folder, or was made for another language model.
+    """
+    config = _read_config(Path(weights))
+    if tuned := tuned_image_encoder(weights):
+        return replace(preset, image_encoder=tuned)
+    if named := EFFICIENTNETS.get(config.get("image_encoder")):
+        return replace(preset, image_encoder=named)
+    chosen = config.get("image_encoder_preset")
+    if not chosen:
+        return preset
+    try:
+        encoder = ImageEncoderPreset(**{**chosen, "source": HubRepository(**chosen["source"])})
+    except (KeyError, TypeError) as error:
+        raise WeightsError(f"The {CONFIG_FILE} in '{Path(weights).name}' names no image encoder I know.") from error
+    return replace(preset, image_encoder=encoder)
+
+
+def load_model(
+    preset: Preset,
+    weights: str | Path,
+    dtype: torch.dtype,
+    *,
+    quantization: str = "none",
+    trainable: bool = False,
+    any_encoder: bool = False,
+) -> tuple[MultimodalModel, Any]:
+    """The multimodal model of a preset with the projector and adapter of a weights folder, and its tokenizer.
+
+    Args:
+        any_encoder: the weights may have been made for another image encoder, whose features have the same shape: a
+            start to go on from with the preset's.
+
+    Raises:
+        WeightsError: the folder is no weights folder, or was made for other models.
+        AssetError: the base model could not be fetched.
+    """
+    folder = Path(weights)
+    config = _read_config(folder)
+    _check_identity(config, folder, preset, any_encoder)
+    try:
+        projector_config = ProjectorConfig(**config["projector"])
+        projector, has_adapter = build_projector(projector_config), config["adapter"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' describes no projector I know.") from error
+    _load_projector(projector, folder)
+    language_model, tokenizer = load_language_model(preset.language_model, dtype, quantization)
+    if projector_config.token_width != language_model.config.hidden_size:
+        raise WeightsError(f"The projector in '{folder.name}' makes tokens of another width than the model reads.")
+    if has_adapter:
+        language_model = load_adapter(language_model, folder / ADAPTER_FOLDER, trainable=trainable)
+    projector = projector.float().requires_grad_(trainable)
+    model = MultimodalModel(language_model, projector, projector_config, load_tagger(folder))
+    return model.train(trainable), tokenizer
+
+
+def _load_projector(projector: nn.Module, folder: Path) -> None:
+    try:
+        projector.load_state_dict(load_file(folder / PROJECTOR_FILE))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(f"The projector in '{folder.name}' is missing, damaged or of another size.") from error
+
+
+def _read_config(folder: Path) -> dict:
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"'{folder.name}' is not a folder of mmchat weights: it has no readable {CONFIG_FILE}."
+        ) from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"'{folder.name}' is not a folder of mmchat weights: its {CONFIG_FILE} holds no settings.")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise WeightsError(
+            f"'{folder.name}' has format version {config.get('format_version')}; this mmchat reads {FORMAT_VERSION}."
+        )
+    return config
+
+
+def _check_identity(config: dict, folder: Path, preset: Preset, any_encoder: bool) -> None:
+    for key, expected in _identity(preset).items():
+        if config.get(key) != expected and not (any_encoder and key in ("image_encoder", "image_features")):
+            raise WeightsError(
+                f"The weights in '{folder.name}' were made for {key.replace('_', ' ')} '{config.get(key)}', "
+                f"but the preset '{preset.name}' has '{expected}'."
+            )
