@@ -90,7 +90,7 @@ def follow_up() -> Iterator[Row]:
             messages.append(Message("user", questions[turn % len(questions)], picture))
             with_reuse.setdefault(turn, []).append(first_token(messages))
             messages.append(Message("assistant", "".join(engine().reply(messages, options))))
-        engine()._readings._kept.clear()
+        engine().forget()
         without.append(first_token(messages[:11]))
     at = {turn: median(seconds) for turn, seconds in with_reuse.items()}
     plain = median(without)
@@ -101,8 +101,8 @@ def follow_up() -> Iterator[Row]:
 def _embeddings():
     from mmchat import Message
 
-    encoded = engine()._encode([Message("user", PICTURE_QUESTION, [PHOTOS[0]])])
-    return engine()._embed(encoded)
+    encoded = engine().encode([Message("user", PICTURE_QUESTION, [PHOTOS[0]])])
+    return engine().embed(encoded)
 
 
 def decoding() -> Iterator[Row]:
@@ -184,7 +184,7 @@ def encoder_runs() -> Iterator[Row]:
     encoder, runs = engine().image_encoder, []
     original = encoder.encode
     encoder.encode = lambda images: (runs.append(len(images)), original(images))[1]
-    engine()._features.clear()
+    engine().forget(pictures=True)
     messages = []
     for number in range(5):
         messages.append(Message("user", f"Is there a dog? {number}", [] if number else [PHOTOS[0]]))
@@ -325,7 +325,7 @@ def training() -> Iterator[Row]:
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     rng, nouns = random.Random(0), "dog man woman ball beach street child car snow water horse bike".split()
     pictures = {f"{number}.jpg": PHOTOS[number % len(PHOTOS)] for number in range(26)}
-    stored = {name: engine()._image_features(path) for name, path in pictures.items()}
+    stored = {name: engine().image_features(path) for name, path in pictures.items()}
     captions = [
         conversation_of(
             entry_of(f"{name}-{number}", name, [(PICTURE_QUESTION, f"A {' '.join(rng.choices(nouns, k=13))}.")]), "-"
@@ -427,14 +427,14 @@ def quality(captions: str, photos: str, limit: int) -> Iterator[Row]:
     """Greedy captions, written with packed weights and by PyTorch."""
     from mmchat import Message, SamplingOptions
     from mmchat.inference.decoder import TorchDecoder
-    from mmchat.inference.prefix_cache import Readings
+    from mmchat.inference.prefix_cache import PrefixCache
     from mmchat.training.evaluation.evaluator import read_items
     from mmchat.training.evaluation.metrics import caption_metrics
 
     items, options = read_items(captions, limit), SamplingOptions(temperature=0, max_new_tokens=48)
-    figures, said, decoder, readings = {}, {}, engine().decoder, engine()._readings
+    figures, said, decoder, prefix_cache = {}, {}, engine().decoder, engine().prefix_cache
     for name, used in (("packed", decoder), ("PyTorch", TorchDecoder(engine().model.language_model))):
-        engine().decoder, engine()._readings = used, Readings(used, 0)
+        engine().decoder, engine().prefix_cache = used, PrefixCache(used, 0)
         said[name] = [
             "".join(
                 engine().reply(
@@ -444,7 +444,7 @@ def quality(captions: str, photos: str, limit: int) -> Iterator[Row]:
             for item in items
         ]
         figures[name] = caption_metrics(said[name], [item.references for item in items])
-    engine().decoder, engine()._readings = decoder, readings
+    engine().decoder, engine().prefix_cache = decoder, prefix_cache
     same = sum(one == other for one, other in zip(*said.values(), strict=True))
     yield Row("captions that are the same", f"{same} of {len(items)}", "written by PyTorch in fp32", None, "")
     for metric in ("BLEU-4", "CIDEr"):

@@ -29,15 +29,16 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns, when impo
 
 # Loaded when first used: torch takes seconds to import, and `--help` should not wait for it.
 _LAZY = {
-    "Engine": ".engine",
-    "Message": ".conversation",
-    "SamplingOptions": ".conversation",
-    "load": ".engine",
-    "open_image": ".media",
+    "Engine": ("engine", "LocalEngine"),
+    "Message": ("conversation", "Message"),
+    "SamplingOptions": ("conversation", "SamplingOptions"),
+    "load": ("engine", "load"),
+    "open_image": ("media", "open_image"),
 }
 
 
 def __getattr__(name: str):
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+        module, attribute = _LAZY[name]
+        return getattr(importlib.import_module(f".{module}", __name__), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

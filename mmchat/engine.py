@@ -1,4 +1,4 @@
-"""Holds a conversation: messages in, text out."""
+"""The engine on this machine: messages in, text out. ``conversation.Engine`` is its interface."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from threading import Lock, RLock
 from typing import Any
 
 import torch
@@ -30,10 +29,12 @@ from .conversation import (
 from .device import choose_device, choose_preset, choose_quantization
 from .errors import BadInput, MmchatError
 from .inference.decoder import load_decoder
+from .inference.fair_lock import FairLock
 from .inference.generation import generate_texts, stream_text
-from .inference.prefix_cache import Reading, Readings, Row
+from .inference.prefix_cache import CachedPrefix, PrefixCache, TokenKeys
 from .media import decode_image
 from .models.image_encoder import load_image_encoder
+from .models.language_model import switch_adapter
 from .models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, EncodedConversation, encode
 from .models.speech import SpeechRecognizer, find_speech_model
 from .models.tagger import Tag
@@ -42,7 +43,7 @@ from .presets import AUTO, DEFAULT_PRESET, Preset, get_preset
 logger = logging.getLogger(__name__)
 
 CACHED_PICTURES = 64
-ROOM_TO_READ = {"cpu": 2e8, "mps": 1e9, "cuda": 2e9}  # bytes of keys and values that are kept of idle conversations
+CACHE_BUDGET = {"cpu": 2e8, "mps": 1e9, "cuda": 2e9}  # bytes of keys and values that are kept of idle conversations
 
 
 def load(
@@ -50,7 +51,7 @@ def load(
     weights: str | Path | None = None,
     quantization: str = "auto",
     speech: str | None = None,
-) -> Engine:
+) -> LocalEngine:
     """An engine with the models of a preset, fetched on first use.
 
     Args:
@@ -73,20 +74,22 @@ def load(
         logger.info("Preset %s: %s", chosen.name, reason)
     if speech:
         chosen = replace(chosen, speech=find_speech_model(speech))
-    engine = Engine(chosen, weights, quantization)
-    engine.reason = reason
-    return engine
+    return LocalEngine(chosen, weights, quantization, reason)
 
 
-class Engine:
+class LocalEngine:
     """One set of models in memory.
 
     Threads may share it: replies that are read at the same time are written by turns, a piece of each, so that a short
-    one need not wait for a long one. (What is asked is read in one turn, and so is a whole beam search.)
+    one need not wait for a long one. (A prompt is prefilled in one turn, and so is a whole beam search.)
+
+    Args:
+        weights: a folder that training wrote; the preset's own if None.
+        reason: why this preset was chosen, for ``about``.
     """
 
-    def __init__(self, preset: Preset, weights: str | Path | None = None, quantization: str = "auto"):
-        self.reason = ""  # why this preset, where "auto" chose it
+    def __init__(self, preset: Preset, weights: str | Path | None = None, quantization: str = "auto", reason: str = ""):
+        self.reason = reason
         weights = weights or default_weights(preset)
         self.preset = preset = preset_for_weights(preset, weights)
         self.device = choose_device()
@@ -103,11 +106,9 @@ class Engine:
         self.chat_format = CHAT_FORMATS[preset.language_model.chat_format]
         self.context_length: int = self.model.language_model.config.max_position_embeddings  # tokens
         self.decoder = load_decoder(self.model.language_model)
-        self._features: OrderedDict[str, torch.Tensor] = OrderedDict()  # picture digest -> [features, width]
-        self._readings = Readings(self.decoder, ROOM_TO_READ[self.device.type])
-        # The adapter is on or off for the whole model, so one piece is written at a time. Who waits for the next turn
-        # holds `_next`, so that a reply that writes without a pause cannot take that one, too.
-        self._this, self._next = RLock(), Lock()
+        self._features: OrderedDict[str, torch.Tensor] = OrderedDict()  # picture digest -> [features, image_dim]
+        self.prefix_cache = PrefixCache(self.decoder, CACHE_BUDGET[self.device.type])
+        self._lock = FairLock()  # the adapter is on or off for the whole model, so one piece is written at a time
         self.speech_recognizer = SpeechRecognizer(preset.speech)
 
     @property
@@ -148,8 +149,8 @@ class Engine:
         """
         if not self.model.tagger:
             return []
-        with self._turn():
-            classes, words = self.model.tagger(self._image_features(image))
+        with self._lock:
+            classes, words = self.model.tagger(self.image_features(image))
         found = sorted([*classes, *words], key=lambda tag: tag.probability)
         return list({tag.name: tag for tag in found}.values())[::-1]  # of a name that both know, the likelier
 
@@ -176,62 +177,51 @@ class Engine:
         messages = with_question(messages)
         if options.repetition_penalty is None:
             options = replace(options, repetition_penalty=1.0 if has_images(messages) else TEXT_PENALTY)
-        with self._turn():  # the tokenizer, too, is not for two threads at once
+        with self._lock:  # the tokenizer, too, is not for two threads at once
             encoded = self._fit(messages, options.max_new_tokens, notify)
-        with_adapter = has_images(messages)
-        pieces = self._write(encoded, options, with_adapter)
+        pieces = self._write(encoded, options, with_adapter=has_images(messages))
         try:
             while True:
-                with self._turn():
-                    self.model.switch_adapter(with_adapter)
+                with self._lock:
                     piece = next(pieces, None)
                 if piece is None:
                     return
                 yield piece
         finally:
-            with self._this:  # a forgotten reply may be closed by a thread in whose turn Python cleans up
+            with self._lock.reentrant():  # a forgotten reply may be closed by a thread in whose turn Python cleans up
                 pieces.close()
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """A turn of one's own; those who wait for it get it one after the other."""
-        with self._next:
-            self._this.acquire()
-        try:
-            yield
-        finally:
-            self._this.release()
-
     def _write(self, encoded: EncodedConversation, options: SamplingOptions, with_adapter: bool) -> Iterator[str]:
-        """The answer to an encoded conversation; what was read of it in earlier turns is not read again."""
-        if options.beams > 1:  # the answer comes in one piece, and all is read anew
-            prompt = self._embed(encoded)[0]  # [length, token_width]
+        """The answer to an encoded conversation; what the prefix cache holds of it is not prefilled again."""
+        if options.beams > 1:  # the answer comes in one piece, and the whole prompt is prefilled
+            switch_adapter(self.model.language_model, with_adapter)
+            prompt = self.embed(encoded)[0]  # [length, hidden_size]
             yield from generate_texts(self.model.language_model, self.tokenizer, [prompt], options)
             return
-        row, ends = self._row(encoded), _ends(encoded)
-        reading = self._readings.take(row, ends, with_adapter)
-        *earlier, last = [end for end in ends if end > len(reading.row)]
-        start = len(reading.row)
+        tokens, ends = self._token_keys(encoded), _ends(encoded)
+        prefix = self.prefix_cache.take(tokens, ends, with_adapter)
+        *earlier, last = [end for end in ends if end > len(prefix.tokens)]
+        start = len(prefix.tokens)
         for end in earlier:
-            self.decoder.read(self._embed(encoded, start, end), reading.cache)
+            self.decoder.prefill(self.embed(encoded, start, end), prefix.cache)
             start = end
-        embeddings = self._embed(encoded, start, last)
-        with closing(stream_text(self.decoder, self.tokenizer, embeddings, options, reading.cache)) as pieces:
+        embeddings = self.embed(encoded, start, last)
+        with closing(stream_text(self.decoder, self.tokenizer, embeddings, options, prefix.cache)) as pieces:
             try:
                 yield from pieces
             except GeneratorExit:  # stopped; after an error, some layers may have read more than others
-                self._keep(reading, row)
+                self._keep(prefix, tokens)
                 raise
-            self._keep(reading, row)
+            self._keep(prefix, tokens)
 
-    def _keep(self, reading: Reading, row: Row) -> None:
-        reading.shorten(row)  # the answer is read anew, with the question that follows
-        self._readings.keep(reading)
+    def _keep(self, prefix: CachedPrefix, tokens: TokenKeys) -> None:
+        prefix.crop(tokens)  # the answer is prefilled anew, with the question that follows
+        self.prefix_cache.keep(prefix)
 
-    def _row(self, encoded: EncodedConversation) -> Row:
+    def _token_keys(self, encoded: EncodedConversation) -> TokenKeys:
         """The conversation as it is compared with others: pictures by what is in them."""
         count = self.model.tokens_per_image
-        pictures = iter([(digest, number) for digest in map(_digest, encoded.images) for number in range(count)])
+        pictures = iter([(digest, index) for digest in map(_digest, encoded.images) for index in range(count)])
         return [next(pictures) if token_id == IMAGE_TOKEN_ID else token_id for token_id in encoded.token_ids]
 
     def rewrite(self, question: str, draft: str, options: SamplingOptions | None = None) -> Iterator[str]:
@@ -247,41 +237,53 @@ class Engine:
         """Tokenises the conversation, leaving out whole oldest turns until it fits the model's context."""
         system = [message for message in messages[:1] if message.role == "system"]
         turns = dialogue_turns(messages[len(system) :])
-        room = self.context_length - max_new_tokens
+        capacity = self.context_length - max_new_tokens  # tokens
         for dropped in range(len(turns)):
             kept = system + [message for turn in turns[dropped:] for message in turn]
-            encoded = self._encode(kept)
-            if len(encoded.token_ids) <= room:
+            encoded = self.encode(kept)
+            if len(encoded.token_ids) <= capacity:
                 if dropped:
                     notify(f"This conversation is too long for me: I left out the oldest {_count(dropped, 'turn')}.")
                 return encoded
         raise BadInput(
             f"Your question is too long for me: it takes {len(encoded.token_ids)} tokens, and there is room for "
-            f"{max(room, 0)} beside the answer. Please shorten it."
+            f"{max(capacity, 0)} beside the answer. Please shorten it."
         )
 
-    def _encode(self, messages: list[Message]) -> EncodedConversation:
+    def encode(self, messages: Sequence[Message]) -> EncodedConversation:
+        """A conversation's token ids, up to where the answer begins."""
         return encode(
             messages,
             self.tokenizer,
             self.chat_format,
             self.model.tokens_per_image,
-            image_text=lambda image: self.model.tags(self._image_features(image)) if self.model.tagger else "",
+            image_text=lambda image: self.model.tags(self.image_features(image)) if self.model.tagger else "",
             open_reply=True,
         )
 
     @torch.inference_mode()
-    def _embed(self, encoded: EncodedConversation, start: int = 0, end: int | None = None) -> torch.Tensor:
-        """[1, end - start, token_width]; a picture lies between them as a whole or not at all."""
+    def embed(self, encoded: EncodedConversation, start: int = 0, end: int | None = None) -> torch.Tensor:
+        """The embeddings of some of a conversation's tokens, [1, end - start, hidden_size].
+
+        A picture lies between start and end as a whole or not at all.
+        """
         token_ids = torch.tensor([encoded.token_ids[start:end]], device=self.model.device)
         first, last = (
-            encoded.token_ids[:place].count(IMAGE_TOKEN_ID) // self.model.tokens_per_image for place in (start, end)
+            encoded.token_ids[:position].count(IMAGE_TOKEN_ID) // self.model.tokens_per_image
+            for position in (start, end)
         )
-        features = [self._image_features(image) for image in encoded.images[first:last]]
+        features = [self.image_features(image) for image in encoded.images[first:last]]
         return self.model.splice(token_ids, torch.stack(features) if features else None)
 
-    def _image_features(self, source: Any) -> torch.Tensor:
-        """[features, width] of a picture, encoded the first time it is seen."""
+    def image_features(self, source: Any) -> torch.Tensor:
+        """[features, image_dim] of a picture, encoded the first time it is seen.
+
+        Args:
+            source: a path or a decoded PIL picture.
+
+        Raises:
+            BadInput: the picture cannot be read.
+        """
         digest = _digest(source)
         if digest not in self._features:
             self._features[digest] = self.image_encoder.encode([decode_image(source)])[0]
@@ -290,11 +292,22 @@ class Engine:
         self._features.move_to_end(digest)
         return self._features[digest]
 
+    def forget(self, pictures: bool = False) -> None:
+        """Empties the prefix cache: the next turn of every conversation is prefilled from its start.
+
+        Args:
+            pictures: encode pictures anew, too.
+        """
+        with self._lock:
+            self.prefix_cache.clear()
+            if pictures:
+                self._features.clear()
+
 
 def _ends(encoded: EncodedConversation) -> list[int]:
-    """Where a conversation is cut to be read in pieces: before each answer, and at its end."""
+    """Where a conversation is cut to be prefilled in pieces: before each answer, and at its end."""
     before = zip(encoded.is_answer, encoded.is_answer[1:], strict=False)
-    starts = [place for place, (one, next_one) in enumerate(before, start=1) if next_one and not one]
+    starts = [index for index, (one, next_one) in enumerate(before, start=1) if next_one and not one]
     return [*starts, len(encoded.token_ids)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ import torch
 from mmchat import Message, SamplingOptions
 from mmchat.inference.decoder import TorchDecoder, load_decoder
 from mmchat.inference.onnx_decoder import OnnxDecoder, load_onnx_decoder
-from mmchat.inference.onnx_graph import BLOCK, eight_bits, four_bits
-from mmchat.inference.prefix_cache import Readings
+from mmchat.inference.onnx_graph import BLOCK, pack_4bit, pack_8bit
+from mmchat.inference.prefix_cache import PrefixCache
 from mmchat.models.language_model import add_adapter, load_language_model
 from mmchat.presets import get_preset
 from tests.close import assert_close
@@ -47,12 +46,12 @@ def test_logits_are_the_models(adapted, is_on):
     embeddings = torch.randn(1, 300, 64)
     pieces = [9, 1, 1, 30, 256, 1, 1, 1]  # tokens that are read at once; the room has to grow among them
     ends = [sum(pieces[: number + 1]) for number in range(len(pieces))]
-    with nullcontext() if is_on else adapted.disable_adapter():
-        cache = decoder.empty_cache()
-        near = torch.cat([decoder.read(part, cache).clone() for part in embeddings.split(pieces, dim=1)])
-        exact = adapted(inputs_embeds=embeddings).logits[0, [end - 1 for end in ends]]
-    with adapted.disable_adapter() if is_on else nullcontext():
-        other = adapted(inputs_embeds=embeddings).logits[0, [end - 1 for end in ends]]
+    cache = decoder.new_cache(with_adapter=is_on)
+    near = torch.cat([decoder.prefill(part, cache).clone() for part in embeddings.split(pieces, dim=1)])
+    with_adapter = adapted(inputs_embeds=embeddings).logits[0, [end - 1 for end in ends]]
+    with adapted.disable_adapter():
+        without = adapted(inputs_embeds=embeddings).logits[0, [end - 1 for end in ends]]
+    exact, other = (with_adapter, without) if is_on else (without, with_adapter)
     assert cache.length == 300
     assert (near - exact).abs().max() < 1e-3 * exact.std() and (near - other).std() > 0.1 * exact.std()
 
@@ -69,7 +68,7 @@ def test_an_adapter_may_be_on_some_layers_only(tiny, monkeypatch, tmp_path, targ
             weight.data.normal_(std=0.3)
     embeddings = torch.randn(1, 9, 64)
     decoder = load_onnx_decoder(model)
-    near = decoder.read(embeddings, decoder.empty_cache())[0]
+    near = decoder.prefill(embeddings, decoder.new_cache())[0]
     exact = model(inputs_embeds=embeddings).logits[0, -1]
     assert (near - exact).abs().max() < 1e-3 * exact.std()
 
@@ -81,16 +80,16 @@ def test_caches_do_not_disturb_each_other(adapted, kind):
     decoder = kind(adapted)
     torch.manual_seed(1)
     beginning, *parts = torch.randn(1, 10, 64).split([6, 1, 2, 1], dim=1)
-    first = decoder.empty_cache()
-    decoder.read(torch.cat([beginning, parts[0]], dim=1), first)
+    first = decoder.new_cache()
+    decoder.prefill(torch.cat([beginning, parts[0]], dim=1), first)
     first.crop(6)
-    second = first.beginning(6)
+    second = first.prefix(6)
     assert first.length == second.length == 6 and second.size > 0
-    heard = [[decoder.read(part, cache).clone() for cache in (first, second)] for part in parts]
+    heard = [[decoder.prefill(part, cache).clone() for cache in (first, second)] for part in parts]
     assert all(torch.equal(one, other) for one, other in heard)
-    decoder.read(parts[0], second)
-    alone = decoder.empty_cache()
-    expected = [decoder.read(part, alone).clone() for part in (beginning, *parts)][1:]
+    decoder.prefill(parts[0], second)
+    alone = decoder.new_cache()
+    expected = [decoder.prefill(part, alone).clone() for part in (beginning, *parts)][1:]
     for (one, _), other in zip(heard, expected, strict=True):
         assert_close(one, other)
 
@@ -99,19 +98,19 @@ def test_weights_of_few_levels_are_packed_without_loss():
     levels = torch.randint(0, 16, (7, 3, BLOCK)).float()
     levels[:, :, 0], levels[:, :, 1] = 0, 15
     step, lowest = torch.rand(2, 7, 3, 1) * torch.tensor([[1e-3], [1.0], [0.0]])  # one block is all alike
-    packed, found_step, found_lowest = four_bits((lowest - 0.5 + levels * step).view(7, -1))
+    packed, found_step, found_lowest = pack_4bit((lowest - 0.5 + levels * step).view(7, -1))
     unpacked = torch.stack([packed % 16, packed // 16], dim=3).view(7, 3, BLOCK)
     assert_close(unpacked * found_step[:, :, None] + found_lowest[:, :, None], lowest - 0.5 + levels * step, 1e-6)
     signed = torch.randint(-127, 128, (7, 2, BLOCK)).float()
     signed[:, :, 5] = -127
     signed[2, 1] = 0
-    packed, found_step = eight_bits(0.01 * signed.view(7, -1))
+    packed, found_step = pack_8bit(0.01 * signed.view(7, -1))
     assert_close((packed - 128.0) * found_step[:, :, None], 0.01 * signed, 1e-6)
 
 
 def test_weights_of_many_levels_are_not_packed():
-    assert four_bits(torch.randn(4, 64)) is None and eight_bits(torch.randn(4, 64)) is None
-    assert four_bits(torch.zeros(4, 40)) is None
+    assert pack_4bit(torch.randn(4, 64)) is None and pack_8bit(torch.randn(4, 64)) is None
+    assert pack_4bit(torch.zeros(4, 40)) is None
 
 
 def test_where_there_is_none_the_model_writes(tiny, adapted, monkeypatch, caplog):
@@ -134,11 +133,10 @@ def test_where_there_is_none_the_model_writes(tiny, adapted, monkeypatch, caplog
 def test_a_model_of_the_same_shape_is_not_taken_for_another(adapted, tiny):
     other, _ = load_language_model(get_preset("llama-patches").language_model, torch.float32)
     other.get_decoder().layers[-1].mlp.up_proj.weight.data.neg_()
-    with adapted.disable_adapter():
-        logits = [
-            decoder.read(torch.ones(1, 3, 64), decoder.empty_cache())
-            for decoder in (load_onnx_decoder(adapted), load_onnx_decoder(other))
-        ]
+    logits = [
+        decoder.prefill(torch.ones(1, 3, 64), decoder.new_cache(with_adapter=False))
+        for decoder in (load_onnx_decoder(adapted), load_onnx_decoder(other))
+    ]
     assert not torch.allclose(*logits, atol=0.1)
 
 
@@ -148,7 +146,7 @@ def test_the_real_model_says_the_same(engine, monkeypatch):
     fast = "".join(engine.reply(messages, options))
     exact = TorchDecoder(engine.model.language_model)
     monkeypatch.setattr(engine, "decoder", exact)
-    monkeypatch.setattr(engine, "_readings", Readings(exact, 0))
+    monkeypatch.setattr(engine, "prefix_cache", PrefixCache(exact, 0))
     assert "".join(engine.reply(messages, options)) == fast == "The capital of France is Paris."
 
 
@@ -158,5 +156,5 @@ def test_an_answer_does_not_depend_on_what_is_remembered(engine):
     said = "".join(engine.reply(first, options))
     second = [*first, Message("assistant", said), Message("user", "Is there a dog?")]
     remembered = "".join(engine.reply(second, options))
-    engine._readings._kept.clear()
+    engine.forget()
     assert "".join(engine.reply(second, options)) == remembered

@@ -12,7 +12,7 @@ import torch
 from mmchat import BadInput, Message, SamplingOptions
 from mmchat.errors import MmchatError
 from mmchat.inference.decoder import TorchDecoder
-from mmchat.inference.prefix_cache import Reading, Readings
+from mmchat.inference.prefix_cache import CachedPrefix, PrefixCache
 from mmchat.models.prompt import IMAGE_TOKEN_ID
 from tests.close import assert_close
 
@@ -27,8 +27,11 @@ def answer(engine, *messages, options=GREEDY, **more):
 def read_by_model(engine, monkeypatch):
     """What reaches the language model: (token ids, embeddings) of each reply, which reads all anew, in one piece."""
     seen, splice = [], engine.model.splice
-    anew = lambda row, ends, with_adapter: Reading(with_adapter, engine.decoder.empty_cache())  # noqa: E731
-    monkeypatch.setattr(engine._readings, "take", anew)
+
+    def anew(tokens, ends, with_adapter):
+        return CachedPrefix(with_adapter, engine.decoder.new_cache(with_adapter))
+
+    monkeypatch.setattr(engine.prefix_cache, "take", anew)
     monkeypatch.setattr("mmchat.engine._ends", lambda encoded: [len(encoded.token_ids)])
 
     def spy(token_ids, image_features):
@@ -72,10 +75,12 @@ def test_adapter_and_projector_are_on_once_there_is_a_picture(engine, photo, mon
     """With the adapter off, the same question about the same picture is answered in other words."""
     question = Message("user", "Describe the image.", images=[photo])
     with_adapter = answer(engine, question)
-    switch = engine.model.switch_adapter
+    new_cache = engine.decoder.new_cache
     with monkeypatch.context() as patched:
-        patched.setattr(engine.model, "switch_adapter", lambda on: switch(False))
+        patched.setattr(engine.decoder, "new_cache", lambda with_adapter: new_cache(False))
+        engine.forget()
         assert answer(engine, question) != with_adapter
+    engine.forget()
     assert answer(engine, question) == with_adapter
 
 
@@ -87,7 +92,7 @@ def test_a_follow_up_reaches_the_model_with_the_earlier_picture_and_answer(engin
     assert token_ids.count(IMAGE_TOKEN_ID) == engine.model.tokens_per_image
     text = engine.tokenizer.decode([token for token in token_ids if token != IMAGE_TOKEN_ID])
     assert text.index("Describe") < text.index("zebra in pyjamas") < text.index("What color is it?")
-    features = engine._image_features(photo)
+    features = engine.image_features(photo)
     shown = embeddings[0, torch.tensor(token_ids) == IMAGE_TOKEN_ID]
     assert_close(shown, engine.model.projector(features))
 
@@ -111,7 +116,7 @@ def test_pictures_keep_the_order_in_which_they_were_shown(engine, photo, small_p
     )
     token_ids, embeddings = read_by_model[-1]
     shown = embeddings[0, torch.tensor(token_ids) == IMAGE_TOKEN_ID]
-    expected = [engine.model.projector(engine._image_features(image)) for image in (photo, small_picture)]
+    expected = [engine.model.projector(engine.image_features(image)) for image in (photo, small_picture)]
     assert_close(shown, torch.cat(expected))
 
 
@@ -240,7 +245,7 @@ def test_a_short_answer_does_not_wait_for_a_long_one(engine, photo, monkeypatch,
     if decoder == "torch":
         exact = TorchDecoder(engine.model.language_model)
         monkeypatch.setattr(engine, "decoder", exact)
-        monkeypatch.setattr(engine, "_readings", Readings(exact, 2e8))
+        monkeypatch.setattr(engine, "prefix_cache", PrefixCache(exact, 2e8))
     picture = Message("user", "Describe the image.", images=[photo])
     alone = answer(engine, picture)
     long = engine.reply([Message("user", "Tell me a long story.")], SamplingOptions(temperature=0, max_new_tokens=40))

@@ -11,7 +11,7 @@ from PIL import Image
 from mmchat import BadInput, Message, SamplingOptions
 from mmchat.checkpoints.exporting import chat_template, export_llava
 from mmchat.checkpoints.weights_folder import load_model
-from mmchat.engine import Engine
+from mmchat.engine import LocalEngine
 from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
 from mmchat.presets import PRESETS, HubRepository
 from mmchat.training.recipe import Recipe
@@ -52,7 +52,7 @@ def test_the_same_greedy_tokens(tiny, exported):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     preset, weights, folder = exported
-    engine = Engine(preset, weights)
+    engine = LocalEngine(preset, weights)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
     for number in range(3):
@@ -159,7 +159,7 @@ def test_siglip_is_exported_too(tiny, tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "llava", dtype=torch.float32).eval()
     picture = Image.open(tiny / "pictures" / "1.png").convert("RGB")
     inputs = processor.apply_chat_template(asked(picture), tokenize=True, return_dict=True, return_tensors="pt")
-    engine = Engine(PRESETS["phi3-patches"], tmp_path / "weights")
+    engine = LocalEngine(PRESETS["phi3-patches"], tmp_path / "weights")
     features = engine.image_encoder.encode([picture])
     with torch.no_grad():
         found = model.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output

@@ -15,8 +15,7 @@ GREEDY = SamplingOptions(temperature=0, repetition_penalty=1, max_new_tokens=24)
 
 @pytest.fixture(scope="module")
 def embeddings(engine):
-    encoded = engine._encode([Message("user", "Tell me about the sea in three sentences.")])
-    return engine._embed(encoded)
+    return engine.embed(engine.encode([Message("user", "Tell me about the sea in three sentences.")]))
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +79,9 @@ def test_the_longest_answer_is_kept_to(engine, embeddings, stop_ids):
 
 def test_pieces_are_whole_characters(engine):
     """Emoji and accents take several tokens each; no piece may hold half of one."""
-    encoded = engine._encode([Message("user", "Repeat exactly: 日本語 😀 café")])
+    encoded = engine.encode([Message("user", "Repeat exactly: 日本語 😀 café")])
     pieces = list(
-        stream_text(TorchDecoder(engine.model.language_model), engine.tokenizer, engine._embed(encoded), GREEDY)
+        stream_text(TorchDecoder(engine.model.language_model), engine.tokenizer, engine.embed(encoded), GREEDY)
     )
     assert len(pieces) > 1
     assert not any("\ufffd" in piece for piece in pieces)

@@ -95,7 +95,7 @@ def test_damaged_exif_data_do_not_cost_the_picture(tmp_path):
 def test_a_decoded_picture_is_read_like_its_file(engine, tmp_path):
     image = Image.new("RGBA", (40, 30), (255, 0, 0, 90))
     image.save(tmp_path / "half.png")
-    assert_close(engine._image_features(image), engine._image_features(tmp_path / "half.png"))
+    assert_close(engine.image_features(image), engine.image_features(tmp_path / "half.png"))
 
 
 def test_features_have_the_shape_the_preset_says(engine, small_picture):

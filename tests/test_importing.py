@@ -13,7 +13,7 @@ from torch.nn.functional import gelu, layer_norm, linear
 
 from mmchat.checkpoints.importing import import_checkpoint
 from mmchat.checkpoints.weights_folder import default_weights, load_model
-from mmchat.engine import Engine
+from mmchat.engine import LocalEngine
 from mmchat.errors import WeightsError
 from mmchat.fetching.cache import cache_folder
 from mmchat.models.language_model import load_language_model
@@ -219,7 +219,7 @@ def test_a_presets_published_weights_are_imported_once(tiny, tmp_path, monkeypat
     assert folder.is_relative_to(cache_folder())
     shutil.rmtree(tmp_path / "published")
     assert default_weights(preset) == folder
-    assert Engine(preset).model.has_adapter
+    assert LocalEngine(preset).model.has_adapter
 
 
 def test_the_script_reports_every_tensor(tiny, tmp_path):

@@ -20,7 +20,7 @@ from PIL import Image
 
 from mmchat import BadInput, Message, MmchatError, SamplingOptions
 from mmchat.checkpoints.exporting import export_llava
-from mmchat.engine import Engine
+from mmchat.engine import LocalEngine
 from mmchat.presets import PRESETS
 from mmchat.serving.remote import RemoteEngine, _as_sent
 from mmchat.training.recipe import Recipe
@@ -89,7 +89,7 @@ def _wait_for(address, server):
 @pytest.mark.slow
 def test_a_server_says_what_the_engine_says(tiny, served):
     address, name, weights = served
-    remote, engine = RemoteEngine(address, name), Engine(PRESETS["phi3-patches"], weights)
+    remote, engine = RemoteEngine(address, name), LocalEngine(PRESETS["phi3-patches"], weights)
     for number in range(2):
         picture = tiny / "pictures" / f"{number}.png"
         question = Message("user", "Describe the image.", [picture])

@@ -143,7 +143,7 @@ def test_conversations_about_a_picture_share_its_tags(engine):
 def test_the_engine_tells_what_it_sees_and_the_model_is_told(engine, photo):
     tags = engine.classes(photo.with_name("coffee.jpg"))
     assert tags[0].probability >= tags[-1].probability and "espresso" in [tag.name for tag in tags]
-    encoded = engine._encode([Message("user", "What is this?", [photo.with_name("coffee.jpg")])])
+    encoded = engine.encode([Message("user", "What is this?", [photo.with_name("coffee.jpg")])])
     assert "espresso" in engine.tokenizer.decode([token for token in encoded.token_ids if token >= 0])
     with pytest.raises(BadInput, match="There is no picture"):
         engine.classes("nowhere.jpg")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..conversation import SamplingOptions
+from .decoder import Cache, Decoder
 
 
 def stop_token_ids(model: nn.Module) -> set[int]:
@@ -19,16 +20,15 @@ def stop_token_ids(model: nn.Module) -> set[int]:
 
 
 def stream_text(
-    decoder: Any, tokenizer: Any, embeddings: torch.Tensor, options: SamplingOptions, cache: Any = None
+    decoder: Decoder, tokenizer: Any, embeddings: torch.Tensor, options: SamplingOptions, cache: Cache | None = None
 ) -> Iterator[str]:
     """The answer in pieces that are whole characters.
 
     Closing the iterator ends the work: nothing is computed before the next piece is asked for.
 
     Args:
-        decoder: what reads and writes, a ``TorchDecoder`` or ``OnnxDecoder``.
-        embeddings: [1, length, token_width], what it is to read before it writes.
-        cache: what it has read before that; it grows.
+        embeddings: [1, length, hidden_size], the prompt, or its end behind what the cache holds.
+        cache: grows; an empty one, with the adapter, if None.
         options: of which ``beams`` do not count; they are ``generate_texts``'s business.
     """
     from tokenizers.decoders import DecodeStream
@@ -43,17 +43,16 @@ def stream_text(
 
 @torch.inference_mode()
 def stream_token_ids(
-    decoder: Any, embeddings: torch.Tensor, options: SamplingOptions, stop_ids: set[int], cache: Any = None
+    decoder: Decoder, embeddings: torch.Tensor, options: SamplingOptions, stop_ids: set[int], cache: Cache | None = None
 ) -> Iterator[int]:
     """Token ids one by one, without the one that ends the answer."""
     process = _logits_processors(options)
     generator = torch.Generator(embeddings.device)
     generator.manual_seed(options.seed) if options.seed is not None else generator.seed()
-    cache = decoder.empty_cache() if cache is None else cache
-    embed = decoder.model.get_input_embeddings()
+    cache = decoder.new_cache() if cache is None else cache
     written = torch.empty(1, 0, dtype=torch.long, device=embeddings.device)  # [1, tokens of the answer]
+    logits = decoder.prefill(embeddings, cache)  # [1, vocabulary]
     while True:
-        logits = decoder.read(embeddings, cache)  # [1, vocabulary]
         token = _choose(process(written, logits.float()), options.temperature, generator)  # [1, 1]
         token_id = token.item()
         if token_id in stop_ids:
@@ -62,7 +61,7 @@ def stream_token_ids(
         written = torch.cat([written, token], dim=1)
         if written.shape[1] == options.max_new_tokens:
             return
-        embeddings = embed(token)  # [1, 1, token_width]
+        logits = decoder.step(token, cache)
 
 
 @torch.inference_mode()
@@ -78,7 +77,7 @@ def generate_texts(
     """The answers to several prompts at once, each as it would be by itself: greedily, or by beam search.
 
     Args:
-        prompts: [length, token_width] each; they may differ in length.
+        prompts: [length, hidden_size] each; they may differ in length.
         options: of which temperature, top_p and seed do not count.
         prefixes: one key for each prompt; prompts with equal keys begin alike, and their prefix is computed once.
         prefix_length: how many tokens of each prompt are its prefix; 0 shares nothing.
@@ -90,7 +89,7 @@ def generate_texts(
         (prompt[:prefix_length], prompt.new_zeros(gap, width), prompt[prefix_length:])
         for prompt, gap in zip(prompts, gaps, strict=True)
     ]
-    embeddings = torch.stack([torch.cat(part) for part in parts])  # [prompts, longest, token_width]
+    embeddings = torch.stack([torch.cat(part) for part in parts])  # [prompts, longest, hidden_size]
     place = torch.arange(longest)  # [longest]
     is_token = (place < prefix_length) | (place >= prefix_length + torch.tensor(gaps)[:, None])  # [prompts, longest]
     stop_ids = stop_token_ids(model)
@@ -114,7 +113,7 @@ def _prefill(model: nn.Module, embeddings: torch.Tensor, prefixes: Sequence[Hash
         first.setdefault(prefix, row)
     number = {prefix: index for index, prefix in enumerate(first)}
     cache = DynamicCache(config=model.config)
-    different = embeddings[list(first.values()), :length]  # [prefixes, length, token_width]
+    different = embeddings[list(first.values()), :length]  # [prefixes, length, hidden_size]
     model(inputs_embeds=different, past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache.batch_select_indices(torch.tensor([number[prefix] for prefix in prefixes], device=embeddings.device))
     if beams > 1:

@@ -22,11 +22,11 @@ import torch
 from torch import nn
 
 from ..fetching.cache import convert_once
-from .onnx_graph import BLOCK, PARTS, REST, base_layers, build_decoder, eight_bits, four_bits
+from .onnx_graph import BLOCK, CORRECTION_FILE, PARTS, base_layers, build_decoder, pack_4bit, pack_8bit
 
 logger = logging.getLogger(__name__)
 
-ROOM_STEP = 64  # tokens; a cache grows by no less
+SPARE_TOKENS = 64  # a cache grows by no less
 
 
 def load_onnx_decoder(model: nn.Module) -> OnnxDecoder | None:
@@ -72,17 +72,17 @@ def _is_fit(model: nn.Module) -> bool:
         and config.hidden_act == "silu"
         and config.rope_parameters["rope_type"] == "default"
         and not (config.attention_bias or config.mlp_bias)
-        and all(four_bits(layer.weight) is not None for _, layer in base_layers(model.get_decoder().layers[-1]))
-        and eight_bits(model.get_output_embeddings().weight[:256]) is not None
+        and all(pack_4bit(layer.weight) is not None for _, layer in base_layers(model.get_decoder().layers[-1]))
+        and pack_8bit(model.get_output_embeddings().weight[:256]) is not None
     )
 
 
 class OnnxDecoder:
-    """Reads embeddings and says what may come next.
+    """A ``Decoder`` on ONNX Runtime.
 
     Args:
         path: what ``build_decoder`` wrote.
-        model: the language model whose adapter is used while it is on.
+        model: the language model, whose adapter is used in caches with it.
     """
 
     def __init__(self, path: Path, model: nn.Module):
@@ -93,52 +93,51 @@ class OnnxDecoder:
         options.add_session_config_entry("session.force_spinning_stop", "1")  # between tokens PyTorch has the cores
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.model, self.path = model, path
-        self._rests: dict[bool, dict[str, Any]] = {}  # with the adapter, and without
+        self._corrections: dict[bool, dict[str, Any]] = {}  # with the adapter, and without
 
-    def empty_cache(self) -> OnnxCache:
-        """For the keys and values of what will be read; the adapter is on in it if it is on now."""
-        is_on = _adapter_is_on(self.model)
-        if is_on not in self._rests:
-            self._rests[is_on] = dict(_rest_inputs(self.model, self.path.with_name(REST), is_on))
-        return OnnxCache(self._session, self._rests[is_on])
+    def new_cache(self, with_adapter: bool = True) -> OnnxCache:
+        if with_adapter not in self._corrections:
+            corrections = _correction_inputs(self.model, self.path.with_name(CORRECTION_FILE), with_adapter)
+            self._corrections[with_adapter] = dict(corrections)
+        return OnnxCache(self._session, self._corrections[with_adapter])
 
-    def read(self, embeddings: torch.Tensor, cache: OnnxCache) -> torch.Tensor:
-        """What may come after them: [1, tokens, token_width] → logits, [1, vocabulary]. The cache grows."""
+    def prefill(self, embeddings: torch.Tensor, cache: OnnxCache) -> torch.Tensor:
         return torch.from_numpy(cache.read(embeddings.numpy()))
+
+    def step(self, token: torch.Tensor, cache: OnnxCache) -> torch.Tensor:
+        return self.prefill(self.model.get_input_embeddings()(token), cache)
 
 
 class OnnxCache:
     """Keys and values, kept where ONNX Runtime adds to them in place."""
 
-    def __init__(self, session: Any, rest: dict[str, Any]):
-        self._session, self._rest = session, rest
-        self._room = 0  # tokens
-        self._kept: dict[str, np.ndarray] = {}  # [1, heads, room, head width] each
+    def __init__(self, session: Any, corrections: dict[str, Any]):
+        self._session, self._corrections = session, corrections
+        self._capacity = 0  # tokens
+        self._kept: dict[str, np.ndarray] = {}  # [1, heads, capacity, head size] each
         self.length = 0  # tokens read
 
     @property
     def size(self) -> int:
-        """Bytes of the keys and values."""
         return sum(array.nbytes for array in self._kept.values())
 
     def crop(self, length: int) -> None:
-        """Forgets what comes after the first tokens, and gives much of their room back, if it is much."""
+        """Forgets what comes after the first tokens, and gives memory back, if it is much."""
         self.length = min(self.length, length)
-        if self._room > 2 * _roomy(self.length):
-            self._make_room(_roomy(self.length), self._kept)
+        if self._capacity > 2 * _roomy(self.length):
+            self._allocate(_roomy(self.length), self._kept)
 
-    def beginning(self, length: int) -> OnnxCache:
-        """A copy of the first tokens' keys and values."""
-        copy = OnnxCache(self._session, self._rest)
-        copy._make_room(length, self._kept)
+    def prefix(self, length: int) -> OnnxCache:
+        copy = OnnxCache(self._session, self._corrections)
+        copy._allocate(length, self._kept)
         copy.length = length
         return copy
 
     def read(self, embeddings: np.ndarray) -> np.ndarray:
-        """[1, tokens, token_width] → logits, [1, vocabulary]."""
+        """[1, tokens, hidden_size] → logits, [1, vocabulary]."""
         end = self.length + embeddings.shape[1]
-        if end > self._room:
-            self._make_room(_roomy(end), self._kept)
+        if end > self._capacity:
+            self._allocate(_roomy(end), self._kept)
         self._binding.bind_cpu_input("embeddings", embeddings)
         self._binding.bind_cpu_input("last", np.array([end - 1], dtype=np.int32))
         self._binding.bind_cpu_input("length", np.array([end], dtype=np.int32))
@@ -146,19 +145,19 @@ class OnnxCache:
         self.length = end
         return self._binding.get_outputs()[-1].numpy()[:, 0]
 
-    def _make_room(self, room: int, kept: dict[str, np.ndarray]) -> None:
-        """Takes arrays of so many tokens, and copies into them what is kept, as far as it fits."""
+    def _allocate(self, capacity: int, kept: dict[str, np.ndarray]) -> None:
+        """Takes arrays for so many tokens, and copies into them what is kept, as far as it fits."""
         from onnxruntime import OrtValue
 
-        self._room, self._kept, self._binding = room, {}, self._session.io_binding()
-        for name, value in self._rest.items():
+        self._capacity, self._kept, self._binding = capacity, {}, self._session.io_binding()
+        for name, value in self._corrections.items():
             self._binding.bind_ortvalue_input(name, value)
         for value in self._session.get_inputs():
             if value.name.startswith("past."):
                 _, heads, _, width = value.shape
-                array = self._kept[value.name] = _pages((1, heads, room, width))
+                array = self._kept[value.name] = _pages((1, heads, capacity, width))
                 before = kept.get(value.name, array)
-                fitting = min(room, before.shape[2])
+                fitting = min(capacity, before.shape[2])
                 array[:, :, :fitting] = before[:, :, :fitting]
                 # Read and written in the same place: only the new tokens' are added.
                 place = OrtValue.ortvalue_from_numpy(array)
@@ -176,18 +175,12 @@ def _pages(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _roomy(length: int) -> int:
-    """Room for some tokens and for a few more, so that it need not grow with each."""
-    return length + max(ROOM_STEP, length // 4)
+    """A capacity for some tokens and for a few more, so that it need not grow with each."""
+    return length + max(SPARE_TOKENS, length // 4)
 
 
-def _adapter_is_on(model: nn.Module) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return any(isinstance(module, BaseTunerLayer) and not module.disable_adapters for module in model.modules())
-
-
-def _rest_inputs(model: nn.Module, path: Path, is_on: bool) -> Iterator[tuple[str, Any]]:
-    """What is added to the product of each part, [inputs, rank] and [rank, outputs]: see REST."""
+def _correction_inputs(model: nn.Module, path: Path, with_adapter: bool) -> Iterator[tuple[str, Any]]:
+    """What is added to the product of each part, [inputs, rank] and [rank, outputs]: see CORRECTION_FILE."""
     from onnxruntime import OrtValue
     from safetensors.torch import load_file
 
@@ -195,14 +188,14 @@ def _rest_inputs(model: nn.Module, path: Path, is_on: bool) -> Iterator[tuple[st
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for number, layer in enumerate(base.get_decoder().layers):
         for part, names in PARTS.items():
-            left_out = blocks[f"{number}.{part}"]  # [blocks, outputs]
-            down, up = [torch.eye(len(left_out)).repeat_interleave(BLOCK, dim=0)], []
+            correction = blocks[f"{number}.{part}"]  # [blocks, outputs]
+            down, up = [torch.eye(len(correction)).repeat_interleave(BLOCK, dim=0)], []
             for linear in map(layer.get_submodule, names):
-                if is_on and hasattr(linear, "lora_A"):
+                if with_adapter and hasattr(linear, "lora_A"):
                     down.append(linear.lora_A["default"].weight.T)  # [inputs, rank]
                     up.append(linear.lora_B["default"].weight.T * linear.scaling["default"])  # [rank, outputs]
                 else:
                     up.append(torch.zeros(0, linear.weight.shape[0]))
-            matrices = {"down": torch.cat(down, dim=1), "up": torch.cat([left_out, torch.block_diag(*up)])}
+            matrices = {"down": torch.cat(down, dim=1), "up": torch.cat([correction, torch.block_diag(*up)])}
             for kind, matrix in matrices.items():
                 yield f"rest.{number}.{part}.{kind}", OrtValue.ortvalue_from_numpy(matrix.detach().numpy().copy())

@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 FLOAT, INT32 = 1, 6  # as ONNX numbers them
 BLOCK = 32  # weights that share a scale
-# ONNX Runtime takes level 8 of a block of weights for 0. What that leaves out is the same for the whole block, so it
-# multiplies the sum of the inputs of the block. That is two small matrices, one after the other, as an adapter is; the
-# two are one input of the graph. This file beside it has what is left out, [blocks, outputs] of each part.
-REST = "rest.safetensors"
+# Zero-point correction: MatMulNBits assumes zero point 8; ours differs per block. The missing term is low-rank, like
+# LoRA, so both enter the graph as one (down, up) pair, whose inputs are called "rest". This file beside the graph has
+# the missing term, [blocks, outputs] of each part.
+CORRECTION_FILE = "rest.safetensors"
 PARTS = {  # what is multiplied at once -> the layers in it
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -48,7 +48,7 @@ def build_decoder(model: nn.Module, folder: Path) -> None:
 
     logger.info("Packing the weights of %s once; this takes a few seconds", type(model).__name__)
     graph = _Decoder(model)
-    save_file(graph.rest, folder / REST)
+    save_file(graph.correction, folder / CORRECTION_FILE)
     onnx.save_model(
         graph.finish(),
         folder / "decoder.onnx",
@@ -129,7 +129,7 @@ class _EfficientNet(_Graph):
 class _Decoder(_Graph):
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.config, self.rest = model.config, {}
+        self.config, self.correction = model.config, {}
         decoder = model.get_decoder()
         self._input("embeddings", FLOAT, [1, "tokens", self.config.hidden_size])
         self._input("last", INT32, [1])
@@ -171,18 +171,18 @@ class _Decoder(_Graph):
         return self._part(product, layer, number, "down")
 
     def _part(self, x: str, layer: nn.Module, number: int, part: str) -> str:
-        """Linear layers at once: x times their weights, which have 4 bits, and what is added to that (see REST)."""
+        """Linear layers at once: x times their weights of 4 bits, plus the correction and the adapter."""
         weight = torch.cat([linear.weight for kind, linear in base_layers(layer) if kind == part])
         name = f"{number}.{part}"
-        levels, step, lowest = _not_lost(four_bits(weight), name)
-        product = self._packed(x, levels, step, name, weight.shape, bits=4, accuracy_level=1)  # multiplies in 32 bits
-        self.rest[name] = (lowest + 8 * step).T.contiguous()  # [blocks, outputs]
+        codes, scale, lowest = _not_lost(pack_4bit(weight), name)
+        product = self._packed(x, codes, scale, name, weight.shape, bits=4, accuracy_level=1)  # multiplies in 32 bits
+        self.correction[name] = (lowest + 8 * scale).T.contiguous()  # [blocks, outputs]
         down, up = f"rest.{name}.down", f"rest.{name}.up"
         self._input(down, FLOAT, [weight.shape[1], f"rank.{name}"])
         self._input(up, FLOAT, [f"rank.{name}", weight.shape[0]])
         narrow = self._node("MatMul", [x, down], [f"{name}.narrow"])
-        rest = self._node("MatMul", [narrow, up], [f"{name}.rest"])
-        return self._node("Add", [product, rest], [f"{name}.sum"])
+        correction = self._node("MatMul", [narrow, up], [f"{name}.rest"])
+        return self._node("Add", [product, correction], [f"{name}.sum"])
 
     def _head(self, x: str, weight: torch.Tensor) -> str:
         """x times weights of 8 bits: of one token, [1, 1, width] → [1, 1, vocabulary].
@@ -190,7 +190,7 @@ class _Decoder(_Graph):
         ONNX Runtime is fast at that with inputs of 8 bits only. So x is made of two of these: itself, rounded, and what
         rounding took from it, rounded.
         """
-        levels, step = _not_lost(eight_bits(weight), "the output head")
+        codes, scale = _not_lost(pack_8bit(weight), "the output head")
         self._weight("head.as_blocks", torch.tensor([-1, BLOCK]))
         self._weight("head.as_two", torch.tensor([1, 2, weight.shape[1]]))
         self._weight("head.axis", torch.tensor([1]))
@@ -210,15 +210,15 @@ class _Decoder(_Graph):
             ("Reshape", ["head.one_after_the_other", "head.as_two"], "two", {}),
         ):
             self._node(operation, inputs, [f"head.{output}"], **attributes)
-        both = self._packed("head.two", levels, step, "head", weight.shape, bits=8, accuracy_level=4)
+        both = self._packed("head.two", codes, scale, "head", weight.shape, bits=8, accuracy_level=4)
         return self._node("ReduceSum", [both, "head.axis"], ["head.sum"], keepdims=1)
 
     def _packed(
-        self, x: str, levels: torch.Tensor, step: torch.Tensor, name: str, shape: torch.Size, **attributes: int
+        self, x: str, codes: torch.Tensor, scale: torch.Tensor, name: str, shape: torch.Size, **attributes: int
     ) -> str:
         return self._node(
             "MatMulNBits",
-            [x, self._weight(f"{name}.levels", levels), self._weight(f"{name}.step", step)],
+            [x, self._weight(f"{name}.levels", codes), self._weight(f"{name}.step", scale)],
             [f"{name}.product"],
             N=shape[0],
             K=shape[1],
@@ -244,39 +244,39 @@ class _Decoder(_Graph):
         self._weight("sines", angles.sin())
 
 
-def four_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Each block of weights as 16 levels: lowest + level · step. None if anything would be lost.
+def pack_4bit(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Each block of weights as 16 values, lowest + code · scale. None if anything would be lost.
 
     Args:
         weight: [outputs, inputs].
 
     Returns:
-        Levels, two in a byte, [outputs, blocks, BLOCK / 2] uint8; steps and lowest levels, [outputs, blocks].
+        Codes, two in a byte, [outputs, blocks, BLOCK / 2] uint8; scales and lowest values, [outputs, blocks].
     """
     if weight.shape[1] % BLOCK:
         return None
     blocks = weight.view(len(weight), -1, BLOCK)
     lowest, highest = blocks.aminmax(dim=2, keepdim=True)
-    step = ((highest - lowest) / 15).clamp(min=1e-12)
-    levels = ((blocks - lowest) / step).round()
-    if not _is_same(lowest + levels * step, blocks):
+    scale = ((highest - lowest) / 15).clamp(min=1e-12)
+    codes = ((blocks - lowest) / scale).round()
+    if not _is_same(lowest + codes * scale, blocks):
         return None
-    packed = levels[:, :, 0::2] + 16 * levels[:, :, 1::2]
-    return packed.to(torch.uint8), step[:, :, 0], lowest[:, :, 0]
+    packed = codes[:, :, 0::2] + 16 * codes[:, :, 1::2]
+    return packed.to(torch.uint8), scale[:, :, 0], lowest[:, :, 0]
 
 
-def eight_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Each block of weights as 255 levels, of which 128 is 0. None if anything would be lost.
+def pack_8bit(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Each block of weights as 255 values, of which code 128 is 0. None if anything would be lost.
 
     Returns:
-        Levels, [outputs, blocks, BLOCK] uint8; steps, [outputs, blocks].
+        Codes, [outputs, blocks, BLOCK] uint8; scales, [outputs, blocks].
     """
     if weight.shape[1] % BLOCK:
         return None
     blocks = weight.view(len(weight), -1, BLOCK)
-    step = (blocks.abs().amax(dim=2, keepdim=True) / 127).clamp(min=1e-12)
-    levels = (blocks / step).round()
-    return ((levels + 128).to(torch.uint8), step[:, :, 0]) if _is_same(levels * step, blocks) else None
+    scale = (blocks.abs().amax(dim=2, keepdim=True) / 127).clamp(min=1e-12)
+    codes = (blocks / scale).round()
+    return ((codes + 128).to(torch.uint8), scale[:, :, 0]) if _is_same(codes * scale, blocks) else None
 
 
 def _is_same(near: torch.Tensor, exact: torch.Tensor) -> bool:

@@ -143,6 +143,20 @@ def _attach(model: nn.Module, config: Any) -> nn.Module:
         return get_peft_model(model, config)
 
 
+def adapter_is_on(model: nn.Module) -> bool:
+    """Whether a LoRA adapter takes part in what a language model computes; False if it has none."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    return layer is not None and not layer.disable_adapters
+
+
+def switch_adapter(model: nn.Module, on: bool) -> None:
+    """Switches the LoRA adapter of a language model on or off, if it has one and it is not so already."""
+    if hasattr(model, "peft_config") and on != adapter_is_on(model):
+        model.base_model.enable_adapter_layers() if on else model.base_model.disable_adapter_layers()
+
+
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's tensors, under the names that PEFT's own files have."""
     from peft import get_peft_model_state_dict

@@ -32,7 +32,6 @@ class MultimodalModel(nn.Module):
         self.projector = projector
         self.projector_config = projector_config
         self.tagger = tagger
-        self._adapter_is_on = True
 
     @property
     def has_adapter(self) -> bool:
@@ -50,13 +49,6 @@ class MultimodalModel(nn.Module):
     def tags(self, image_features: torch.Tensor) -> str:
         """What the language model is told of a picture in words, from its features, [features, image_width]."""
         return self.tagger.text(image_features) if self.tagger else ""
-
-    def switch_adapter(self, on: bool) -> None:
-        """Switches the adapter on or off, if there is one and it is not so already."""
-        if self.has_adapter and on != self._adapter_is_on:
-            adapted = self.language_model.base_model
-            adapted.enable_adapter_layers() if on else adapted.disable_adapter_layers()
-            self._adapter_is_on = on
 
     def splice(self, token_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
         """Token ids with pictures in their places → input embeddings.

@@ -40,6 +40,9 @@ class LoadingEngine:
     def about(self) -> str:
         return self.wait().about
 
+    def warm_up(self) -> None:
+        self.wait().warm_up()
+
     def transcribe(self, *arguments: Any) -> Any:
         return self._engine().transcribe(*arguments)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 
-from ..conversation import Message, SamplingOptions
+from ..conversation import Engine, Message, SamplingOptions, Transcript, rewrite_request
 from ..device import on_zero_gpu
-from ..engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -20,34 +20,50 @@ def seconds_needed(messages: Sequence[Message], options: SamplingOptions) -> int
     return START + options.max_new_tokens // TOKENS_PER_SECOND
 
 
-def lend_gpu(engine: Engine) -> Engine:
-    """The engine, whose replies borrow a GPU where this is a Space on ZeroGPU; elsewhere just the engine."""
-    if not on_zero_gpu():
-        return engine
-    import spaces
+class ZeroGpuEngine:
+    """An engine whose replies borrow a GPU."""
 
-    reply_here = engine.reply
+    def __init__(self, engine: Engine):
+        import spaces
 
-    @spaces.GPU(duration=seconds_needed)
-    def borrow(messages: Sequence[Message], options: SamplingOptions) -> Iterator[tuple[str, str]]:
-        # Runs in a process of its own: what comes out is pickled, so notices travel with the text.
-        notices: list[str] = []
-        with closing(reply_here(messages, options, notices.append)) as pieces:
-            for piece in pieces:
-                yield from (("notice", notices.pop(0)) for _ in range(len(notices)))
-                yield "text", piece
+        self._engine = engine
+        self._borrow = spaces.GPU(duration=seconds_needed)(self._reply_there)
+
+    @property
+    def about(self) -> str:
+        return self._engine.about
+
+    def warm_up(self) -> None:
+        self._engine.warm_up()
+
+    def transcribe(self, path: str | Path) -> Transcript:
+        return self._engine.transcribe(path)
 
     def reply(
+        self,
         messages: Sequence[Message],
         options: SamplingOptions | None = None,
         notify: Callable[[str], None] = logger.warning,
     ) -> Iterator[str]:
-        with closing(borrow(messages, options or SamplingOptions())) as parts:
+        with closing(self._borrow(messages, options or SamplingOptions())) as parts:
             for kind, text in parts:
                 if kind == "notice":
                     notify(text)
                 else:
                     yield text
 
-    engine.reply = reply
-    return engine
+    def rewrite(self, question: str, draft: str, options: SamplingOptions | None = None) -> Iterator[str]:
+        return self.reply([rewrite_request(question, draft)], options)
+
+    def _reply_there(self, messages: Sequence[Message], options: SamplingOptions) -> Iterator[tuple[str, str]]:
+        """Runs in a process of its own: what comes out is pickled, so notices travel with the text."""
+        notices: list[str] = []
+        with closing(self._engine.reply(messages, options, notices.append)) as pieces:
+            for piece in pieces:
+                yield from (("notice", notices.pop(0)) for _ in range(len(notices)))
+                yield "text", piece
+
+
+def lend_gpu(engine: Engine) -> Engine:
+    """The engine, whose replies borrow a GPU where this is a Space on ZeroGPU; elsewhere just the engine."""
+    return ZeroGpuEngine(engine) if on_zero_gpu() else engine

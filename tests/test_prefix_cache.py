@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmchat import Message, SamplingOptions
-from mmchat.engine import Engine
+from mmchat.engine import LocalEngine
 from mmchat.presets import PRESETS
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
@@ -34,8 +34,8 @@ def pair(request, tiny, tmp_path_factory):
         report_to=["none"],
     )
     train(recipe)
-    keeping, forgetting = (Engine(PRESETS[request.param], folder) for _ in range(2))
-    forgetting._readings.room = 0
+    keeping, forgetting = (LocalEngine(PRESETS[request.param], folder) for _ in range(2))
+    forgetting.prefix_cache.budget = 0
     return keeping, forgetting, [tiny / "pictures" / f"{number}.png" for number in range(3)]
 
 
@@ -45,13 +45,13 @@ def read(monkeypatch):
     lengths = []
 
     def watch(engine):
-        original = engine.decoder.read
+        original = engine.decoder.prefill
 
         def spy(embeddings, cache):
             lengths.append(embeddings.shape[1])
             return original(embeddings, cache)
 
-        monkeypatch.setattr(engine.decoder, "read", spy)
+        monkeypatch.setattr(engine.decoder, "prefill", spy)
         return lengths
 
     return watch
@@ -120,15 +120,14 @@ def test_one_that_begins_alike_leaves_another_its_reading(pair, read):
 
 def test_what_idle_conversations_keep_is_bounded(pair):
     keeping, _, pictures = pair
-    room = keeping._readings.room
+    budget = keeping.prefix_cache.budget
     try:
-        keeping._readings.room = 150_000
+        keeping.prefix_cache.budget = 150_000
         for number in range(12):
             "".join(keeping.reply([Message("user", f"{number} is a number?", pictures[:1])], OPTIONS))
-        kept = keeping._readings._kept
-        assert 1 <= len(kept) < 12 and sum(reading.cache.size for reading in kept) <= 150_000
+        assert 1 <= len(keeping.prefix_cache) < 12 and keeping.prefix_cache.size <= 150_000
     finally:
-        keeping._readings.room = room
+        keeping.prefix_cache.budget = budget
 
 
 def test_two_conversations_at_once_do_not_disturb_each_other(pair):
