@@ -181,7 +181,7 @@ TOKENS = st.lists(st.integers(3, 5), min_size=1, max_size=6)
 @settings(deadline=None)
 @given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=6), st.integers(8, 60))
 def test_every_conversation_can_be_read_back_from_its_row(turns, max_length):
-    """Following ``previous`` from the end of each branch gives the conversations that went in, whatever they are."""
+    """Following ``parent`` from the end of each branch gives the conversations that went in, whatever they are."""
     conversations = [
         EncodedConversation(
             [1, IMAGE_TOKEN_ID, IMAGE_TOKEN_ID, *question, *answer],
@@ -194,17 +194,35 @@ def test_every_conversation_can_be_read_back_from_its_row(turns, max_length):
     for row in lay_out(conversations, max_length):
         assert len(row) <= max(max_length, max(len(conversation.token_ids) for conversation in conversations))
         assert row.images == ["a.jpg"] and row.token_ids.count(IMAGE_TOKEN_ID) == 2
-        followed = set(row.previous)
+        followed = set(row.parent)
         for leaf in range(len(row)):
             if leaf not in followed:
                 places = [leaf]
-                while row.previous[places[0]] >= 0:
-                    places.insert(0, row.previous[places[0]])
+                while row.parent[places[0]] >= 0:
+                    places.insert(0, row.parent[places[0]])
                 assert [row.position[place] for place in places] == list(range(len(places)))
-                # the token reads exactly those on its way, as the mask is made from ``end``
-                assert [place for place in range(leaf + 1) if row.end[place] > leaf] == places
+                # the token reads exactly those on its way, as the mask is made from ``subtree_end``
+                assert [place for place in range(leaf + 1) if row.subtree_end[place] > leaf] == places
                 found.append(([row.token_ids[place] for place in places], [row.is_answer[place] for place in places]))
     assert sorted(found) == sorted((one.token_ids, one.is_answer) for one in conversations)
+
+
+def test_the_weight_of_a_conversation_is_that_of_its_labels():
+    """Whatever order they are packed in: the tokens of an answer say what its weight is."""
+    weights = [3.0, -1.0, 2.0]
+    conversations = [
+        EncodedConversation([1, 5, token_id, token_id], [False, False, True, True], []) for token_id in (30, 10, 20)
+    ]
+    (row,) = lay_out(conversations, 100, weights)
+    batch = collate([{"row": row, "features": None}, {"row": lay_out(conversations[:1], 100)[0], "features": None}])
+    weight_of = {30: [3.0, 1.0], 10: [-1.0], 20: [2.0]}
+    labels = batch["labels"][batch["labels"] != IGNORE_INDEX].tolist()
+    assert len(labels) == 8
+    assert all(
+        weight in weight_of[label] for label, weight in zip(labels, batch["label_weights"].tolist(), strict=True)
+    )
+    assert batch["label_weights"][-2:].tolist() == [1.0, 1.0]  # weightless ones count as usual
+    assert "label_weights" not in collate([{"row": lay_out(conversations, 100)[0], "features": None}])
 
 
 def test_batches_are_padded_and_labelled(tiny):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -63,15 +64,19 @@ def test_a_question_with_three_answers_is_open_and_leaves_the_row(tiny):
     ]
     (row,) = lay_out([others[0], *captions, *others[1:]], 1000)
     stops = set(tokenizer.convert_tokens_to_ids(CHAT_FORMATS["phi-3"].stops))
+    before = copy.deepcopy(row)
     left, (question,) = take_open_questions(row, stops)
+    assert row == before  # whose row it is goes on using it
     assert sorted(tokenizer.batch_decode(question.answers)) == sorted(CAPTIONS[0])
     assert tokenizer.decode(question.token_ids[-3:]).endswith("<|assistant|>") and question.images == ["a.png"]
     (expected,) = lay_out(others, 1000)
     # What is left is what the others alone would be, but for the words of the question that was taken.
     assert len(left) == len(expected) + len(question.token_ids) - shared_with(others, question)
     assert sum(left.is_answer) == sum(expected.is_answer)
-    for place, before in enumerate(left.previous):
-        assert before < place < left.end[place] and (before < 0 or left.end[before] >= left.end[place])
+    for place, before in enumerate(left.parent):
+        assert before < place < left.subtree_end[place] and (
+            before < 0 or left.subtree_end[before] >= left.subtree_end[place]
+        )
 
 
 def shared_with(conversations, question) -> int:

@@ -102,7 +102,7 @@ class MultimodalModel(nn.Module):
         attention_mask: torch.Tensor,
         labels: torch.Tensor,
         position_ids: torch.Tensor | None = None,
-        previous: torch.Tensor | None = None,
+        parent: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What is predicted where a label stands, [labels, vocabulary], and the labels, [labels].
@@ -114,7 +114,7 @@ class MultimodalModel(nn.Module):
             attention_mask: [batch, length], 1 for tokens; or [batch, 1, length, length], true where the row's token
                 reads the column's.
             position_ids: [batch, length]; 0, 1, 2, … if None.
-            previous: [batch, length], the place of the token before each one; one place to the left if None.
+            parent: [batch, length], the index of the token before each one; one to the left if None.
             image_features: [images, features, image_width], or None.
         """
         decoder = self.causal_language_model.get_decoder()
@@ -124,11 +124,11 @@ class MultimodalModel(nn.Module):
             position_ids=position_ids,
             use_cache=False,
         ).last_hidden_state  # [batch, length, token_width]
-        if previous is None:
-            previous = torch.arange(-1, labels.shape[1] - 1, device=labels.device).expand_as(labels)
-        row, place = (labels != IGNORE_INDEX).nonzero(as_tuple=True)  # [labels] each
-        logits = self.causal_language_model.get_output_embeddings()(hidden[row, previous[row, place]])
-        return logits, labels[row, place]
+        if parent is None:
+            parent = torch.arange(-1, labels.shape[1] - 1, device=labels.device).expand_as(labels)
+        row, column = (labels != IGNORE_INDEX).nonzero(as_tuple=True)  # [labels] each
+        logits = self.causal_language_model.get_output_embeddings()(hidden[row, parent[row, column]])
+        return logits, labels[row, column]
 
     @property
     def causal_language_model(self) -> nn.Module:

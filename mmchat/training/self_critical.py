@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from torch import nn
 from ..errors import BadInput
 from ..inference.generation import stop_token_ids
 from ..models.prompt import IMAGE_TOKEN_ID, EncodedConversation
-from ..models.vision_language_model import MultimodalModel
-from .data.packing import Row, collate, lay_out
+from ..models.vision_language_model import IGNORE_INDEX, MultimodalModel
+from .data.packing import ConversationDataset, PackedSequence, collate, lay_out
 from .evaluation.metrics import words
 from .trainer import MultimodalTrainer
 
@@ -35,43 +35,43 @@ class OpenQuestion:
     images: list[str]
 
 
-def take_open_questions(row: Row, stop_ids: set[int]) -> tuple[Row, list[OpenQuestion]]:
-    """The open questions of a row, and the row without their answers, which are not to be learnt word by word.
+def take_open_questions(row: PackedSequence, stop_ids: set[int]) -> tuple[PackedSequence, list[OpenQuestion]]:
+    """The open questions of a sequence, and a copy of it without their answers, which cross-entropy is not to teach.
 
-    An answer that more questions follow stays, to be read before these.
+    An answer that more questions follow stays in it as context.
     """
-    beginnings: dict[int, list[int]] = defaultdict(list)  # place of a question's last token -> where answers begin
-    for place, before in enumerate(row.previous):
-        if row.is_answer[place] and before >= 0 and not row.is_answer[before]:
-            beginnings[before].append(place)
-    questions, taken = [], set()
+    beginnings: dict[int, list[int]] = defaultdict(list)  # index of a question's last token -> where answers begin
+    for index, parent in enumerate(row.parent):
+        if row.is_answer[index] and parent >= 0 and not row.is_answer[parent]:
+            beginnings[parent].append(index)
+    questions, taken, is_answer = [], set(), list(row.is_answer)
     for last, starts in beginnings.items():
         path = _path_to(row, last)
-        shows_all = sum(row.token_ids[place] == IMAGE_TOKEN_ID for place in path) == row.token_ids.count(IMAGE_TOKEN_ID)
+        shows_all = sum(row.token_ids[index] == IMAGE_TOKEN_ID for index in path) == row.token_ids.count(IMAGE_TOKEN_ID)
         spans = [_answer_from(row, start) for start in starts]
-        answers = [[row.token_ids[place] for place in span if row.token_ids[place] not in stop_ids] for span in spans]
+        answers = [[row.token_ids[index] for index in span if row.token_ids[index] not in stop_ids] for span in spans]
         if shows_all and len({tuple(answer) for answer in answers}) >= FEWEST_ANSWERS:
-            questions.append(OpenQuestion([row.token_ids[place] for place in path], answers, row.images))
+            questions.append(OpenQuestion([row.token_ids[index] for index in path], answers, row.images))
             for span in spans:
-                for place in span:
-                    row.is_answer[place] = False
-                branch = range(span.start, row.end[span.start])
-                taken.update(branch if not any(row.is_answer[place] for place in branch) else ())
-    return row.without(taken), questions
+                for index in span:
+                    is_answer[index] = False
+                branch = range(span.start, row.subtree_end[span.start])
+                taken.update(branch if not any(is_answer[index] for index in branch) else ())
+    return replace(row, is_answer=is_answer).without(taken), questions
 
 
-def _path_to(row: Row, place: int) -> list[int]:
-    """The places of a token and of all before it in its conversation."""
+def _path_to(row: PackedSequence, index: int) -> list[int]:
+    """The indices of a token and of all before it in its conversation."""
     path = []
-    while place >= 0:
-        path.append(place)
-        place = row.previous[place]
+    while index >= 0:
+        path.append(index)
+        index = row.parent[index]
     return path[::-1]
 
 
-def _answer_from(row: Row, start: int) -> range:
+def _answer_from(row: PackedSequence, start: int) -> range:
     end = start + 1
-    while end < len(row) and row.is_answer[end] and row.previous[end] == end - 1:
+    while end < len(row) and row.is_answer[end] and row.parent[end] == end - 1:
         end += 1
     return range(start, end)
 
@@ -204,19 +204,18 @@ class SelfCriticalTrainer(MultimodalTrainer):
         BadInput: no question of the training set is open.
     """
 
-    def __init__(self, *, tokenizer: Any, **options: Any):
-        super().__init__(**options)
-        self.tokenizer = tokenizer
-        self.data_collator = _collate_with_rows
-        stop_ids = stop_token_ids(self.model.causal_language_model)
-        found = []
-        for number, row in enumerate(self.train_dataset.rows):
+    def __init__(self, *, tokenizer: Any, model: MultimodalModel, train_dataset: ConversationDataset, **options: Any):
+        stop_ids = stop_token_ids(model.causal_language_model)
+        rows, found = [], []
+        for row in train_dataset.rows:
             left, questions = take_open_questions(row, stop_ids)
-            left.open_questions = questions
-            self.train_dataset.rows[number] = left
+            rows.append(replace(left, open_questions=questions))
             found += questions
         if not found:
             raise BadInput(f"No question was answered in {FEWEST_ANSWERS} ways, so there is nothing to compare with.")
+        super().__init__(model=model, train_dataset=train_dataset.with_rows(rows), **options)
+        self.tokenizer = tokenizer
+        self.data_collator = _collate_with_rows
         self._reward = Reward([self._texts(question.answers) for question in found])
         self._rewards: list[float] = []
 
@@ -229,7 +228,7 @@ class SelfCriticalTrainer(MultimodalTrainer):
         return loss + model(**self._rewarded_batch(questions))["loss"]
 
     def _rewarded_batch(self, questions: list[OpenQuestion]) -> dict[str, torch.Tensor]:
-        """The model's own answers as what it is to learn, each with its advantage as its weight."""
+        """The model's samples as what it is to learn, each with its advantage as its weight."""
         features = [
             torch.stack([self.train_dataset.features[name] for name in question.images]) for question in questions
         ]
@@ -240,18 +239,16 @@ class SelfCriticalTrainer(MultimodalTrainer):
         texts = self._texts([answer for answers in sampled for answer in answers])
         rewards = self._reward(texts, references).view(len(questions), -1)  # [questions, own answers]
         self._rewards.append(rewards.mean().item())
-        examples, weights = [], []
+        examples = []
         for question, picture, answers, gains in zip(
             questions, features, sampled, advantages(rewards).tolist(), strict=True
         ):
             conversations = [_answered(question, answer) for answer in answers]
-            row_length = sum(len(conversation.token_ids) for conversation in conversations)
-            examples += [{"row": row, "features": picture} for row in lay_out(conversations, row_length)]
-            in_order = sorted(zip(conversations, gains, strict=True), key=lambda pair: pair[0].token_ids)  # as lay_out
-            weights += [gain for conversation, gain in in_order for _ in range(sum(conversation.is_answer))]
+            length = sum(len(conversation.token_ids) for conversation in conversations)
+            examples += [{"row": row, "features": picture} for row in lay_out(conversations, length, gains)]
         batch = {name: tensor.to(model.device) for name, tensor in collate(examples).items()}
-        count = len(weights) * self.args.gradient_accumulation_steps
-        return {**batch, "label_weights": torch.tensor(weights, device=model.device), "num_items_in_batch": count}
+        count = int((batch["labels"] != IGNORE_INDEX).sum()) * self.args.gradient_accumulation_steps
+        return {**batch, "num_items_in_batch": count}
 
     def _texts(self, answers: list[list[int]]) -> list[str]:
         return self.tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -110,6 +110,15 @@ class MultimodalTrainer(Trainer):
 
     A checkpoint is written under a temporary name, read back, compared, and renamed: whatever is called
     ``checkpoint-N`` is whole.
+
+    Private hooks of transformers' Trainer that are overridden here, which a minor version may change. The suite has
+    passed with transformers 5.20 to 5.23, and the requirements allow no later minor version:
+
+        _get_train_sampler: an order that a resumed run finds again
+        _clip_grad_norm: the norm of each part's gradient, before clipping
+        _save: a weights folder in place of the whole model
+        _get_output_dir, _save_checkpoint: write aside, compare, rename
+        _load_from_checkpoint, _load_best_model: read a weights folder
     """
 
     def __init__(self, *, recipe: Recipe, preset: Preset, **options: Any):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, Protocol
@@ -29,19 +30,21 @@ class Features(Protocol):
 
 
 @dataclass
-class Row:
-    """Conversations about the same pictures, laid out as one row of tokens.
+class PackedSequence:
+    """Conversations about the same pictures, packed into one sequence of tokens.
 
-    Their tokens form a tree: the picture and the words that several conversations begin with stand in the row once,
-    and each goes on from there. A token reads those on its own way from the root and no others, so the model computes
-    for each conversation exactly what it would compute for it alone. A single conversation is a tree of one branch.
+    Their tokens form a tree: the picture and the words that several conversations begin with stand in the sequence
+    once, and each goes on from there. A token attends to those on its own way from the root and no others, so the model
+    computes for each conversation exactly what it would compute for it alone. A single conversation is a tree of one
+    branch.
     """
 
     token_ids: list[int] = field(default_factory=list)  # depth first: a branch is whole before the next one begins
     is_answer: list[bool] = field(default_factory=list)
-    previous: list[int] = field(default_factory=list)  # place of the token before it in its conversation; -1 for none
+    parent: list[int] = field(default_factory=list)  # index of the token before it in its conversation; -1 for none
     position: list[int] = field(default_factory=list)  # how many tokens come before it in its conversation
-    end: list[int] = field(default_factory=list)  # place after the last token that reads this one
+    subtree_end: list[int] = field(default_factory=list)  # index after the last token that attends to this one
+    weight: list[float] = field(default_factory=list)  # of its loss
     images: list[str] = field(default_factory=list)  # in the order of their IMAGE_TOKEN_IDs
     open_questions: list[Any] = field(default_factory=list)  # taken out of it, to be rewarded (self_critical.py)
 
@@ -50,35 +53,46 @@ class Row:
 
     @property
     def is_branched(self) -> bool:
-        return any(place != index - 1 for index, place in enumerate(self.previous))
+        return any(parent != index - 1 for index, parent in enumerate(self.parent))
 
-    def without(self, places: set[int]) -> Row:
-        """The row without whole branches, which show no picture of their own."""
-        kept = [place for place in range(len(self)) if place not in places]
-        now_at = {place: number for number, place in enumerate(kept)} | {-1: -1}
-        return Row(
-            token_ids=[self.token_ids[place] for place in kept],
-            is_answer=[self.is_answer[place] for place in kept],
-            previous=[now_at[self.previous[place]] for place in kept],
-            position=[self.position[place] for place in kept],
-            end=[bisect_left(kept, self.end[place]) for place in kept],
+    @property
+    def is_weighted(self) -> bool:
+        return any(weight != 1 for weight in self.weight)
+
+    def without(self, indices: set[int]) -> PackedSequence:
+        """The sequence without whole branches, which show no picture of their own."""
+        kept = [index for index in range(len(self)) if index not in indices]
+        now_at = {index: position for position, index in enumerate(kept)} | {-1: -1}
+        return PackedSequence(
+            token_ids=[self.token_ids[index] for index in kept],
+            is_answer=[self.is_answer[index] for index in kept],
+            parent=[now_at[self.parent[index]] for index in kept],
+            position=[self.position[index] for index in kept],
+            subtree_end=[bisect_left(kept, self.subtree_end[index]) for index in kept],
+            weight=[self.weight[index] for index in kept],
             images=self.images,
         )
 
 
-def lay_out(conversations: Sequence[EncodedConversation], max_length: int) -> list[Row]:
-    """Conversations about the same pictures → rows of at most ``max_length`` tokens.
+def lay_out(
+    conversations: Sequence[EncodedConversation], max_length: int, weights: Sequence[float] | None = None
+) -> list[PackedSequence]:
+    """Conversations about the same pictures → sequences of at most ``max_length`` tokens.
 
-    Sorted, those that begin alike are neighbours, so each has to be compared with the one before it only. Answers are
-    never shared: each of their tokens is learnt once for each conversation that has it.
+    Sorted, those that begin alike are neighbors, so each has to be compared with the one before it only. Answers are
+    never shared: each of their tokens is learned once for each conversation that has it.
+
+    Args:
+        weights: what the loss of each conversation is multiplied by; 1 if None.
     """
-    rows: list[Row] = []
-    path: list[int] = []  # places in the row of the tokens of the conversation laid out last
+    rows: list[PackedSequence] = []
+    path: list[int] = []  # indices in the sequence of the tokens of the conversation packed last
     last: EncodedConversation | None = None
-    for conversation in sorted(conversations, key=lambda conversation: conversation.token_ids):
+    weighted = zip(conversations, weights or [1.0] * len(conversations), strict=True)
+    for conversation, weight in sorted(weighted, key=lambda pair: pair[0].token_ids):
         shared = _shared_length(last, conversation) if last else 0
         if not rows or len(rows[-1]) + len(conversation.token_ids) - shared > max_length:
-            rows.append(Row())
+            rows.append(PackedSequence())
             path, shared = [], 0
         row = rows[-1]
         shown = sum(token_id == IMAGE_TOKEN_ID for token_id in conversation.token_ids[:shared])
@@ -88,12 +102,13 @@ def lay_out(conversations: Sequence[EncodedConversation], max_length: int) -> li
         for position in range(shared, len(conversation.token_ids)):
             row.token_ids.append(conversation.token_ids[position])
             row.is_answer.append(conversation.is_answer[position])
-            row.previous.append(path[-1] if path else -1)
+            row.parent.append(path[-1] if path else -1)
             row.position.append(position)
-            row.end.append(0)
+            row.subtree_end.append(0)
+            row.weight.append(weight)
             path.append(len(row) - 1)
-        for place in path:
-            row.end[place] = len(row)
+        for index in path:
+            row.subtree_end[index] = len(row)
         last = conversation
     return rows
 
@@ -150,6 +165,12 @@ class ConversationDataset(Dataset):
             raise BadInput(f"No conversation has an answer within its first {max_length} tokens.")
         self.rows = [row for group in groups.values() for row in lay_out(group, max_length)]
 
+    def with_rows(self, rows: list[PackedSequence]) -> ConversationDataset:
+        """A dataset with other rows and the same features."""
+        changed = copy(self)
+        changed.rows = rows
+        return changed
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -169,26 +190,28 @@ def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Rows → what ``MultimodalModel.forward`` takes, padded on the right."""
     rows = [example["row"] for example in examples]
 
-    def pad(name: str, value: int) -> torch.Tensor:
-        columns = [torch.tensor(getattr(row, name), dtype=torch.long) for row in rows]
+    def pad(name: str, value: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
+        columns = [torch.tensor(getattr(row, name), dtype=dtype) for row in rows]
         return torch.nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=value)
 
     token_ids = pad("token_ids", 0)  # [batch, length]
-    place = torch.arange(token_ids.shape[1])  # [length]
-    is_token = place < torch.tensor([[len(row)] for row in rows])  # [batch, length]
+    index = torch.arange(token_ids.shape[1])  # [length]
+    is_token = index < torch.tensor([[len(row)] for row in rows])  # [batch, length]
     batch = {
         "input_ids": token_ids,
         "labels": token_ids.where(pad("is_answer", 0).bool(), IGNORE_INDEX),
         "attention_mask": is_token.long(),
     }
     if any(row.is_branched for row in rows):
-        end = pad("end", 0).where(is_token, place + 1)  # padding reads itself: a row of zeros would become NaN
-        reads = (place <= place[:, None]) & (place[:, None] < end[:, None, :])  # [batch, length, length]
+        end = pad("subtree_end", 0).where(is_token, index + 1)  # padding attends to itself, or it would become NaN
+        reads = (index <= index[:, None]) & (index[:, None] < end[:, None, :])  # [batch, length, length]
         batch |= {
             "attention_mask": reads[:, None],
             "position_ids": pad("position", 0),
-            "previous": pad("previous", 0),
+            "parent": pad("parent", 0),
         }
+    if any(row.is_weighted for row in rows):
+        batch["label_weights"] = pad("weight", 0, torch.float32)[batch["labels"] != IGNORE_INDEX]  # [labels]
     features = [example["features"] for example in examples if example["features"] is not None]
     if features:
         batch["image_features"] = torch.cat(features).float()  # [images, features, image_width]

@@ -21,7 +21,7 @@ from ...inference.generation import generate_texts
 from ...models.prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, encode
 from ...models.vision_language_model import MultimodalModel
 from ..data.conversations import Conversation, conversation_of, stream_entries
-from ..data.packing import ConversationDataset, Features, Row, collate
+from ..data.packing import ConversationDataset, Features, PackedSequence, collate
 from .metrics import (
     Estimate,
     answer_metrics,
@@ -307,11 +307,11 @@ class _Key:
         return cls((token_ids[:end], tuple(map(shown, prompt.images))), token_ids[end:])
 
 
-def _answer_lengths(row: Row) -> list[int]:
+def _answer_lengths(row: PackedSequence) -> list[int]:
     """How many tokens of answers each conversation of a row has; one begins wherever a branch of the tree does."""
     counts = [0]
-    for place, (previous, is_answer) in enumerate(zip(row.previous, row.is_answer, strict=True)):
-        if previous != place - 1:
+    for index, (parent, is_answer) in enumerate(zip(row.parent, row.is_answer, strict=True)):
+        if parent != index - 1:
             counts.append(0)
         counts[-1] += is_answer
     return counts
