@@ -74,6 +74,18 @@ def test_bad_recipes_are_named(tmp_path, content, says):
         read_recipe(tmp_path / "r.yaml")
 
 
+def test_settings_under_their_old_names_are_read_with_a_note(tmp_path, caplog):
+    caplog.set_level("INFO")
+    old = "train: a.json\nfeatures: f\naccumulate: 3\nkeep: 5\ndecay: linear\nquantization: int8\nmarker: true\n"
+    (tmp_path / "old.yaml").write_text(old + "own_tokens: 0.5\nown_tokens_cycle: 7\nown_answers: 4\n")
+    recipe = parse_recipe("x", ["--recipe", str(tmp_path / "old.yaml"), "--own-answers", "2", "--decay", "constant"])
+    assert (recipe.gradient_accumulation_steps, recipe.save_total_limit, recipe.quantization) == (3, 5, "cpu-int8")
+    assert (recipe.scheduled_sampling, recipe.scheduled_sampling_cycle, recipe.end_of_image_token) == (0.5, 7, True)
+    assert (recipe.scst_samples, recipe.lr_scheduler_type) == (2, "constant")
+    assert "old.yaml: 'keep' is called 'save_total_limit' now" in caplog.text
+    assert parse_recipe("x", ["--train", "a", "--features", "f", "--quantization", "int8"]).quantization == "cpu-int8"
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -81,7 +93,7 @@ def test_bad_recipes_are_named(tmp_path, content, says):
         (["--train", "a.json"], "either --features"),
         (["--train", "a.json", "--features", "f", "--images", "i"], "either --features"),
         (["--train", "a.json", "--features", "f", "--lr", "0", "--projector-lr", "0"], "Both learning rates are 0"),
-        (["--train", "a.json", "--features", "f", "--own-tokens", "2"], "share between 0 and 1"),
+        (["--train", "a.json", "--features", "f", "--own-tokens", "2"], "probability between 0 and 1"),
         (["--train", "a.json", "--features", "f", "--patience", "2"], "patience needs --eval"),
     ],
 )

@@ -146,21 +146,25 @@ def test_what_is_rewarded_comes_more_often_and_the_rest_is_learnt_on(tiny, descr
     settings = {
         "train": [str(described / "open.json")],
         "start_from": str(described / "weights" / "checkpoint-40"),
-        "own_answers": 6,
+        "scst_samples": 6,
         "lr": 2e-3,
         "projector_lr": 2e-3,
     }
     train(recipe(tiny, tmp_path / "whole", max_steps=40, save_steps=20, **settings))
     rewards = [float(line["reward"]) for line in history(tmp_path / "whole") if line["reward"]]
     assert len(rewards) == 40 and sum(rewards[-8:]) > 1.15 * sum(rewards[:8])
-    train(recipe(tiny, tmp_path / "cut", max_steps=20, decay="constant", save_steps=20, **settings))
-    train(recipe(tiny, tmp_path / "on", max_steps=40, decay="constant", save_steps=20, **settings))
-    train(recipe(tiny, tmp_path / "cut", max_steps=40, decay="constant", save_steps=20, resume=True, **settings))
+    train(recipe(tiny, tmp_path / "cut", max_steps=20, lr_scheduler_type="constant", save_steps=20, **settings))
+    train(recipe(tiny, tmp_path / "on", max_steps=40, lr_scheduler_type="constant", save_steps=20, **settings))
+    train(
+        recipe(
+            tiny, tmp_path / "cut", max_steps=40, lr_scheduler_type="constant", save_steps=20, resume=True, **settings
+        )
+    )
     assert_same(tmp_path / "cut" / "checkpoint-40", tmp_path / "on" / "checkpoint-40")
 
 
 def test_worker_processes_prepare_the_same_batches(tiny, described, tmp_path):
-    settings = {"train": [str(described / "open.json")], "own_answers": 3, "max_steps": 3}
+    settings = {"train": [str(described / "open.json")], "scst_samples": 3, "max_steps": 3}
     for workers in (0, 1):
         train(recipe(tiny, tmp_path / f"{workers}", workers=workers, **settings))
     assert_same(tmp_path / "0" / "checkpoint-3", tmp_path / "1" / "checkpoint-3")
@@ -168,6 +172,6 @@ def test_worker_processes_prepare_the_same_batches(tiny, described, tmp_path):
 
 def test_questions_with_one_answer_each_cannot_be_compared(tiny, tmp_path):
     with pytest.raises(BadInput, match="answered in 3 ways"):
-        train(recipe(tiny, tmp_path, own_answers=2))
+        train(recipe(tiny, tmp_path, scst_samples=2))
     with pytest.raises(BadInput, match="take two or more"):
-        recipe(tiny, tmp_path, own_answers=1)
+        recipe(tiny, tmp_path, scst_samples=1)

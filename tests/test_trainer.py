@@ -25,7 +25,7 @@ from mmchat.training.data.conversations import entry_of, write_conversations
 from mmchat.training.int8 import DECISION, Int8Linear, is_exact, use_faster_multiplication
 from mmchat.training.recipe import Recipe, write_recipe
 from mmchat.training.run import build_model, train
-from mmchat.training.trainer import STAGING, EpochSampler, MultimodalTrainer, checkpoints, own_token_share
+from mmchat.training.trainer import STAGING, EpochSampler, MultimodalTrainer, checkpoints, scheduled_sampling_share
 from tests.close import assert_close, assert_learned_alike
 from tests.conftest import ROOT
 
@@ -222,7 +222,7 @@ def test_a_rate_of_zero_freezes(tiny, tmp_path):
 
 
 def test_stage_one_has_no_adapter_and_stage_two_goes_on_from_it(tiny, tmp_path):
-    train(recipe(tiny, tmp_path / "one", lr=0, projector="resblock", marker=True))
+    train(recipe(tiny, tmp_path / "one", lr=0, projector="resblock", end_of_image_token=True))
     assert not (tmp_path / "one" / "adapter").exists()
     model, _ = load_model(get_preset("phi3-patches"), tmp_path / "one", torch.float32)
     assert not model.has_adapter and model.tokens_per_image == 5  # four patches and the marker
@@ -260,10 +260,10 @@ def test_features_and_pictures_train_to_the_same_weights(tiny, tmp_path, setting
 
 def test_training_with_bf16_and_with_the_models_own_tokens(tiny, tmp_path):
     train(recipe(tiny, tmp_path / "forced", max_steps=20))
-    train(recipe(tiny, tmp_path / "free", max_steps=20, own_tokens=0.5, own_tokens_cycle=10))
+    train(recipe(tiny, tmp_path / "free", max_steps=20, scheduled_sampling=0.5, scheduled_sampling_cycle=10))
     train(recipe(tiny, tmp_path / "bf16", max_steps=20, precision="bf16"))
     forced, free, bf16 = (history(tmp_path / name) for name in ("forced", "free", "bf16"))
-    assert float(free[4]["own_tokens"]) == pytest.approx(0.5)  # at the middle of its cycle
+    assert float(free[4]["scheduled_sampling"]) == pytest.approx(0.5)  # at the middle of its cycle
     assert float(forced[0]["loss"]) == pytest.approx(float(free[0]["loss"]), rel=1e-5)
     assert float(forced[-2]["loss"]) != pytest.approx(float(free[-2]["loss"]), rel=1e-3)
     for lines in (free, bf16):
@@ -285,9 +285,15 @@ def test_every_row_comes_once_an_epoch_beside_rows_of_like_length():
     assert means != sorted(means) and means != sorted(means, reverse=True)
 
 
-def test_the_share_of_own_tokens_cycles(tiny, tmp_path):
-    settings = recipe(tiny, tmp_path, own_tokens=0.4, own_tokens_cycle=100)
-    assert [round(own_token_share(step, settings), 3) for step in (0, 25, 50, 75, 100)] == [0, 0.2, 0.4, 0.2, 0]
+def test_the_share_of_scheduled_sampling_cycles(tiny, tmp_path):
+    settings = recipe(tiny, tmp_path, scheduled_sampling=0.4, scheduled_sampling_cycle=100)
+    assert [round(scheduled_sampling_share(step, settings), 3) for step in (0, 25, 50, 75, 100)] == [
+        0,
+        0.2,
+        0.4,
+        0.2,
+        0,
+    ]
 
 
 def test_old_checkpoints_go_and_the_best_stays(tiny, tmp_path, monkeypatch):
@@ -300,7 +306,13 @@ def test_old_checkpoints_go_and_the_best_stays(tiny, tmp_path, monkeypatch):
         return output
 
     monkeypatch.setattr(MultimodalTrainer, "evaluation_loop", evaluation_loop)
-    evaluates = {"eval": [str(tiny / "eval.json")], "eval_steps": 2, "save_steps": 2, "keep": 1, "samples": 2}
+    evaluates = {
+        "eval": [str(tiny / "eval.json")],
+        "eval_steps": 2,
+        "save_steps": 2,
+        "save_total_limit": 1,
+        "samples": 2,
+    }
     train(recipe(tiny, tmp_path, max_steps=40, patience=3, **evaluates))
     # 2: 3.0, 4: 1.0 and the best, 6 to 10: three times no better, so the run ends there
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-10"]
@@ -333,13 +345,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch, wri
         original(*arguments, **options)
 
     monkeypatch.setattr(writer, write)
-    train(recipe(tiny, tmp_path, max_steps=3, decay="constant"))
+    train(recipe(tiny, tmp_path, max_steps=3, lr_scheduler_type="constant"))
     room[0] = False
     with pytest.raises(WeightsError, match=r"is the disk full\? checkpoint-3 is whole"):
-        train(recipe(tiny, tmp_path, max_steps=6, decay="constant", resume=True))
+        train(recipe(tiny, tmp_path, max_steps=6, lr_scheduler_type="constant", resume=True))
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-3"] and not (tmp_path / STAGING).exists()
     room[0] = True
-    train(recipe(tiny, tmp_path, max_steps=6, decay="constant", resume=True))
+    train(recipe(tiny, tmp_path, max_steps=6, lr_scheduler_type="constant", resume=True))
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-6"]
 
 
@@ -398,7 +410,13 @@ def wait_for(folder: Path, process: subprocess.Popen) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["none", *QUANTIZED])
 def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path, quantization):
-    settings = {"quantization": quantization, "max_steps": 40, "save_steps": 10, "dropout": 0.1, "own_tokens": 0.3}
+    settings = {
+        "quantization": quantization,
+        "max_steps": 40,
+        "save_steps": 10,
+        "dropout": 0.1,
+        "scheduled_sampling": 0.3,
+    }
     for name in ("whole", "cut"):
         decide_for_int8(tmp_path / name)
     whole = start(tiny, recipe(tiny, tmp_path / "whole", **settings), sys.executable)  # beside the other
@@ -434,7 +452,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_curve(tiny, tmp_path):
 def test_two_processes_train_as_one_with_twice_the_accumulation(tiny, tmp_path):
     pair = start(tiny, recipe(tiny, tmp_path / "pair", batch_size=3), *PAIR)
     assert pair.wait(240) == 0, pair.stdout.read()
-    train(recipe(tiny, tmp_path / "single", batch_size=3, accumulate=2))
+    train(recipe(tiny, tmp_path / "single", batch_size=3, gradient_accumulation_steps=2))
     assert_same(tmp_path / "pair" / "checkpoint-6", tmp_path / "single" / "checkpoint-6", up_to_rounding=True)
 
 
@@ -447,7 +465,7 @@ def test_a_model_in_shares_learns_as_a_whole_one(tiny, tmp_path):
     numbers = re.search(r"Of (\S+) frozen parameters in layers, (\S+) are kept", said).groups()
     frozen, here = (int(number.replace(",", "")) for number in numbers)
     assert here == pytest.approx(frozen / 2, rel=0.05)
-    train(recipe(tiny, tmp_path / "whole", accumulate=2, **settings))
+    train(recipe(tiny, tmp_path / "whole", gradient_accumulation_steps=2, **settings))
     assert_same(tmp_path / "shares" / "checkpoint-6", tmp_path / "whole" / "checkpoint-6", up_to_rounding=True)
     described = [json.loads((tmp_path / name / "samples.json").read_text()) for name in ("shares", "whole")]
     answers = [[sample.pop("answer") for sample in samples] for samples in described]

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,19 @@ import yaml
 from ..errors import BadInput
 from ..presets import SMOL
 
+logger = logging.getLogger(__name__)
+
+CPU_INT8 = "cpu-int8"
+OLD_NAMES = {  # of settings; recipes and flags that use them still work
+    "accumulate": "gradient_accumulation_steps",
+    "decay": "lr_scheduler_type",
+    "keep": "save_total_limit",
+    "marker": "end_of_image_token",
+    "own_answers": "scst_samples",
+    "own_tokens": "scheduled_sampling",
+    "own_tokens_cycle": "scheduled_sampling_cycle",
+}
+OLD_VALUES = {"quantization": {"int8": CPU_INT8}}
 DATA, MODEL, SCHEDULE, RUN = "data", "model", "schedule", "run"
 
 
@@ -60,14 +75,14 @@ class Recipe:
         "none",
         MODEL,
         "of the frozen base model: 4bit is NF4, as in QLoRA; 4bit-double quantises its scales, too; 8bit is LLM.int8; "
-        "int8 multiplies in 8 bits on a CPU where that measures faster",
-        ("none", "4bit", "4bit-double", "8bit", "int8"),
+        "cpu-int8 multiplies in 8 bits on a CPU where that measures faster",
+        ("none", "4bit", "4bit-double", "8bit", CPU_INT8),
     )
     projector: str | None = setting(
         None, MODEL, "kind of a fresh projector; the preset's if absent", ("linear", "llava", "mlp", "resblock")
     )
     hidden_width: int | None = setting(None, MODEL, "of a fresh projector; the preset's if absent")
-    marker: bool = setting(False, MODEL, "a fresh projector ends every picture with a token of its own")
+    end_of_image_token: bool = setting(False, MODEL, "a fresh projector ends every picture with a token of its own")
     rank: int = setting(16, MODEL, "of a fresh LoRA adapter")
     alpha: int = setting(32, MODEL, "of a fresh LoRA adapter, whose update is scaled by alpha / rank")
     dropout: float = setting(0.0, MODEL, "of a fresh LoRA adapter")
@@ -75,11 +90,13 @@ class Recipe:
     epochs: float = setting(1.0, SCHEDULE, "passes over the data")
     max_steps: int = setting(-1, SCHEDULE, "stop after so many steps; -1: no limit")
     batch_size: int = setting(16, SCHEDULE, "rows in a step on one device")
-    accumulate: int = setting(1, SCHEDULE, "batches whose gradients make one step")
+    gradient_accumulation_steps: int = setting(1, SCHEDULE, "batches whose gradients make one step")
     lr: float = setting(3e-4, SCHEDULE, "learning rate of the adapter; 0 freezes it")
     projector_lr: float = setting(1e-3, SCHEDULE, "learning rate of the projector; 0 freezes it")
     warmup: float = setting(0.03, SCHEDULE, "steps until the full rate; below 1 a share of all steps")
-    decay: str = setting("cosine", SCHEDULE, "how the rates fall after that", ("cosine", "linear", "constant"))
+    lr_scheduler_type: str = setting(
+        "cosine", SCHEDULE, "how the rates fall after that", ("cosine", "linear", "constant")
+    )
     weight_decay: float = setting(0.0, SCHEDULE, "of AdamW")
     max_grad_norm: float = setting(1.0, SCHEDULE, "gradients are scaled down to this norm")
     precision: str = setting("fp32", SCHEDULE, "of what is computed in a step", ("fp32", "bf16", "fp16"))
@@ -87,14 +104,15 @@ class Recipe:
     compile: bool = setting(False, SCHEDULE, "compile each layer first (a minute; needs a C++ compiler on a CPU)")
     shard: bool = setting(False, SCHEDULE, "spread the frozen language model over the processes (FSDP) to save memory")
     patience: int = setting(0, SCHEDULE, "stop when the eval loss has not improved so many times in a row; 0: never")
-    own_tokens: float = setting(
+    scheduled_sampling: float = setting(
         0.0,
         SCHEDULE,
-        "teacher forcing, relaxed: at most this share of answer tokens is read as the model predicts them",
+        "the highest probability of feeding the model its own prediction instead of the true token",
     )
-    own_tokens_cycle: int = setting(200, SCHEDULE, "steps in which that share rises from 0 and falls back to it")
-
-    own_answers: int = setting(
+    scheduled_sampling_cycle: int = setting(
+        200, SCHEDULE, "steps in which that probability rises from 0 and falls back to it"
+    )
+    scst_samples: int = setting(
         0,
         SCHEDULE,
         "answers that the model writes in each step to a question that people answered in several ways; those nearer "
@@ -106,13 +124,15 @@ class Recipe:
     save_steps: int = setting(200, RUN, "steps between checkpoints")
     eval_steps: int = setting(200, RUN, "steps between measurements of the eval loss")
     log_steps: int = setting(10, RUN, "steps between lines of the log")
-    keep: int = setting(2, RUN, "checkpoints kept beside the best one")
+    save_total_limit: int = setting(2, RUN, "checkpoints kept beside the best one")
     samples: int = setting(3, RUN, "pictures of --eval described at the end")
     report_to: list[str] = setting(["tensorboard"], RUN, "where the log goes, too: tensorboard, wandb, …, or none")
     workers: int = setting(0, RUN, "processes that prepare batches")
     seed: int = setting(0, RUN, "of fresh weights and of the order of the data")
 
     def __post_init__(self):
+        for name, values in OLD_VALUES.items():
+            setattr(self, name, values.get(getattr(self, name), getattr(self, name)))
         for setting_ in dataclasses.fields(self):
             value = getattr(self, setting_.name)
             choices = setting_.metadata["choices"]
@@ -126,12 +146,12 @@ class Recipe:
             raise BadInput("Both learning rates are 0, so nothing would be trained.")
         if self.patience and (not self.eval or self.save_steps % self.eval_steps):
             raise BadInput("patience needs --eval, and save_steps that are a multiple of eval_steps.")
-        if self.shard and (self.quantization != "none" or self.own_answers or self.compile):
-            raise BadInput("shard is for quantization none, without own_answers and compile.")
-        if not 0 <= self.own_tokens <= 1:
-            raise BadInput("own_tokens is a share between 0 and 1.")
-        if self.own_answers == 1 or self.own_answers < 0:
-            raise BadInput("own_answers are compared with one another: take two or more, or 0 for none.")
+        if self.shard and (self.quantization != "none" or self.scst_samples or self.compile):
+            raise BadInput("shard is for quantization none, without scst_samples and compile.")
+        if not 0 <= self.scheduled_sampling <= 1:
+            raise BadInput("scheduled_sampling is a probability between 0 and 1.")
+        if self.scst_samples == 1 or self.scst_samples < 0:
+            raise BadInput("scst_samples are compared with one another: take two or more, or 0 for none.")
 
 
 def parse_recipe(description: str, arguments: list[str] | None = None, **defaults: Any) -> Recipe:
@@ -153,6 +173,9 @@ def parse_recipe(description: str, arguments: list[str] | None = None, **default
     for setting_ in dataclasses.fields(Recipe):
         default = defaults.get(setting_.name, _default(setting_))
         _add_flag(groups[setting_.metadata["group"]], setting_, hints[setting_.name], default)
+    for old, name in OLD_NAMES.items():
+        setting_ = next(setting_ for setting_ in dataclasses.fields(Recipe) if setting_.name == name)
+        _add_flag(parser, setting_, hints[name], None, old)
     options = vars(parser.parse_args(arguments))
     try:
         recipe_file = options.pop("recipe", None)
@@ -176,6 +199,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise BadInput(f"{path.name} is not YAML: {error}.") from error
     if not isinstance(content, dict):
         raise BadInput(f"{path.name} is not a list of settings, each as 'name: value'.")
+    for old in OLD_NAMES.keys() & content.keys():
+        logger.warning("%s: '%s' is called '%s' now", path.name, old, OLD_NAMES[old])
+        content.setdefault(OLD_NAMES[old], content.pop(old))
     types_of = typing.get_type_hints(Recipe)
     unknown = content.keys() - types_of.keys()
     if unknown:
@@ -199,6 +225,11 @@ def _scalar_type(hint: Any) -> type:
     return hint
 
 
+def _renamed(name: str) -> Callable[[str], str] | None:
+    """Reads a setting's value, an old one as today's; None of settings whose values were never renamed."""
+    return (lambda value: OLD_VALUES[name].get(value, value)) if name in OLD_VALUES else None
+
+
 def _converted(value: Any, hint: Any, place: str) -> Any:
     """YAML reads 1e-4 as text; and one file need not be written as a list."""
     scalar = _scalar_type(hint)
@@ -214,7 +245,8 @@ def _converted(value: Any, hint: Any, place: str) -> Any:
         raise BadInput(f"{place}: '{value}' is no {scalar.__name__}.") from error
 
 
-def _add_flag(group: Any, setting_: dataclasses.Field, hint: Any, default: Any) -> None:
+def _add_flag(group: Any, setting_: dataclasses.Field, hint: Any, default: Any, old: str | None = None) -> None:
+    """Adds a setting's flag, or a hidden one under its old name."""
     options: dict[str, Any] = {"help": setting_.metadata["help"]}
     shown = " ".join(default) if isinstance(default, list) else default
     if shown not in (None, "", False):
@@ -223,9 +255,11 @@ def _add_flag(group: Any, setting_: dataclasses.Field, hint: Any, default: Any) 
     if scalar is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        options |= {"type": scalar, "choices": setting_.metadata["choices"]}
+        options |= {"type": _renamed(setting_.name) or scalar, "choices": setting_.metadata["choices"]}
         if options["choices"] is None:
             options["metavar"] = {int: "N", float: "X", str: "NAME"}[scalar]
         if typing.get_origin(hint) is list:
             options["nargs"] = "+"
-    group.add_argument(f"--{setting_.name.replace('_', '-')}", dest=setting_.name, **options)
+    if old:
+        options["help"] = argparse.SUPPRESS
+    group.add_argument(f"--{(old or setting_.name).replace('_', '-')}", dest=setting_.name, **options)

@@ -30,7 +30,7 @@ from .data.packing import ConversationDataset
 from .evaluation.evaluator import Evaluator
 from .evaluation.samples import write_samples
 from .int8 import use_faster_multiplication
-from .recipe import Recipe, write_recipe
+from .recipe import CPU_INT8, Recipe, write_recipe
 from .self_critical import SelfCriticalTrainer
 from .sharding import shard_base
 from .tagging import TrainingTags
@@ -76,7 +76,7 @@ def train(recipe: Recipe) -> None:
     if recipe.shard:
         shard_base(model)
     trainer_class, options = MultimodalTrainer, {}
-    if recipe.own_answers:
+    if recipe.scst_samples:
         trainer_class, options = SelfCriticalTrainer, {"tokenizer": tokenizer}
     trainer = trainer_class(
         **options,
@@ -141,7 +141,7 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
     What has no learning rate is frozen; a fresh adapter without one is left out.
     """
     dtype = _base_dtype(recipe)
-    quantization = "none" if recipe.quantization == "int8" else recipe.quantization  # int8 is our own, and comes last
+    quantization = "none" if recipe.quantization == CPU_INT8 else recipe.quantization  # our own, and comes last
     if recipe.start_from:
         model, tokenizer = load_model(
             preset,
@@ -159,7 +159,7 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
             hidden_width=recipe.hidden_width or preset.projector.hidden_width,
             token_width=language_model.config.hidden_size,
             feature_count=preset.image_encoder.feature_count,
-            marker=recipe.marker,
+            marker=recipe.end_of_image_token,
         )
         model = MultimodalModel(language_model, build_projector(config), config)
     if recipe.tagger:
@@ -174,11 +174,11 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
             dropout=recipe.dropout,
             base_name=preset.language_model.name,
         )
-    if recipe.quantization == "int8":
+    if recipe.quantization == CPU_INT8:
         if choose_device().type == "cpu":
             use_faster_multiplication(model.causal_language_model.get_decoder(), Path(recipe.out))
         else:
-            logger.warning("int8 is for CPUs: here the base model stays in full precision")
+            logger.warning("cpu-int8 is for CPUs: here the base model stays in full precision")
     for weight in model.parameters():  # what is trained is trained in full precision, whatever the base is kept in
         if weight.requires_grad:
             weight.data = weight.data.float()

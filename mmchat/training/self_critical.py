@@ -234,8 +234,8 @@ class SelfCriticalTrainer(MultimodalTrainer):
         ]
         model = self.accelerator.unwrap_model(self.model)
         shown = torch.cat(features).float().to(model.device)  # [images, features, image_width]
-        sampled = sample_answers(model, questions, shown, self.recipe.own_answers)
-        references = [self._texts(question.answers) for question in questions for _ in range(self.recipe.own_answers)]
+        sampled = sample_answers(model, questions, shown, self.recipe.scst_samples)
+        references = [self._texts(question.answers) for question in questions for _ in range(self.recipe.scst_samples)]
         texts = self._texts([answer for answers in sampled for answer in answers])
         rewards = self._reward(texts, references).view(len(questions), -1)  # [questions, own answers]
         self._rewards.append(rewards.mean().item())

@@ -42,9 +42,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         max_steps=recipe.max_steps,
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulate,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         learning_rate=recipe.lr or recipe.projector_lr,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(recipe.decay, recipe.decay),
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(recipe.lr_scheduler_type, recipe.lr_scheduler_type),
         warmup_steps=recipe.warmup,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
@@ -56,7 +56,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         eval_strategy=evaluates,
         eval_steps=recipe.eval_steps,
         save_steps=recipe.save_steps,
-        save_total_limit=recipe.keep,
+        save_total_limit=recipe.save_total_limit,
         metric_for_best_model="loss" if recipe.eval else None,
         greater_is_better=False if recipe.eval else None,
         load_best_model_at_end=recipe.patience > 0,
@@ -112,7 +112,7 @@ class MultimodalTrainer(Trainer):
     ``checkpoint-N`` is whole.
 
     Private hooks of transformers' Trainer that are overridden here, which a minor version may change. The suite has
-    passed with transformers 5.20 to 5.23, and the requirements allow no later minor version:
+    passed with transformers 5.23, and the requirements allow no other minor version:
 
         _get_train_sampler: an order that a resumed run finds again
         _clip_grad_norm: the norm of each part's gradient, before clipping
@@ -155,13 +155,13 @@ class MultimodalTrainer(Trainer):
         if model.training:
             self._showed_pictures |= "image_features" in inputs
             self._answer_tokens += int((inputs["labels"] != IGNORE_INDEX).sum())
-            share = own_token_share(self.state.global_step, self.recipe)
+            share = scheduled_sampling_share(self.state.global_step, self.recipe)
             if share > 0:
-                inputs = self._with_own_tokens(inputs, share)
+                inputs = self._with_predicted_tokens(inputs, share)
         return super().compute_loss(model, inputs, *arguments, **options)
 
     @torch.no_grad()
-    def _with_own_tokens(self, inputs: dict[str, Any], share: float) -> dict[str, Any]:
+    def _with_predicted_tokens(self, inputs: dict[str, Any], share: float) -> dict[str, Any]:
         """Replaces a share of the answers' tokens by what the model predicts in their place; labels stay."""
         logits, _ = self.accelerator.unwrap_model(self.model).label_logits(**inputs)
         is_label = inputs["labels"] != IGNORE_INDEX  # [batch, length]
@@ -207,9 +207,9 @@ class MultimodalTrainer(Trainer):
                 logs[f"{name}_learning_rate"] = group["lr"]
                 logs[f"{name}_gradient_norm"] = float(self._gradient_norms[name])
                 logs[f"{name}_change"] = self._change(name)
-            share = own_token_share(self.state.global_step, self.recipe)
-            if self.recipe.own_tokens:
-                logs["own_tokens"] = share
+            share = scheduled_sampling_share(self.state.global_step, self.recipe)
+            if self.recipe.scheduled_sampling:
+                logs["scheduled_sampling"] = share
         super().log(logs, start_time)
 
     def _change(self, name: str) -> float:
@@ -288,12 +288,12 @@ def _not_written(name: str, whole: list[Path]) -> str:
     return f"{name} could not be written; is the disk full? {kept}, once there is room."
 
 
-def own_token_share(step: int, recipe: Recipe) -> float:
-    """The share of answer tokens that are the model's own at a step: 0, up to ``own_tokens``, back to 0, and again.
+def scheduled_sampling_share(step: int, recipe: Recipe) -> float:
+    """The probability of feeding the model its own prediction: 0, up to ``scheduled_sampling``, back to 0, and again.
 
     Scheduled sampling (Bengio et al. 2015, arXiv 1506.03099) with a share that cycles.
     """
-    return recipe.own_tokens * 0.5 * (1 - math.cos(2 * math.pi * step / recipe.own_tokens_cycle))
+    return recipe.scheduled_sampling * 0.5 * (1 - math.cos(2 * math.pi * step / recipe.scheduled_sampling_cycle))
 
 
 def _norm(tensors: list[torch.Tensor | None]) -> torch.Tensor:
