@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mmchat.checkpoints.weights_folder import load_model
+from mmchat.checkpoints.weights_folder import load_model, save_weights
 from mmchat.errors import BadInput, WeightsError
 from mmchat.presets import get_preset
 from mmchat.training.averaging import average_weights
@@ -322,13 +322,10 @@ def test_old_checkpoints_go_and_the_best_stays(tiny, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_that_was_not_written_well_is_not_called_one(tiny, tmp_path, monkeypatch):
-    def save_half(self, folder, preset, dtype=None):
-        original(self, folder, preset, torch.float16)
+    def save_half(model, folder, preset):
+        save_weights(model, folder, preset, torch.float16)
 
-    from mmchat.models.vision_language_model import MultimodalModel
-
-    original = MultimodalModel.save
-    monkeypatch.setattr(MultimodalModel, "save", save_half)
+    monkeypatch.setattr("mmchat.training.trainer.save_weights", save_half)
     with pytest.raises(WeightsError, match="was not written as it is in memory"):
         train(recipe(tiny, tmp_path))
     assert checkpoints(tmp_path) == []
