@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 QUANTIZATIONS = ("auto", "none", "8bit", "4bit", "4bit-double")
 BYTES_IN_4_BITS = 0.56  # of a weight: half a byte, and its share of a scale for 64
-ROOM = 2e9  # bytes beside the weights: activations, the cache of a conversation, CLIP and Whisper
+HEADROOM = 2e9  # bytes beside the weights: activations, the cache of a conversation, CLIP and Whisper
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def choose_quantization(asked: str, device: Device, parameters: int) -> Quantiza
     if on_zero_gpu():
         return Quantization("none", "ZeroGPU has room for 16 bits")
     free, _ = torch.cuda.mem_get_info()
-    needed = parameters * device.dtype.itemsize + ROOM
+    needed = parameters * device.dtype.itemsize + HEADROOM
     room = f"{free / 1e9:.0f} GB of GPU memory are free, {needed / 1e9:.0f} needed in 16 bits"
     return Quantization("none" if free >= needed else "4bit", room)
 
@@ -90,7 +90,7 @@ def choose_preset() -> tuple[Preset, str]:
         return SMOL, "there is no GPU for a larger model"
     if not on_zero_gpu():
         free, _ = torch.cuda.mem_get_info()
-        needed = model.parameters * BYTES_IN_4_BITS + ROOM
+        needed = model.parameters * BYTES_IN_4_BITS + HEADROOM
         if free < needed:
             return SMOL, f"Phi-3.5 needs {needed / 1e9:.0f} GB of GPU memory, and {free / 1e9:.0f} are free"
     if not can_fetch(model.source):

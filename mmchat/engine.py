@@ -258,7 +258,7 @@ class LocalEngine:
             self.chat_format,
             self.model.tokens_per_image,
             image_text=lambda image: self.model.tags(self.image_features(image)) if self.model.tagger else "",
-            open_reply=True,
+            add_generation_prompt=True,
         )
 
     @torch.inference_mode()

@@ -61,7 +61,7 @@ def test_the_same_greedy_tokens(tiny, exported):
             asked(picture), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
         ours = encode(
-            [Message("user", QUESTION, [picture])], engine.tokenizer, engine.chat_format, 4, open_reply=True
+            [Message("user", QUESTION, [picture])], engine.tokenizer, engine.chat_format, 4, add_generation_prompt=True
         ).token_ids
         image_id = model.config.image_token_id
         assert [IMAGE_TOKEN_ID if token == image_id else token for token in inputs["input_ids"][0].tolist()] == ours
@@ -111,7 +111,7 @@ def test_the_template_says_what_the_prompt_builder_says(exported, name):
         add_generation_prompt=True,
         return_dict=True,
     )
-    assert theirs["input_ids"] == encode(messages, tokenizer, chat_format, 1, open_reply=True).token_ids
+    assert theirs["input_ids"] == encode(messages, tokenizer, chat_format, 1, add_generation_prompt=True).token_ids
 
 
 @pytest.mark.parametrize(

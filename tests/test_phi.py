@@ -66,7 +66,7 @@ def test_phi_3_5_is_asked_in_its_own_template(phi_3_tokenizer):
         *CONVERSATION[1:2],
     ]
     for count, is_open in ((2, True), (3, False)):
-        ours = encode(messages[:count], phi_3_tokenizer, CHAT_FORMATS["phi-3"], 3, open_reply=is_open)
+        ours = encode(messages[:count], phi_3_tokenizer, CHAT_FORMATS["phi-3"], 3, add_generation_prompt=is_open)
         theirs = phi_3_tokenizer.apply_chat_template(
             [{"role": message.role, "content": message.text} for message in messages[:count]],
             add_generation_prompt=is_open,
@@ -282,7 +282,7 @@ def test_rewriting_is_the_base_model_alone(tiny, trained):
     rewritten = "".join(engine.rewrite("Is there a dog?", "dog yes", options))
     base, tokenizer = load_language_model(preset.language_model, torch.float32)
     asked = Message("user", REWRITE.format(question="Is there a dog?", draft="dog yes"))
-    encoded = encode([asked], tokenizer, CHAT_FORMATS[preset.language_model.chat_format], 1, open_reply=True)
+    encoded = encode([asked], tokenizer, CHAT_FORMATS[preset.language_model.chat_format], 1, add_generation_prompt=True)
     embeddings = base.get_input_embeddings()(torch.tensor([encoded.token_ids]))
     assert rewritten == "".join(stream_text(TorchDecoder(base), tokenizer, embeddings, options))
     adapted = "".join(stream_text(TorchDecoder(engine.model.language_model), tokenizer, embeddings, options))

@@ -25,7 +25,7 @@ def as_template(messages):
 
 
 def test_text_is_tokenised_as_the_models_own_template_does(tokenizer):
-    ours = encode(CONVERSATION, tokenizer, FORMAT, 17, open_reply=True)
+    ours = encode(CONVERSATION, tokenizer, FORMAT, 17, add_generation_prompt=True)
     theirs = tokenizer.apply_chat_template(as_template(CONVERSATION), add_generation_prompt=True, return_dict=True)
     assert ours.token_ids == theirs["input_ids"]
 
@@ -48,7 +48,7 @@ def test_pictures_stand_where_they_were_shown(tokenizer):
         Message("assistant", "A dog."),
         Message("user", "And these?", images=["b.jpg", "c.jpg"]),
     ]
-    encoded = encode(messages, tokenizer, FORMAT, 3, open_reply=True)
+    encoded = encode(messages, tokenizer, FORMAT, 3, add_generation_prompt=True)
     shown = [0 if token == IMAGE_TOKEN_ID else token for token in encoded.token_ids]
     mark = "<|endoftext|>"  # token 0
     assert tokenizer.decode(shown) == (

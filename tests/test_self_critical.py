@@ -129,7 +129,7 @@ def test_sampled_answers_are_as_frequent_as_the_model_says(tiny, model_and_token
     prompts = []
     for words in ("Describe the image.", "What is in this picture? Describe the image."):  # two lengths
         message = [Message("user", words, images=("0.png",))]
-        prompts.append(encode(message, tokenizer, CHAT_FORMATS["phi-3"], 4, open_reply=True))
+        prompts.append(encode(message, tokenizer, CHAT_FORMATS["phi-3"], 4, add_generation_prompt=True))
     questions = [OpenQuestion(prompt.token_ids, [[1, 1]], prompt.images) for prompt in prompts]
     shown = torch.stack([features["0.png"]] * 2).float()
     torch.manual_seed(0)

@@ -115,7 +115,7 @@ def encode(
     tokens_per_image: int,
     *,
     image_text: Callable[[Any], str] = no_text,
-    open_reply: bool = False,
+    add_generation_prompt: bool = False,
 ) -> EncodedConversation:
     """Tokenises a conversation.
 
@@ -124,10 +124,10 @@ def encode(
         tokenizer: a fast tokenizer of transformers.
         tokens_per_image: how many tokens the projector makes of one picture.
         image_text: what is said about a picture after it, such as its tags.
-        open_reply: end with the start of an assistant turn, for the model to go on from.
+        add_generation_prompt: end with the start of an assistant turn, for the model to go on from.
     """
     pieces = list(segments(messages, chat_format, image_text))
-    if open_reply:
+    if add_generation_prompt:
         pieces.append(Segment(chat_format.turn_start["assistant"], is_control=True))
     token_ids: list[int] = []
     is_answer: list[bool] = []

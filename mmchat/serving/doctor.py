@@ -22,7 +22,7 @@ OPTIONAL = {
     "openai": "a model server",
     "openai-whisper": "Whisper's .pt files",
 }
-ROOM = 1e9  # bytes that fetching and unpacking `smol` takes
+MIN_FREE_DISK = 1e9  # bytes that fetching and unpacking `smol` takes
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _cache() -> Finding:
     folder = cache_folder()
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
-    advice = "" if free > ROOM else "Make 1 GB of room, or set MMCHAT_CACHE to a folder on another disk."
+    advice = "" if free > MIN_FREE_DISK else "Make 1 GB of room, or set MMCHAT_CACHE to a folder on another disk."
     return Finding("cache", f"{folder}, {free / 1e9:.0f} GB free", advice)
 
 

@@ -248,7 +248,7 @@ class Evaluator:
             self.chat_format,
             self.model.tokens_per_image,
             image_text=self._tags(features),
-            open_reply=True,
+            add_generation_prompt=True,
         )
 
     def _tags(self, features: Features) -> Callable[[str], str]:
