@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import BadInput
 from ..presets import ImageEncoderPreset
-from ..tagger import Tag, Tagger, pooled, tag_text
+from ..tagger import Tag, Tagger, encoder_text, pooled, tag_text
 from .data import Features
 from .labels import Labeled
 from .questions import AGREEMENT
@@ -184,7 +184,7 @@ def fit_tagger(
 
     def tagger_of(chosen: torch.Tensor) -> Tagger:
         layer = fit_words(x[chosen], shares[chosen], weights[chosen], seed)
-        tagger = Tagger(classes, vocabulary.words, encoder.width)
+        tagger = Tagger(classes, vocabulary.words, encoder.width, encoder_text(encoder))
         layers = (*head, layer.weight.detach(), layer.bias.detach())
         tagger.load_state_dict(dict(zip(tagger.state_dict(), layers, strict=True)))
         return tagger
