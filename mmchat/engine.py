@@ -28,6 +28,7 @@ from .prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, EncodedConversation, Message, 
 from .reuse import Reading, Readings, Row
 from .speech import SpeechRecognizer, Transcript, find_speech_model
 from .tagger import Tag
+from .zero_shot import load_zero_shot
 
 logger = logging.getLogger(__name__)
 
@@ -134,15 +135,20 @@ class Engine:
         """
         return self.speech_recognizer.transcribe(path)
 
-    def classes(self, image: Any) -> list[Tag]:
+    def classes(self, image: Any, names: Sequence[str] = ()) -> list[Tag]:
         """What the image encoder recognizes in a picture, likeliest first: what the language model is told of it.
 
         Args:
             image: a path or a decoded PIL picture.
+            names: tell which of these it is instead, by CLIP's text encoder; the language model is not told.
 
         Raises:
-            BadInput: the picture cannot be read.
+            BadInput: the picture cannot be read, or there are names, but the image encoder is no CLIP.
         """
+        if names:
+            classifier = load_zero_shot(tuple(names), self.preset.image_encoder)
+            with self._turn():
+                return classifier(self.image_encoder.embed([_opened(image)])[0])
         if not self.model.tagger:
             return []
         with self._turn():
@@ -281,8 +287,7 @@ class Engine:
         """[features, width] of a picture, encoded the first time it is seen."""
         digest = _digest(source)
         if digest not in self._features:
-            image = to_rgb(source) if isinstance(source, Image.Image) else open_image(source)
-            self._features[digest] = self.image_encoder.encode([image])[0]
+            self._features[digest] = self.image_encoder.encode([_opened(source)])[0]
             if len(self._features) > CACHED_PICTURES:
                 self._features.popitem(last=False)
         self._features.move_to_end(digest)
@@ -294,6 +299,10 @@ def _ends(encoded: EncodedConversation) -> list[int]:
     before = zip(encoded.is_answer, encoded.is_answer[1:], strict=False)
     starts = [place for place, (one, next_one) in enumerate(before, start=1) if next_one and not one]
     return [*starts, len(encoded.token_ids)]
+
+
+def _opened(source: Any) -> Image.Image:
+    return to_rgb(source) if isinstance(source, Image.Image) else open_image(source)
 
 
 def _digest(source: Any) -> str:
