@@ -19,6 +19,7 @@ from .tagger import LEAST_CLASS, Tag, likeliest
 
 PROMPT = "a photo of a {}."  # whatever the name: the paper's prompt, which CLIP knows from its training
 BATCH = 64  # names
+TOKENIZERS = ("tokenizer.json", "vocab.json")  # without one of them, transformers makes an empty tokenizer
 
 
 class ZeroShotClassifier:
@@ -80,7 +81,8 @@ def _whole_clip(encoder: ImageEncoderPreset) -> tuple:
     if not isinstance(encoder.source, HubRepository):
         raise no_text_half
     folder = fetch_repository(encoder.source)
-    if AutoConfig.from_pretrained(folder).model_type != "clip":  # the vision half alone is a "clip_vision_model"
+    is_whole = AutoConfig.from_pretrained(folder).model_type == "clip"  # the vision half is a "clip_vision_model"
+    if not is_whole or not any((folder / file).is_file() for file in TOKENIZERS):
         raise no_text_half
     try:
         model, loading = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -52,11 +51,6 @@ def clip(tiny, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def picture():
-    return Image.effect_noise((50, 40), 90).convert("RGB")
-
-
 @pytest.fixture(scope="module", params=["pooled", "patches"])
 def clip_engine(request, clip, tmp_path_factory):
     """An engine whose preset takes the one embedding or the patches of that CLIP."""
@@ -70,11 +64,11 @@ def clip_engine(request, clip, tmp_path_factory):
 
 
 @pytest.mark.parametrize("features", ["pooled", "patches"])
-def test_probabilities_are_those_of_transformers(clip, picture, features):
+def test_probabilities_are_those_of_transformers(clip, small_picture, features):
     from transformers import AutoTokenizer, CLIPModel
 
     encoder = load_image_encoder(find_image_encoder(HubRepository(str(clip)), features))
-    images = [picture, picture.rotate(90)]
+    images = [small_picture, small_picture.rotate(90)]
     found = load_zero_shot(NAMES, encoder.preset).probabilities(encoder.embed(images))
     texts = [PROMPT.format(name) for name in NAMES]
     tokens = AutoTokenizer.from_pretrained(clip)(
@@ -87,30 +81,30 @@ def test_probabilities_are_those_of_transformers(clip, picture, features):
     assert expected.max() > 2 * expected.min()  # or any wrong embedding would do
 
 
-def test_many_names_are_the_same_as_few_at_a_time(clip, picture, monkeypatch):
+def test_many_names_are_the_same_as_few_at_a_time(clip, small_picture, monkeypatch):
     encoder = load_image_encoder(find_image_encoder(HubRepository(str(clip))))
-    embedding = encoder.embed([picture])
+    embedding = encoder.embed([small_picture])
     together = load_zero_shot(NAMES, encoder.preset).probabilities(embedding)
     monkeypatch.setattr("mmchat.zero_shot.BATCH", 1)
     load_zero_shot.cache_clear()
     assert_close(load_zero_shot(NAMES, encoder.preset).probabilities(embedding), together)
 
 
-def test_the_engine_tells_names_when_asked(clip_engine, picture):
-    assert clip_engine.classes(picture) == []
-    found = clip_engine.classes(picture, [*NAMES, "dog", ""])
+def test_the_engine_tells_names_when_asked(clip_engine, small_picture):
+    assert clip_engine.classes(small_picture) == []
+    found = clip_engine.classes(small_picture, [*NAMES, "dog", ""])
     assert {tag.name for tag in found} <= set(NAMES) and found[0].probability >= found[-1].probability >= 0.1
-    assert clip_engine.classes(picture, ["dog"])[0].probability == pytest.approx(1)
+    assert clip_engine.classes(small_picture, ["dog"])[0].probability == pytest.approx(1)
     assert clip_engine.model.tagger is None  # so the language model is told nothing that it did not learn from
     with pytest.raises(BadInput, match="There are no names"):
-        clip_engine.classes(picture, [" "])
+        clip_engine.classes(small_picture, [" "])
     with pytest.raises(BadInput, match="There is no picture"):
         clip_engine.classes("nowhere.jpg", NAMES)
 
 
-def test_names_in_a_terminal(clip_engine, picture, tmp_path, capsys, monkeypatch):
+def test_names_in_a_terminal(clip_engine, small_picture, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mmchat.engine.load", lambda preset, weights, quantization, speech: clip_engine)
-    picture.save(tmp_path / "noise.png")
+    small_picture.save(tmp_path / "noise.png")
     (tmp_path / "names.txt").write_text("dog\n\n  umbrella \n")
     assert terminal.main(["classes", str(tmp_path / "noise.png"), "--names", str(tmp_path / "names.txt")]) == 0
     shown = capsys.readouterr().out
