@@ -57,6 +57,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
     classes_command = commands.add_parser("classes", help="what the image encoder recognizes in pictures")
     classes_command.add_argument("images", nargs="+", help="pictures")
+    classes_command.add_argument(
+        "--names", metavar="FILE", help="one name a line: tell which of these it is (for presets with CLIP)"
+    )
     classes_command.set_defaults(run=classes, rewrite=False, temperature=None, beams=None, max_new_tokens=None)
 
     space_command = commands.add_parser("space", help="put the files of a Hugging Face Space together")
@@ -141,9 +144,12 @@ def batch(options: argparse.Namespace) -> int:
 
 def classes(options: argparse.Namespace) -> int:
     """Prints what the image encoder recognizes in each picture, likeliest first."""
+    from .models.zero_shot import read_names
+
+    names = read_names(options.names) if options.names else ()
     engine, _ = _start(options)
     for image in options.images:
-        found = ", ".join(f"{tag.name} {tag.probability:.0%}" for tag in engine.classes(image))
+        found = ", ".join(f"{tag.name} {tag.probability:.0%}" for tag in engine.classes(image, names))
         print(f"{image}: {found or 'nothing it knows'}")
     return 0
 

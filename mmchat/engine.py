@@ -38,6 +38,7 @@ from .models.language_model import switch_adapter
 from .models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, EncodedConversation, encode
 from .models.speech import SpeechRecognizer, find_speech_model
 from .models.tagger import Tag
+from .models.zero_shot import load_zero_shot
 from .presets import AUTO, DEFAULT_PRESET, Preset, get_preset
 
 logger = logging.getLogger(__name__)
@@ -138,15 +139,20 @@ class LocalEngine:
         """
         return self.speech_recognizer.transcribe(path)
 
-    def classes(self, image: Any) -> list[Tag]:
+    def classes(self, image: Any, names: Sequence[str] = ()) -> list[Tag]:
         """What the image encoder recognizes in a picture, likeliest first: what the language model is told of it.
 
         Args:
             image: a path or a decoded PIL picture.
+            names: tell which of these it is instead, by CLIP's text encoder; the language model is not told.
 
         Raises:
-            BadInput: the picture cannot be read.
+            BadInput: the picture cannot be read, or there are names, but the image encoder is no CLIP.
         """
+        if names:
+            classifier = load_zero_shot(tuple(names), self.preset.image_encoder)
+            with self._lock:
+                return classifier(self.image_encoder.embed([decode_image(image)])[0])
         if not self.model.tagger:
             return []
         with self._lock:

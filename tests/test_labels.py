@@ -15,16 +15,10 @@ from PIL import Image
 
 from mmchat.errors import BadInput
 from mmchat.training.data import captions, details, naming
-from mmchat.training.data.label_questions import (
-    EVALUATION_WORDINGS,
-    PRESENCE,
-    WORDINGS,
-    Asker,
-    conversations,
-    may_be_taken_for,
-    questions_only,
-    tidy_question,
-)
+from mmchat.training.data.label_facts import may_be_taken_for
+from mmchat.training.data.label_questions import conversations, questions_only
+from mmchat.training.data.label_rules import Asker
+from mmchat.training.data.label_wordings import EVALUATION_WORDINGS, WORDINGS, tidy_question
 from mmchat.training.data.labels import Box, Labeled, read_labels
 from mmchat.training.data.naming import Dictionary, counted, plural, sentence, with_article
 
@@ -347,7 +341,7 @@ def test_numbers_are_asked_for_equally_often(evaluation):
 
 def test_a_question_to_evaluate_on_is_asked_once_and_in_no_wording_of_training():
     for kind, wordings in EVALUATION_WORDINGS.items():
-        assert not {text.lower() for text in wordings} & {text.lower() for text in (*WORDINGS.get(kind, ()), *PRESENCE)}
+        assert not {text.lower() for text in wordings} & {text.lower() for text in WORDINGS[kind]}
     entries = list(questions_only(collection(), random.Random(0)))
     counts = [(e["image"], e["conversations"][0]["value"]) for e in entries if e["kind"] == "how many"]
     assert len(counts) == len(set(counts))

@@ -12,8 +12,8 @@ from mmchat.checkpoints.weights_folder import load_model, save_weights
 from mmchat.conversation import Message
 from mmchat.errors import BadInput, WeightsError
 from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
-from mmchat.models.tagger import TAGGER_FILE, Tag, Tagger, load_tagger, tag_text
-from mmchat.presets import EFFICIENTNET_LITE2
+from mmchat.models.tagger import TAGGER_FILE, Tag, Tagger, encoder_text, load_tagger, tag_text
+from mmchat.presets import EFFICIENTNET_LITE0, EFFICIENTNET_LITE2
 from mmchat.training.averaging import average_weights
 from mmchat.training.data.conversations import conversation_of, entry_of
 from mmchat.training.data.labels import Labeled
@@ -106,15 +106,57 @@ def test_the_text_tells_classes_words_and_how_sure():
 def test_it_is_saved_and_read_again(fitted, tmp_path):
     tagger = fitted[2]
     tagger.save(tmp_path)
-    read = load_tagger(tmp_path)
+    read = load_tagger(tmp_path, SMALL)
     assert (read.classes, read.words) == (tagger.classes, tagger.words)
     assert read.text(features_of(0, 7)) == tagger.text(features_of(0, 7))
     halves = {name: tensor.half().float() for name, tensor in tagger.state_dict().items()}
     assert all(torch.equal(tensor, halves[name]) for name, tensor in read.state_dict().items())
     (tmp_path / TAGGER_FILE).write_bytes((tmp_path / TAGGER_FILE).read_bytes()[:-9])
     with pytest.raises(WeightsError, match="tagger in .* is damaged"):
-        load_tagger(tmp_path)
-    assert load_tagger(tmp_path / "nothing") is None
+        load_tagger(tmp_path, SMALL)
+    assert load_tagger(tmp_path / "nothing", SMALL) is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(SMALL, width=WIDTH + 1),
+        replace(SMALL, resolution=256),
+        replace(SMALL, feature_count=10),
+        replace(SMALL, name="efficientnet-lite0"),
+    ],
+    ids=["width", "resolution", "cells", "name"],
+)
+def test_a_tagger_of_another_encoder_is_refused(fitted, other, tmp_path):
+    fitted[2].save(tmp_path)
+    says = f"tagger in .* was fitted to .*grid 5x8 at 288.*{other.name}, {other.feature_kind}"
+    with pytest.raises(WeightsError, match=says) as caught:
+        load_tagger(tmp_path, other)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_tagger_that_does_not_tell_its_encoder_is_checked_by_width(tmp_path):
+    Tagger(["terrier"], ["dog"], WIDTH).save(tmp_path)
+    assert load_tagger(tmp_path, replace(SMALL, resolution=256)).classes == ["terrier"]
+    with pytest.raises(WeightsError, match="features of 8 numbers.*fit_tagger.py"):
+        load_tagger(tmp_path, replace(SMALL, width=WIDTH + 1))
+
+
+def test_weights_with_a_tagger_of_another_encoder_are_refused(engine, tmp_path):
+    encoder = engine.preset.image_encoder
+    engine.model.save(tmp_path, engine.preset)
+    other = encoder_text(replace(encoder, resolution=256))
+    Tagger(["terrier"], ["dog"], encoder.width, other).save(tmp_path)
+    with pytest.raises(WeightsError, match="at 256 pixels.*at 288 pixels"):
+        load_model(engine.preset, tmp_path, torch.float32)
+
+
+def test_training_with_another_encoder_leaves_the_tagger_behind(engine, tmp_path):
+    """As wide as the features are, they mean something else."""
+    engine.model.save(tmp_path, engine.preset)
+    other = replace(engine.preset, image_encoder=replace(EFFICIENTNET_LITE0, resolution=288))
+    assert load_model(other, tmp_path, torch.float32, any_encoder=True)[0].tagger is None
+    assert load_model(engine.preset, tmp_path, torch.float32, any_encoder=True)[0].tagger
 
 
 def test_tags_stand_between_the_picture_and_the_question(engine):

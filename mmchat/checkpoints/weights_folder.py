@@ -180,7 +180,7 @@ def load_model(
 
     Args:
         any_encoder: the weights may have been made for another image encoder, whose features have the same shape: a
-            start to go on from with the preset's.
+            start to go on from with the preset's. Their tagger, which reads the other's features, is left out then.
 
     Raises:
         WeightsError: the folder is no weights folder, or was made for other models.
@@ -201,7 +201,9 @@ def load_model(
     if has_adapter:
         language_model = load_adapter(language_model, folder / ADAPTER_FOLDER, trainable=trainable)
     projector = projector.float().requires_grad_(trainable)
-    model = MultimodalModel(language_model, projector, projector_config, load_tagger(folder))
+    is_same_encoder = _identity(preset).items() <= config.items()
+    tagger = load_tagger(folder, preset.image_encoder) if is_same_encoder else None
+    model = MultimodalModel(language_model, projector, projector_config, tagger)
     return model.train(trainable), tokenizer
 
 

@@ -36,8 +36,20 @@ class ImageEncoder(nn.Module):
     @torch.inference_mode()
     def encode(self, images: list[Image.Image]) -> torch.Tensor:
         """Decoded pictures → features [len(images), feature_count, width]."""
+        return self(self._batch(images))
+
+    def _batch(self, images: list[Image.Image]) -> torch.Tensor:
         device = next(self.parameters()).device
-        return self(torch.stack([self.pixels(image) for image in images]).to(device))
+        return torch.stack([self.pixels(image) for image in images]).to(device)  # [batch, 3, resolution, resolution]
+
+    @property
+    def classifier(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer that tells classes from the feature of the whole picture: [classes, width] and [classes].
+
+        Raises:
+            WeightsError: the encoder has none.
+        """
+        raise WeightsError(f"The image encoder {self.preset.title} was trained on no classes.")
 
 
 class EfficientNetLite(ImageEncoder):
@@ -141,6 +153,14 @@ class Clip(ImageEncoder):
         patches = self.network(pixels, output_hidden_states=True).hidden_states[self.preset.layer]
         drops_first = self.has_class_token and not self.preset.class_token
         return patches[:, 1:] if drops_first else patches  # [batch, feature_count, width]
+
+    @torch.inference_mode()
+    def embed(self, images: list[Image.Image]) -> torch.Tensor:
+        """CLIP's embeddings of decoded pictures, [len(images), projection], which it compares with those of texts.
+
+        They are the projected class token of the last layer, whichever features the preset takes.
+        """
+        return self.network(self._batch(images)).image_embeds
 
 
 def load_image_encoder(preset: ImageEncoderPreset) -> ImageEncoder:

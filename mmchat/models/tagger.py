@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import WeightsError
+from ..presets import ImageEncoderPreset
 
 TAGGER_FILE = "tagger.safetensors"  # in a weights folder
 MOST_CLASSES, MOST_WORDS = 2, 7  # shown to the language model: each costs it two or three tokens
@@ -41,11 +42,12 @@ class Tagger(nn.Module):
         classes: ImageNet's 1,000, of which one is the main thing.
         words: of captions and labels, each there or not.
         width: numbers in a feature.
+        fitted_to: whose features these are, as ``encoder_text`` tells it; empty where that is not known.
     """
 
-    def __init__(self, classes: list[str], words: list[str], width: int):
+    def __init__(self, classes: list[str], words: list[str], width: int, fitted_to: str = ""):
         super().__init__()
-        self.classes, self.words = classes, words
+        self.classes, self.words, self.fitted_to = classes, words, fitted_to
         self.register_buffer("class_weight", torch.zeros(len(classes), width))
         self.register_buffer("class_bias", torch.zeros(len(classes)))
         self.register_buffer("word_weight", torch.zeros(len(words), 2 * width))
@@ -62,8 +64,8 @@ class Tagger(nn.Module):
         classes = (self.class_weight @ features[-1] + self.class_bias).softmax(dim=0)  # [classes]
         words = (self.word_weight @ pooled(features[None])[0] + self.word_bias).sigmoid()  # [words]
         return (
-            _likeliest(self.classes, classes, MOST_CLASSES, LEAST_CLASS),
-            _likeliest(self.words, words, MOST_WORDS, LEAST_WORD),
+            likeliest(self.classes, classes, MOST_CLASSES, LEAST_CLASS),
+            likeliest(self.words, words, MOST_WORDS, LEAST_WORD),
         )
 
     def text(self, features: torch.Tensor) -> str:
@@ -73,15 +75,19 @@ class Tagger(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Writes TAGGER_FILE, in half precision."""
         names = {"classes": json.dumps(self.classes), "words": json.dumps(self.words)}
+        names |= {"fitted_to": json.dumps(self.fitted_to)} if self.fitted_to else {}
         tensors = {name: tensor.half().contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, Path(folder) / TAGGER_FILE, names)
 
 
-def load_tagger(folder: str | Path) -> Tagger | None:
+def load_tagger(folder: str | Path, encoder: ImageEncoderPreset) -> Tagger | None:
     """The tagger of a weights folder; None if it has none.
 
+    Args:
+        encoder: whose features it is to read.
+
     Raises:
-        WeightsError: it is damaged.
+        WeightsError: it is damaged, or was fitted to other features.
     """
     path = Path(folder) / TAGGER_FILE
     if not path.exists():
@@ -90,11 +96,30 @@ def load_tagger(folder: str | Path) -> Tagger | None:
         with safe_open(path, "pt") as file:
             names = {key: json.loads(value) for key, value in file.metadata().items()}
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (it is no dict)
-        tagger = Tagger(names["classes"], names["words"], tensors["class_weight"].shape[1])
+        tagger = Tagger(names["classes"], names["words"], tensors["class_weight"].shape[1], names.get("fitted_to", ""))
         tagger.load_state_dict(tensors)
     except (OSError, KeyError, AttributeError, ValueError, RuntimeError, SafetensorError) as error:
         raise WeightsError(f"The tagger in '{Path(folder).name}' is damaged.") from error
+    _check_fits(tagger, encoder, Path(folder).name)
     return tagger
+
+
+def encoder_text(encoder: ImageEncoderPreset) -> str:
+    """The name of an image encoder and how its features are taken: taggers of another text do not fit it."""
+    return f"{encoder.title}, {encoder.feature_kind}"
+
+
+def _check_fits(tagger: Tagger, encoder: ImageEncoderPreset, folder: str) -> None:
+    width = tagger.class_weight.shape[1]
+    if tagger.fitted_to:
+        fits, fitted_to = tagger.fitted_to == encoder_text(encoder), tagger.fitted_to
+    else:  # early files do not tell
+        fits, fitted_to = width == encoder.width, f"features of {width} numbers"
+    if not fits:
+        raise WeightsError(
+            f"The tagger in '{folder}' was fitted to {fitted_to}, but the image encoder here is "
+            f"{encoder_text(encoder)}; fit another one with fit_tagger.py."
+        )
 
 
 def pooled(features: torch.Tensor) -> torch.Tensor:
@@ -115,7 +140,8 @@ def tag_text(classes: Iterable[Tag], words: Iterable[Tag]) -> str:
     return f"Tags: {'; '.join(parts)}"
 
 
-def _likeliest(names: list[str], probabilities: torch.Tensor, most: int, least: float) -> list[Tag]:
+def likeliest(names: list[str], probabilities: torch.Tensor, most: int, least: float) -> list[Tag]:
+    """At most so many tags, likeliest first, of at least that probability; ``probabilities`` is [names]."""
     values, order = probabilities.topk(min(most, len(names)))
     return [
         Tag(names[index], value) for value, index in zip(values.tolist(), order.tolist(), strict=True) if value >= least

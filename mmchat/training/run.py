@@ -163,7 +163,7 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
         )
         model = MultimodalModel(language_model, build_projector(config), config)
     if recipe.tagger:
-        model.tagger = load_tagger(recipe.tagger)
+        model.tagger = load_tagger(recipe.tagger, preset.image_encoder)
         if not model.tagger:
             raise BadInput(f"'{recipe.tagger}' holds no tagger: fit_tagger.py writes one.")
     if recipe.lr and not model.has_adapter:
