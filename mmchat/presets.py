@@ -6,9 +6,10 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .bundle import bundled
 from .errors import MmchatError, WeightsError
 
-WEIGHTS_FOLDER = Path(__file__).resolve().parent.parent / "weights"
+WEIGHTS_FOLDER = bundled("weights")
 TUNED = "image_encoder.safetensors"  # in a folder of weights: their own image encoder
 
 

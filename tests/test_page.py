@@ -234,11 +234,11 @@ def test_the_limit_is_of_any_minute_and_of_each_address():
 
 
 def test_visitors_can_be_asked_to_sign_in(engine, monkeypatch):
-    import app
+    from mmchat.serve import sign_in
 
     monkeypatch.setenv("MMCHAT_SIGN_IN", "ann:a secret: with a colon")
     demo = ui.build(engine, ROOT / "examples")
-    ui.launch(demo, prevent_thread_lock=True, quiet=True, auth=app.sign_in())
+    ui.launch(demo, prevent_thread_lock=True, quiet=True, auth=sign_in())
     try:
         assert httpx.get(f"{demo.local_url}config").status_code == 401
         assert call(demo.local_url, "ask", ["Hi", None]).count("Not authenticated") == 1
@@ -248,4 +248,4 @@ def test_visitors_can_be_asked_to_sign_in(engine, monkeypatch):
         demo.close()
     monkeypatch.setenv("MMCHAT_SIGN_IN", "no colon")
     with pytest.raises(BadInput, match="colon between them"):
-        app.sign_in()
+        sign_in()
