@@ -16,10 +16,15 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import BadInput, MmchatError
 from .presets import AUTO, DEFAULT_PRESET, PRESETS
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help should not wait for it
+    from .engine import Engine
+    from .generation import SamplingOptions
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     logging.basicConfig(level=options.log_level, format="%(message)s")
     try:
-        return options.run(options)
+        status: int = options.run(options)
+        return status
     except MmchatError as error:
         print(error, file=sys.stderr)
         return 1
@@ -138,7 +144,7 @@ def _add_page_flags(command: argparse.ArgumentParser) -> None:
 
 def serve(options: argparse.Namespace) -> int:
     """Serves the page until it is stopped."""
-    from .serve import serve
+    from .serving.serve import serve
 
     return serve(options)
 
@@ -225,7 +231,7 @@ def doctor(_: argparse.Namespace) -> int:
     return 0 if is_well else 1
 
 
-def _start(options: argparse.Namespace):
+def _start(options: argparse.Namespace) -> tuple[Engine, SamplingOptions]:
     from .engine import load
     from .generation import SamplingOptions
 
@@ -267,7 +273,7 @@ def _finished(path: Path, questions: list[tuple[int, str]]) -> int:
     return len(answers)
 
 
-def _answer_line(engine, sampling, line: str, rewrite: bool) -> dict:
+def _answer_line(engine: Engine, sampling: SamplingOptions, line: str, rewrite: bool) -> dict[str, Any]:
     from .prompt import Message
 
     try:
@@ -283,7 +289,7 @@ def _answer_line(engine, sampling, line: str, rewrite: bool) -> dict:
     return {**entry, "answer": answer}
 
 
-def _entry(line: str) -> dict:
+def _entry(line: str) -> dict[str, Any]:
     """A line's JSON object; the bare line in one if it is none."""
     try:
         entry = json.loads(line)

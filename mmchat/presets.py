@@ -84,7 +84,7 @@ class ImageEncoderPreset:
     @property
     def title(self) -> str:
         """Its name; of one that was tuned, with what tells it from others."""
-        return f"{self.name} tuned {self.revision[:8]}" if isinstance(self.source, Path) else self.name
+        return f"{self.name} tuned {str(self.revision)[:8]}" if isinstance(self.source, Path) else self.name
 
     @property
     def feature_kind(self) -> str:

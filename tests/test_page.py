@@ -234,7 +234,7 @@ def test_the_limit_is_of_any_minute_and_of_each_address():
 
 
 def test_visitors_can_be_asked_to_sign_in(engine, monkeypatch):
-    from mmchat.serve import sign_in
+    from mmchat.serving.serve import sign_in
 
     monkeypatch.setenv("MMCHAT_SIGN_IN", "ann:a secret: with a colon")
     demo = ui.build(engine, ROOT / "examples")

@@ -7,10 +7,10 @@ import logging
 import os
 from typing import Any
 
-from .bundle import bundled
-from .errors import BadInput, MmchatError
-from .limits import RateLimit, questions_per_minute
-from .presets import AUTO, get_preset
+from ..bundle import bundled
+from ..errors import BadInput, MmchatError
+from ..limits import RateLimit, questions_per_minute
+from ..presets import AUTO, get_preset
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -24,11 +24,13 @@ def serve(options: argparse.Namespace) -> int:
         logging.getLogger(client).setLevel(logging.WARNING)
     if os.environ.get("SPACES_ZERO_GPU"):
         import spaces  # noqa: F401 (it has to come before torch, which it changes)
-    from . import ui
-    from .device import on_zero_gpu
-    from .loading import LoadingEngine
+    import gradio
 
-    engine = LoadingEngine(lambda: load_engine(options), notify=ui.gr.Info)
+    from .. import ui
+    from ..device import on_zero_gpu
+    from ..loading import LoadingEngine
+
+    engine = LoadingEngine(lambda: load_engine(options), notify=gradio.Info)
     if options.preset != AUTO:
         get_preset(options.preset)  # a wrong name is reported before a page is shown
     if on_zero_gpu():  # models have to be there before the page is
@@ -69,12 +71,12 @@ def sign_in() -> tuple[str, str] | None:
 def load_engine(options: argparse.Namespace) -> Any:
     """What answers: models here, or a server that has them."""
     if options.server:
-        from .remote import RemoteEngine
+        from ..remote import RemoteEngine
 
-        engine = RemoteEngine(options.server, os.environ.get("MMCHAT_MODEL"))
+        engine: Any = RemoteEngine(options.server, os.environ.get("MMCHAT_MODEL"))
     else:
-        from .engine import load
-        from .zero_gpu import lend_gpu
+        from ..engine import load
+        from ..zero_gpu import lend_gpu
 
         logging.info("Loading the models of '%s' …", options.preset)
         engine = lend_gpu(load(options.preset, options.weights, options.quantization, options.speech))
