@@ -31,6 +31,7 @@ def test_help_does_not_wait_for_torch():
     assert "ask" in shown and "batch" in shown and shown.endswith("False\n")
 
 
+@pytest.mark.slow
 def test_ask_as_a_person_runs_it():
     """The whole way, in a process of its own: stdout is the answer and nothing else."""
     command = [sys.executable, "-m", "mmchat", "ask", "What is the capital of France?", "--temperature", "0"]
