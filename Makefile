@@ -31,7 +31,7 @@ test: .venv/installed-dev
 benchmark: .venv/installed-dev
 	$(BIN)/python benchmarks/run.py
 
-# From nothing to a page with weights of your own, on easy-VQA: see training_scripts/recipes/demo.yaml.
+# From nothing to a page with weights of your own, on easy-VQA: see training_scripts/recipes/demo/.
 DEMO := runs/demo
 
 train-demo: .venv/installed-train
@@ -42,8 +42,8 @@ train-demo: .venv/installed-train
 		--images $(DEMO)/pictures/test --folder test --out $(DEMO)/test.json
 	$(BIN)/python training_scripts/embed_images.py --images $(DEMO)/pictures --image-encoder efficientnet-lite0 \
 		--out $(DEMO)/features
-	$(BIN)/python training_scripts/pretrain_projector.py --recipe training_scripts/recipes/demo-projector.yaml
-	$(BIN)/python training_scripts/finetune_qlora.py --recipe training_scripts/recipes/demo.yaml
+	$(BIN)/python training_scripts/pretrain_projector.py --recipe training_scripts/recipes/demo/1-projector.yaml
+	$(BIN)/python training_scripts/finetune_qlora.py --recipe training_scripts/recipes/demo/2-adapter.yaml
 	$(BIN)/python training_scripts/evaluate.py --weights $(DEMO)/weights --questions $(DEMO)/test.json \
 		--features $(DEMO)/features --conditions real blank --limit 240 --no-perplexity
 	@echo 'Chat with your weights: make run OPTIONS="--weights $(DEMO)/weights"'
