@@ -1,26 +1,37 @@
-# `make run` serves the page, `make test` runs the tests. Each sets up what it needs the first time.
+# `make run` serves the page, `make test` runs the tests, `make check` is the fast loop. Each installs what it needs.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: run test lint benchmark train-demo clean
+.PHONY: run check lint types fast test benchmark train-demo clean
 
 run: .venv/installed-run
 	$(BIN)/python app.py $(OPTIONS)
 
-# In two processes of one thread each: most tests wait for a program of their own to start, which takes one core.
-test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(OPTIONS)
+# Before every push: under 90 seconds on two idle cores.
+check: lint types fast
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: .venv/installed-dev
+	$(BIN)/mypy
+
+# In two processes of one thread each: most tests wait for a program of their own to start, which takes one core.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+fast: .venv/installed-dev
+	$(PYTEST) -m "not slow and not browser" $(OPTIONS)
+
+test: .venv/installed-dev
+	$(PYTEST) $(OPTIONS)
+
 benchmark: .venv/installed-dev
 	$(BIN)/python benchmarks/run.py
 
-# From nothing to a page with weights of your own, on easy-VQA: see training_scripts/recipes/demo.yaml.
+# From nothing to a page with weights of your own, on easy-VQA: see training_scripts/recipes/demo/.
 DEMO := runs/demo
 
 train-demo: .venv/installed-train
@@ -31,14 +42,14 @@ train-demo: .venv/installed-train
 		--images $(DEMO)/pictures/test --folder test --out $(DEMO)/test.json
 	$(BIN)/python training_scripts/embed_images.py --images $(DEMO)/pictures --image-encoder efficientnet-lite0 \
 		--out $(DEMO)/features
-	$(BIN)/python training_scripts/pretrain_projector.py --recipe training_scripts/recipes/demo-projector.yaml
-	$(BIN)/python training_scripts/finetune_qlora.py --recipe training_scripts/recipes/demo.yaml
+	$(BIN)/python training_scripts/pretrain_projector.py --recipe training_scripts/recipes/demo/1-projector.yaml
+	$(BIN)/python training_scripts/finetune_qlora.py --recipe training_scripts/recipes/demo/2-adapter.yaml
 	$(BIN)/python training_scripts/evaluate.py --weights $(DEMO)/weights --questions $(DEMO)/test.json \
 		--features $(DEMO)/features --conditions real blank --limit 240 --no-perplexity
 	@echo 'Chat with your weights: make run OPTIONS="--weights $(DEMO)/weights"'
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 .venv/created:
 	@$(PYTHON) -c 'import sys; sys.exit("mmchat needs Python 3.11 or newer: name one with PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'

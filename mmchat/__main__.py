@@ -1,10 +1,11 @@
-"""mmchat in a terminal.
+"""The command `mmchat`, which is also `python -m mmchat`.
 
-python -m mmchat ask "What is in this picture?" --image cat.jpg
-python -m mmchat batch questions.jsonl --out answers.jsonl
-python -m mmchat classes cat.jpg
-python -m mmchat space --out space/
-python -m mmchat doctor
+mmchat serve
+mmchat ask "What is in this picture?" --image cat.jpg
+mmchat batch questions.jsonl --out answers.jsonl
+mmchat classes cat.jpg
+mmchat space --out space/
+mmchat doctor
 """
 
 from __future__ import annotations
@@ -15,17 +16,24 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from . import __version__
 from .errors import BadInput, MmchatError
 from .presets import AUTO, DEFAULT_PRESET, PRESETS
 
+if TYPE_CHECKING:  # torch takes seconds to import, and --help should not wait for it
+    from .engine import Engine
+    from .generation import SamplingOptions
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; the exit status is 0 unless nothing could be answered."""
+    """Runs a command and returns its exit status: 0 unless nothing could be answered."""
     options = parse(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=options.log_level, format="%(message)s")
     try:
-        return options.run(options)
+        status: int = options.run(options)
+        return status
     except MmchatError as error:
         print(error, file=sys.stderr)
         return 1
@@ -34,16 +42,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The flags of every command; ``run`` is the function of the one that was named."""
     parser = argparse.ArgumentParser(
-        prog="python -m mmchat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="mmchat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--version", action="version", version=f"mmchat {__version__}")
+    parser.set_defaults(log_level=logging.WARNING)
     commands = parser.add_subparsers(required=True, metavar="command")
+
+    serve_command = commands.add_parser("serve", help="serve the page")
+    _add_model_flags(serve_command)
+    _add_speech_flag(serve_command)
+    _add_page_flags(serve_command)
+    serve_command.set_defaults(run=serve, log_level=logging.INFO)
 
     ask_command = commands.add_parser("ask", help="ask one question and read the answer as it is written")
     ask_command.add_argument("question", nargs="?", default="", help="the question; may be spoken with --audio instead")
     ask_command.add_argument("--image", action="append", default=[], help="a picture to ask about; may be repeated")
     ask_command.add_argument("--audio", help="a recording of the question")
-    ask_command.add_argument("--speech", help="another Whisper model: a size, a repository, a folder or a .pt file")
+    _add_model_flags(ask_command)
+    _add_speech_flag(ask_command)
+    _add_sampling_flags(ask_command)
     ask_command.set_defaults(run=ask)
 
     batch_command = commands.add_parser("batch", help="answer a file of questions")
@@ -53,6 +72,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     batch_command.add_argument(
         "--out", type=Path, required=True, help='the same lines with "answer"; lines that are there already are kept'
     )
+    _add_model_flags(batch_command)
+    _add_sampling_flags(batch_command)
     batch_command.set_defaults(run=batch)
 
     classes_command = commands.add_parser("classes", help="what the image encoder recognizes in pictures")
@@ -60,7 +81,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     classes_command.add_argument(
         "--names", metavar="FILE", help="one name a line: tell which of these it is (for presets with CLIP)"
     )
-    classes_command.set_defaults(run=classes, rewrite=False, temperature=None, beams=None, max_new_tokens=None)
+    _add_model_flags(classes_command)
+    classes_command.set_defaults(run=classes)
 
     space_command = commands.add_parser("space", help="put the files of a Hugging Face Space together")
     space_command.add_argument("--out", type=Path, required=True, help="the folder to write; it has to be empty")
@@ -69,29 +91,65 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     doctor_command = commands.add_parser("doctor", help="look at this machine: what is here, what is missing")
     doctor_command.set_defaults(run=doctor)
 
-    for command in (ask_command, batch_command, classes_command):
-        command.add_argument(
-            "--preset",
-            default=os.environ.get("MMCHAT_PRESET", DEFAULT_PRESET),
-            help=f"which models to use: {', '.join([AUTO, *PRESETS])} (default: MMCHAT_PRESET, or {DEFAULT_PRESET})",
-        )
-        command.add_argument("--weights", help="a folder that training wrote (default: the preset's own)")
-        command.add_argument(
-            "--quantization",
-            default=os.environ.get("MMCHAT_QUANTIZATION", "auto"),
-            help="auto, none, 8bit, 4bit or 4bit-double (default: MMCHAT_QUANTIZATION, or auto)",
-        )
-    for command in (ask_command, batch_command):
-        command.add_argument(
-            "--rewrite", action="store_true", help="have the model without its adapter rewrite each answer"
-        )
-        command.add_argument("--temperature", type=float, help="0 takes the likeliest word every time")
-        command.add_argument("--beams", type=int, help="above 1: search for the likeliest whole answer (slower)")
-        command.add_argument("--max-new-tokens", type=int, help="the longest answer, in tokens")
     options = parser.parse_args(arguments)
     if options.run is ask and options.question and options.audio:
         parser.error("ask either in writing or with --audio, not both")
     return options
+
+
+def _add_model_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--preset",
+        default=os.environ.get("MMCHAT_PRESET", DEFAULT_PRESET),
+        help=f"which models to use: {', '.join([AUTO, *PRESETS])} (default: MMCHAT_PRESET, or {DEFAULT_PRESET})",
+    )
+    command.add_argument("--weights", help="a folder that training wrote (default: the preset's own)")
+    command.add_argument(
+        "--quantization",
+        default=os.environ.get("MMCHAT_QUANTIZATION", "auto"),
+        help="of the language model: auto, none, 8bit, 4bit or 4bit-double (default: MMCHAT_QUANTIZATION, or auto)",
+    )
+
+
+def _add_speech_flag(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--speech",
+        default=os.environ.get("MMCHAT_SPEECH"),
+        help="another Whisper model: a size such as base.en, a repository, a folder or a .pt file "
+        "(default: MMCHAT_SPEECH, or the preset's own)",
+    )
+
+
+def _add_sampling_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--rewrite", action="store_true", help="have the model without its adapter rewrite each answer"
+    )
+    command.add_argument("--temperature", type=float, help="0 takes the likeliest word every time")
+    command.add_argument("--beams", type=int, help="above 1: search for the likeliest whole answer (slower)")
+    command.add_argument("--max-new-tokens", type=int, help="the longest answer, in tokens")
+
+
+def _add_page_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--server",
+        default=os.environ.get("MMCHAT_SERVER"),
+        help="in place of a model here: a server that speaks OpenAI's API, as http://localhost:8000/v1 "
+        "(default: MMCHAT_SERVER, or none)",
+    )
+    command.add_argument(
+        "--rate-limit",
+        default=os.environ.get("MMCHAT_RATE_LIMIT") or "0",
+        help="questions that one address may ask in a minute; 0 for any number (default: MMCHAT_RATE_LIMIT, or 0)",
+    )
+    command.add_argument("--host", help="the address to listen on (default: this machine only)")
+    command.add_argument("--port", type=int, help="the port to listen on (default: the first free one from 7860)")
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serves the page until it is stopped."""
+    from .serving.serve import serve
+
+    return serve(options)
 
 
 def ask(options: argparse.Namespace) -> int:
@@ -179,11 +237,11 @@ def doctor(_: argparse.Namespace) -> int:
     return 0 if is_well else 1
 
 
-def _start(options: argparse.Namespace):
+def _start(options: argparse.Namespace) -> tuple[Engine, SamplingOptions]:
     from .conversation import SamplingOptions
     from .engine import load
 
-    given = {name: getattr(options, name) for name in ("temperature", "beams", "max_new_tokens")}
+    given = {name: getattr(options, name, None) for name in ("temperature", "beams", "max_new_tokens")}
     sampling = SamplingOptions(**{name: value for name, value in given.items() if value is not None})
     return load(options.preset, options.weights, options.quantization, getattr(options, "speech", None)), sampling
 
@@ -221,7 +279,7 @@ def _finished(path: Path, questions: list[tuple[int, str]]) -> int:
     return len(answers)
 
 
-def _answer_line(engine, sampling, line: str, rewrite: bool) -> dict:
+def _answer_line(engine: Engine, sampling: SamplingOptions, line: str, rewrite: bool) -> dict[str, Any]:
     from .conversation import Message
 
     try:
@@ -237,7 +295,7 @@ def _answer_line(engine, sampling, line: str, rewrite: bool) -> dict:
     return {**entry, "answer": answer}
 
 
-def _entry(line: str) -> dict:
+def _entry(line: str) -> dict[str, Any]:
     """A line's JSON object; the bare line in one if it is none."""
     try:
         entry = json.loads(line)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .bundle import bundled
 from .errors import MmchatError
 from .fetching.sources import HubRepository, WheelMember, fingerprint
 
-WEIGHTS_FOLDER = Path(__file__).resolve().parent.parent / "weights"
+WEIGHTS_FOLDER = bundled("weights")
 IMAGE_ENCODER_FILE = "image_encoder.safetensors"  # in a folder of weights: their own image encoder
 
 
@@ -56,7 +57,7 @@ class ImageEncoderPreset:
     @property
     def title(self) -> str:
         """Its name; of one that was tuned, with what tells it from others."""
-        return f"{self.name} tuned {self.revision[:8]}" if self.is_tuned else self.name
+        return f"{self.name} tuned {str(self.revision)[:8]}" if self.is_tuned else self.name
 
     @property
     def feature_kind(self) -> str:

@@ -16,6 +16,15 @@ SPEECH = Path(__file__).parent / "data" / "jfk.flac"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in mmchat's `smol` preset may need the Hub
 
+# Fixtures that serve the page, start a server, or train first; what uses them is slow, and `make check` leaves it out.
+SLOW_FIXTURES = {"address", "described", "exported", "fresh", "hub", "pair", "prepared", "served", "trained", "tuned"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session")
 def engine():

@@ -114,6 +114,7 @@ def test_the_template_says_what_the_prompt_builder_says(exported, name):
     assert theirs["input_ids"] == encode(messages, tokenizer, chat_format, 1, add_generation_prompt=True).token_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "projector", "message"),
     [("phi3-pooled", "llava", "pooled"), ("phi3-patches", "mlp", "'mlp'"), ("phi-patches", "llava", "bias")],
@@ -134,6 +135,7 @@ def test_what_llava_has_no_place_for_is_named(tiny, tmp_path, name, projector, m
         export_llava(tmp_path / "weights", tmp_path / "llava", PRESETS[name])
 
 
+@pytest.mark.slow
 def test_siglip_is_exported_too(tiny, tmp_path):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -29,6 +29,8 @@ from mmchat.training.run import train
 from tests.conftest import SPEECH
 from tests.test_trainer import recipe
 
+pytestmark = pytest.mark.slow
+
 MANY = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|user|>", "<|assistant|>"]

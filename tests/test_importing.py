@@ -209,6 +209,7 @@ def test_pickled_code_is_refused(tiny, tmp_path, capsys):
     assert "burglar" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_presets_published_weights_are_imported_once(tiny, tmp_path, monkeypatch):
     from dataclasses import replace
 
@@ -222,6 +223,7 @@ def test_a_presets_published_weights_are_imported_once(tiny, tmp_path, monkeypat
     assert LocalEngine(preset).model.has_adapter
 
 
+@pytest.mark.slow
 def test_the_script_reports_every_tensor(tiny, tmp_path):
     publish("b", tmp_path / "published")
     command = [sys.executable, "-m", "tests.tiny", str(tiny), "training_scripts/import_checkpoint.py"]

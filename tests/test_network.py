@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from gradio_client import Client, handle_file
 
 from tests.conftest import ROOT, SPEECH, page_address
@@ -14,6 +15,7 @@ from tests.raw import endpoints, served, upload
 OURS = {"127.0.0.1", "localhost", "::1", "0.0.0.0", "None"}
 
 
+@pytest.mark.slow
 def test_the_app_talks_to_nobody(tmp_path, photo):
     asked, log = tmp_path / "asked.txt", tmp_path / "log.txt"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "GRADIO_"))}

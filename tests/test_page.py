@@ -105,6 +105,7 @@ def test_pictures_whose_time_is_up_are_left_out(tmp_path, monkeypatch):
         assert len(message.images) == count and message.text == "Hi"
 
 
+@pytest.mark.slow
 def test_uploads_are_deleted_when_their_time_is_up(engine, photo, monkeypatch):
     monkeypatch.setattr(ui, "KEEP_UPLOADS", 12)  # and one looks every second
     demo = ui.build(engine, ROOT / "examples")
@@ -170,6 +171,7 @@ def test_an_error_of_ours_never_shows_its_insides(engine, monkeypatch, address, 
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_page_is_there_before_the_models(engine):
     loaded, told = threading.Event(), []
     waiting = LoadingEngine(lambda: loaded.wait(60) and engine, notify=told.append)
@@ -186,6 +188,7 @@ def test_the_page_is_there_before_the_models(engine):
         demo.close()
 
 
+@pytest.mark.slow
 def test_models_that_cannot_be_loaded_end_the_app_with_a_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
     command = [sys.executable, "app.py", "--preset", "smol", "--weights", str(tmp_path / "empty")]
@@ -205,6 +208,7 @@ def test_a_rate_limit_that_is_none_is_refused_at_the_start(said, as_flag):
     assert (result.returncode, result.stderr) == (1, says)
 
 
+@pytest.mark.slow
 def test_one_address_may_ask_only_so_often(engine):
     demo = ui.build(engine, ROOT / "examples", RateLimit(2))
     ui.launch(demo, prevent_thread_lock=True, quiet=True)
@@ -234,12 +238,13 @@ def test_the_limit_is_of_any_minute_and_of_each_address():
         limit.count("a")
 
 
+@pytest.mark.slow
 def test_visitors_can_be_asked_to_sign_in(engine, monkeypatch):
-    import app
+    from mmchat.serving.serve import sign_in
 
     monkeypatch.setenv("MMCHAT_SIGN_IN", "ann:a secret: with a colon")
     demo = ui.build(engine, ROOT / "examples")
-    ui.launch(demo, prevent_thread_lock=True, quiet=True, auth=app.sign_in())
+    ui.launch(demo, prevent_thread_lock=True, quiet=True, auth=sign_in())
     try:
         assert httpx.get(f"{demo.local_url}config").status_code == 401
         assert call(demo.local_url, "ask", ["Hi", None]).count("Not authenticated") == 1
@@ -249,4 +254,4 @@ def test_visitors_can_be_asked_to_sign_in(engine, monkeypatch):
         demo.close()
     monkeypatch.setenv("MMCHAT_SIGN_IN", "no colon")
     with pytest.raises(BadInput, match="colon between them"):
-        app.sign_in()
+        sign_in()

@@ -224,6 +224,7 @@ class TestImageEncoders:
         with pytest.raises(BadInput, match="no layer -9"):
             find_image_encoder(HubRepository(str(tiny / "clip")), layer=-9)
 
+    @pytest.mark.slow
     def test_weights_bring_their_image_encoder(self, tiny, tmp_path, picture):
         from mmchat.training.data.features import embed_folder
 

@@ -16,7 +16,7 @@ from mmchat.training.recipe import Recipe, parse_recipe, read_recipe, write_reci
 from tests.conftest import ROOT
 
 SCRIPTS = sorted((ROOT / "training_scripts").glob("*.py"))
-RECIPES = sorted((ROOT / "training_scripts" / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "training_scripts" / "recipes").rglob("*.yaml"))
 
 
 def script(folder, command, **options):

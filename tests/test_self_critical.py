@@ -142,6 +142,7 @@ def test_sampled_answers_are_as_frequent_as_the_model_says(tiny, model_and_token
         assert max(len(answer) for answer in answers) <= 3  # as long as what people wrote, and the end
 
 
+@pytest.mark.slow
 def test_what_is_rewarded_comes_more_often_and_the_rest_is_learnt_on(tiny, described, tmp_path):
     settings = {
         "train": [str(described / "open.json")],
@@ -163,6 +164,7 @@ def test_what_is_rewarded_comes_more_often_and_the_rest_is_learnt_on(tiny, descr
     assert_same(tmp_path / "cut" / "checkpoint-40", tmp_path / "on" / "checkpoint-40")
 
 
+@pytest.mark.slow
 def test_worker_processes_prepare_the_same_batches(tiny, described, tmp_path):
     settings = {"train": [str(described / "open.json")], "scst_samples": 3, "max_steps": 3}
     for workers in (0, 1):
@@ -170,6 +172,7 @@ def test_worker_processes_prepare_the_same_batches(tiny, described, tmp_path):
     assert_same(tmp_path / "0" / "checkpoint-3", tmp_path / "1" / "checkpoint-3")
 
 
+@pytest.mark.slow
 def test_questions_with_one_answer_each_cannot_be_compared(tiny, tmp_path):
     with pytest.raises(BadInput, match="answered in 3 ways"):
         train(recipe(tiny, tmp_path, scst_samples=2))

@@ -169,6 +169,7 @@ def checkpoint(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_openais_package_gives_the_same_kind_of_result(checkpoint, engine):
     found = SpeechRecognizer(find_speech_model(str(checkpoint))).transcribe(SPEECH)
     assert type(found) is Transcript is type(engine.transcribe(SPEECH))

@@ -31,6 +31,7 @@ def test_help_does_not_wait_for_torch():
     assert "ask" in shown and "batch" in shown and shown.endswith("False\n")
 
 
+@pytest.mark.slow
 def test_ask_as_a_person_runs_it():
     """The whole way, in a process of its own: stdout is the answer and nothing else."""
     command = [sys.executable, "-m", "mmchat", "ask", "What is the capital of France?", "--temperature", "0"]
@@ -162,3 +163,18 @@ class TestBatch:
     def test_a_file_that_cannot_be_written_is_named(self, questions, tmp_path, capsys):
         assert self.batch(questions, tmp_path / "nowhere" / "answers.jsonl") == 1
         assert "cannot be written" in capsys.readouterr().err
+
+
+def test_app_py_is_mmchat_serve():
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+    app, serve = (
+        subprocess.run([sys.executable, *command, "--help"], **options).stdout
+        for command in (["app.py"], ["-m", "mmchat", "serve"])
+    )
+    assert app == serve and "--rate-limit" in app
+
+
+def test_every_command_that_needs_models_takes_the_same_flags():
+    for command in (["serve"], ["ask", "Hi"], ["batch", "q.jsonl", "--out", "a.jsonl"], ["classes", "a.jpg"]):
+        options = terminal.parse([*command, "--preset", "smol", "--weights", "w", "--quantization", "none"])
+        assert (options.preset, options.weights, options.quantization) == ("smol", "w", "none")

@@ -197,6 +197,7 @@ def test_a_damaged_decision_is_said(tmp_path):
 QUANTIZED = ["4bit", pytest.param("int8", marks=EXACT)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", QUANTIZED)
 def test_it_learns_on_a_quantized_base(tiny, tmp_path, quantization):
     decide_for_int8(tmp_path)
@@ -209,6 +210,7 @@ def test_it_learns_on_a_quantized_base(tiny, tmp_path, quantization):
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 def test_a_rate_of_zero_freezes(tiny, tmp_path):
     train(recipe(tiny, tmp_path / "first"))
     start = str(tmp_path / "first" / "checkpoint-6")
@@ -221,6 +223,7 @@ def test_a_rate_of_zero_freezes(tiny, tmp_path):
         assert moved == {trained}, (trained, frozen)
 
 
+@pytest.mark.slow
 def test_stage_one_has_no_adapter_and_stage_two_goes_on_from_it(tiny, tmp_path):
     train(recipe(tiny, tmp_path / "one", lr=0, projector="resblock", end_of_image_token=True))
     assert not (tmp_path / "one" / "adapter").exists()
@@ -242,6 +245,7 @@ def test_a_frozen_projector_is_noticed_at_the_first_step(tiny, tmp_path, monkeyp
         train(settings)
 
 
+@pytest.mark.slow
 def test_conversations_without_pictures_are_learnt_from_too(tiny, tmp_path):
     entries = [entry_of(str(number), None, [("Hello?", f"Hello {number}.")]) for number in range(8)]
     write_conversations(tmp_path / "text.json", entries)
@@ -251,6 +255,7 @@ def test_conversations_without_pictures_are_learnt_from_too(tiny, tmp_path):
     assert float(last["projector_change"]) > 0 and float(history(tmp_path / "run")[-2]["projector_change"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointing"])
 def test_features_and_pictures_train_to_the_same_weights(tiny, tmp_path, settings):
     train(recipe(tiny, tmp_path / "features"))
@@ -258,6 +263,7 @@ def test_features_and_pictures_train_to_the_same_weights(tiny, tmp_path, setting
     assert_same(tmp_path / "features" / "checkpoint-6", tmp_path / "pictures" / "checkpoint-6", up_to_rounding=True)
 
 
+@pytest.mark.slow
 def test_training_with_bf16_and_with_the_models_own_tokens(tiny, tmp_path):
     train(recipe(tiny, tmp_path / "forced", max_steps=20))
     train(recipe(tiny, tmp_path / "free", max_steps=20, scheduled_sampling=0.5, scheduled_sampling_cycle=10))
@@ -296,6 +302,7 @@ def test_the_share_of_scheduled_sampling_cycles(tiny, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_old_checkpoints_go_and_the_best_stays(tiny, tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
     original = MultimodalTrainer.evaluation_loop
@@ -321,6 +328,7 @@ def test_old_checkpoints_go_and_the_best_stays(tiny, tmp_path, monkeypatch):
     assert (tmp_path / "samples.png").exists() and "Describe" in (tmp_path / "samples.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_not_written_well_is_not_called_one(tiny, tmp_path, monkeypatch):
     def save_half(model, folder, preset):
         save_weights(model, folder, preset, torch.float16)
@@ -331,6 +339,7 @@ def test_a_checkpoint_that_was_not_written_well_is_not_called_one(tiny, tmp_path
     assert checkpoints(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", ["mmchat.checkpoints.weights_folder.save_file", "torch.save"])
 def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch, writer):
     module, name = writer.rsplit(".", 1)
@@ -366,6 +375,7 @@ def test_up_to_twenty_kills_at_any_moment_cost_nothing(tiny, tmp_path):
     assert_same(tmp_path / "whole" / "checkpoint-220", tmp_path / "cut" / "checkpoint-220")
 
 
+@pytest.mark.slow
 def test_a_folder_with_checkpoints_is_not_written_over(tiny, tmp_path):
     train(recipe(tiny, tmp_path))
     with pytest.raises(BadInput, match="--resume"):
@@ -474,6 +484,7 @@ def test_one_process_has_nobody_to_share_with(tiny, tmp_path):
         train(recipe(tiny, tmp_path, shard=True))
 
 
+@pytest.mark.slow
 def test_weights_between_two_runs(tiny, tmp_path):
     train(recipe(tiny, tmp_path / "one"))
     first = tmp_path / "one" / "checkpoint-6"

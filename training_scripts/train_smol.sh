@@ -63,7 +63,7 @@ stage runs/tagger/tagger.safetensors "$PYTHON" training_scripts/fit_tagger.py --
 stage runs/previous/mmchat.json bash -c \
     'mkdir -p runs/previous && git archive b371864 weights/smol | tar -x --strip-components=2 -C runs/previous'
 stage runs/smol/mmchat.json "$PYTHON" training_scripts/finetune_qlora.py --resume \
-    --recipe training_scripts/recipes/smol.yaml
+    --recipe training_scripts/recipes/smol/1-answers.yaml
 
 # 5. Descriptions rewarded, a few questions about each picture beside them
 prepare data/flickr-few.json captions $FLICKR --split train --agreement 1 --per-image 5 --apart --seed 33
@@ -73,5 +73,5 @@ prepare data/world-labels-few.json labels $LABELS --per-image 4 --seed 35
 prepare data/world-daquar-few.json labels --labels "$DATA/world/questions.json" $WORLD --split train --per-image 4 \
     --seed 36
 stage runs/smol-rewarded/mmchat.json "$PYTHON" training_scripts/finetune_qlora.py --resume \
-    --recipe training_scripts/recipes/smol-rewarded.yaml
+    --recipe training_scripts/recipes/smol/2-rewards.yaml
 echo "Chat with the weights: make run OPTIONS=\"--weights runs/smol-rewarded\""

@@ -71,7 +71,7 @@ def _device() -> Finding:
 
         device = choose_device()
     except ImportError as error:
-        return Finding("device", "unknown", f"A package is missing ({error.name}): run make run again.")
+        return Finding("device", "unknown", f"A package is missing ({error.name}): install mmchat again.")
     preset, reason = choose_preset()
     return Finding("device", f"{device.type}: {device.reason}; the preset auto means {preset.name}: {reason}")
 
@@ -109,7 +109,7 @@ def _answer() -> Finding:
     except MmchatError as error:
         return Finding("answer", "none", str(error))
     except ImportError as error:
-        return Finding("answer", "none", f"A package is missing or broken ({error.name}): run make run again.")
+        return Finding("answer", "none", f"A package is missing or broken ({error.name}): install mmchat again.")
     first = text.strip().splitlines()[0] if text.strip() else ""
     return Finding(
         "answer", first or "none", "" if first else "The model said nothing; remove the cache and try again."

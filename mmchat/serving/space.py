@@ -6,11 +6,11 @@ import re
 import shutil
 from pathlib import Path
 
+from ..bundle import INSIDE, PACKAGE, bundled
 from ..errors import BadInput
 
-ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("app.py", "mmchat", "weights", "examples", "requirements.txt", "README.md", "LICENSE", "docs")
-LEFT_OUT = ("__pycache__", "*.pyc", "*.pyi", ".*")
+PARTS = ("app.py", "weights", "examples", "requirements.txt", "README.md", "LICENSE", "docs/page.png")
+LEFT_OUT = ("__pycache__", "*.pyc", "*.pyi", ".*", INSIDE)
 LARGEST_FILE = 10_000_000  # bytes; the Hub wants larger ones in LFS
 FRONT_MATTER = ("title", "emoji", "colorFrom", "colorTo", "sdk", "sdk_version", "python_version", "app_file", "license")
 
@@ -27,9 +27,9 @@ def assemble(out: str | Path) -> list[Path]:
     out = Path(out)
     if out.is_dir() and any(out.iterdir()):
         raise BadInput(f"{out} is not empty. Name another folder, or empty it.")
-    out.mkdir(parents=True, exist_ok=True)
-    for name in PARTS:
-        source, target = ROOT / name, out / name
+    for name, source in {"mmchat": PACKAGE, **{name: bundled(name) for name in PARTS}}.items():
+        target = out / name
+        target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
             shutil.copytree(source, target, ignore=shutil.ignore_patterns(*LEFT_OUT))
         else:

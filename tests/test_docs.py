@@ -1,0 +1,176 @@
+"""README and docs: every command runs somewhere, its flags parse, links lead somewhere, and the tree is the tree."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import runpy
+import shlex
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmchat.__main__ import parse
+from tests.conftest import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Commands of other programs → the test that runs them, and what of the command stands there.
+RUN_IN = {
+    "accelerate launch": ("test_trainer.py", "accelerate"),
+    "pip download --no-deps": ("test_assets.py", "wheels"),
+    "pip install .": ("test_install.py", "pip"),
+    "python -m pip install": ("test_install.py", "pip"),
+    "pip install -c constraints.txt": ("test_docs.py", "test_constraints_pin_everything_that"),
+    "transformers serve": ("test_remote.py", '"serve"'),
+}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> Iterator[tuple[list[str], str]]:
+    """Every command of a page in words, its variables filled in, and its comment."""
+    for block in blocks(page, "sh"):
+        variables: dict[str, str] = {}
+        for line in block.replace("\\\n", " ").splitlines():
+            code, _, comment = line.partition(" #")
+            for command in code.split("&&"):
+                command = re.sub(r"\$(\w+)", lambda name: variables[name[1]], command)  # noqa: B023
+                words = shlex.split(command)
+                while words and re.match(r"\w+=", words[0]):
+                    name, _, value = words.pop(0).partition("=")
+                    variables[name] = value
+                if words:
+                    yield words, comment
+
+
+ALL = [(page.name, words, comment) for page in PAGES for words, comment in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "words", "comment"), ALL, ids=[" ".join(words)[:60] for _, words, _ in ALL])
+def test_every_command_is_understood_or_named_as_untested(page, words, comment, monkeypatch):
+    if "untested" in comment:
+        return
+    text = " ".join(words)
+    for word in words:
+        if word.startswith(("examples/", "weights/", "training_scripts/", "benchmarks/")):
+            assert (ROOT / word).exists(), f"{page}: {word} is not there"
+    if words[0] == "make":
+        check_make(*words[1:])
+    elif words[0] == "mmchat":
+        parse(words[1:])
+    elif words[0] == "python" and words[1].startswith("training_scripts/"):
+        check_script(words[1:], monkeypatch)
+    else:
+        covered = [covering for start, covering in RUN_IN.items() if text.startswith(start)]
+        assert covered, f"{page}: no test runs '{text}': write one, or end the line with '# untested'"
+        test, needle = covered[0]
+        assert needle in (ROOT / "tests" / test).read_text(encoding="utf-8")
+        if scripts := [place for place, word in enumerate(words) if word.startswith("training_scripts/")]:
+            check_script(words[scripts[0] :], monkeypatch)
+
+
+def check_make(target: str, *options: str) -> None:
+    known = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1].split()
+    assert target in known
+    if target == "run" and options:
+        parse(["serve", *shlex.split(options[0].removeprefix("OPTIONS="))])
+
+
+def check_script(words: list[str], monkeypatch) -> None:
+    """The script's own parser takes these flags; nothing runs after it."""
+
+    class Parsed(Exception):
+        pass
+
+    def parse_only(parser, *arguments, **options):
+        parse_args(parser, *arguments, **options)
+        raise Parsed
+
+    parse_args = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    monkeypatch.setattr(sys, "argv", [words[0], *words[1:]])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(Parsed):
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+
+def test_the_readme_prints_what_it_says(engine, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("mmchat.engine.load", lambda preset: engine)
+    (code,) = blocks(ROOT / "README.md", "python")
+    exec(compile(code, "README.md", "exec"), {})
+    printed = (ROOT / "README.md").read_text(encoding="utf-8").split("It prints:\n\n```text\n")[1].split("```")[0]
+    assert capsys.readouterr().out.strip() == printed.strip()
+
+
+def test_the_page_answers_programs_as_documented(address, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (code,) = blocks(ROOT / "docs" / "deploying.md", "python")
+    exec(compile(code.replace("http://127.0.0.1:7860", address), "deploying.md", "exec"), {})
+    assert capsys.readouterr().out.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+        linked = page.parent / target if target else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+rooms = pytest.mark.skipif(not (ROOT / "mmchat" / "models").is_dir(), reason="the pages describe the package in rooms")
+
+
+@rooms
+def test_the_tree_of_the_readme_is_the_tree():
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## What is where\n\n```text\n")[1].split("```")[0]
+    names = re.findall(r"^( {0,2})([\w./]+) ", tree, re.MULTILINE)
+    missing = [name for indent, name in names if not (ROOT / ("mmchat" if indent else "") / name).exists()]
+    assert len(names) > 15 and not missing
+    shown = {name.strip("/") for _, name in names}
+    assert not [
+        path.name for path in (ROOT / "mmchat").iterdir() if (path / "__init__.py").is_file() and path.name not in shown
+    ]
+
+
+@rooms
+def test_modules_that_the_docs_name_exist():
+    known = [str(path) for folder in ("mmchat", "training_scripts", "tests") for path in (ROOT / folder).rglob("*.py")]
+    for page in PAGES:
+        for name in re.findall(r"`([\w/]+\.py)`", page.read_text(encoding="utf-8")):
+            assert (ROOT / name).exists() or any(path.endswith(f"/{name}") for path in known), f"{page.name}: {name}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_constraints_pin_everything_that_is_installed():
+    def plain(name: str) -> str:
+        return re.match(r"[\w.-]+", name)[0].lower().replace("_", "-")
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [line for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines() if line]
+    wanted += [name for extra in project["optional-dependencies"].values() for name in extra]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {plain(line) for line in lines if "==" in line}
+    assert {plain(name) for name in wanted} - {"mmchat"} <= pinned
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    assert {pin for hook in hooks for pin in hook.get("additional_dependencies", [])} <= set(lines)
+
+
+def test_the_workflows_run_the_documented_commands():
+    runs = []
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+        runs += [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert sorted(runs) == ["make check", "make test"]
