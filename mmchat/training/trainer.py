@@ -266,7 +266,7 @@ class MultimodalTrainer(Trainer):
         """Removes the oldest checkpoints beyond ``keep``, never the best one."""
         best = Path(self.state.best_model_checkpoint).name if self.state.best_model_checkpoint else None
         others = [folder for folder in checkpoints(out) if folder.name != best]
-        for folder in others[: -self.recipe.keep or None]:
+        for folder in others[: -self.recipe.save_total_limit or None]:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
