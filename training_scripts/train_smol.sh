@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# Trains weights/smol from data, stage by stage; what is there already is not made again, and a run that was interrupted
-# is resumed.
+# Trains weights/smol from the data, step by step. A step whose result is there is skipped; an interrupted one resumes.
 #
 #     DATA=research/ training_scripts/train_smol.sh
 #
 # DATA holds flickr8k/ (images/, captions.json, splits.json), world/ (images/, captions.json, labels.json,
-# questions.json, splits.json) and imagenet_classes.json; the model card tells where they come from. WORDNET names the folder of WordNet
-# 3.0's files (Debian's wordnet-base puts them where they are looked for). Everything is written to data/ and runs/.
+# questions.json, splits.json) and imagenet_classes.json; the model card says where they come from. WORDNET is the folder
+# of WordNet 3.0's files, which Debian's package wordnet-base installs. All results go to data/ and runs/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${DATA:?Name the folder with the data sets: DATA=research/ training_scripts/train_smol.sh}"
@@ -31,6 +30,11 @@ prepare() { # the file to write, then prepare_data.py's arguments
     stage "$1" "$PYTHON" training_scripts/prepare_data.py "${@:2}" --out "$1"
 }
 
+finetune() { # a recipe's name, and the folder that it writes
+    stage "$2/mmchat.json" "$PYTHON" training_scripts/finetune_qlora.py --resume \
+        --recipe "training_scripts/recipes/smol/$1.yaml"
+}
+
 link() { # a folder of pictures, and its name below data/pictures
     mkdir -p data/pictures
     [ -e "data/pictures/$2" ] || ln -s "$(realpath "$1")" "data/pictures/$2"
@@ -46,7 +50,7 @@ prepare data/world-captions-train.json captions --captions "$DATA/world/captions
 LABELS="--labels $DATA/world/labels.json --wordnet $WORDNET $WORLD --split train"
 prepare data/world-labels-train.json labels $LABELS --per-image 8
 prepare data/world-daquar-train.json labels --labels "$DATA/world/questions.json" $WORLD --split train
-prepare data/easy-train.json easy-vqa $EASY --per-image 4 --turns 1 --limit 1200 --seed 6
+prepare data/easy-train.json easy-vqa $EASY --per-image 5 --turns 1 --limit 2400 --seed 7
 
 # 2. Features of all pictures
 stage data/features-lite2/manifest.json "$PYTHON" training_scripts/embed_images.py --images data/pictures \
@@ -59,19 +63,23 @@ stage runs/tagger/tagger.safetensors "$PYTHON" training_scripts/fit_tagger.py --
     --labels world="$DATA/world/labels.json" world="$DATA/world/questions.json" \
     --splits flickr8k="$DATA/flickr8k/splits.json" world="$DATA/world/splits.json"
 
-# 4. Answers learned word by word, from the projector and adapter of the release before this one
+# 4. Cross-entropy on answers, in three runs, from the projector and adapter of the release before
 stage runs/previous/mmchat.json bash -c \
     'mkdir -p runs/previous && git archive b371864 weights/smol | tar -x --strip-components=2 -C runs/previous'
-stage runs/smol/mmchat.json "$PYTHON" training_scripts/finetune_qlora.py --resume \
-    --recipe training_scripts/recipes/smol/1-answers.yaml
+finetune 1-answers runs/smol-1
+finetune 2-longer runs/smol-2
+prepare data/flickr-again.json captions $FLICKR --split train --agreement 1 --per-image 6 --apart --seed 43
+prepare data/world-captions-again.json captions --captions "$DATA/world/captions.json" $WORLD --split train \
+    --agreement 1 --per-image 5 --apart --details --seed 44
+prepare data/world-labels-again.json labels $LABELS --per-image 8 --seed 42
+finetune 3-anneal runs/smol-3
 
-# 5. Descriptions rewarded, a few questions about each picture beside them
+# 5. SCST on descriptions, with a few questions about each picture
 prepare data/flickr-few.json captions $FLICKR --split train --agreement 1 --per-image 5 --apart --seed 33
 prepare data/world-captions-few.json captions --captions "$DATA/world/captions.json" $WORLD --split train \
     --agreement 1 --per-image 5 --apart --details --seed 34
 prepare data/world-labels-few.json labels $LABELS --per-image 4 --seed 35
 prepare data/world-daquar-few.json labels --labels "$DATA/world/questions.json" $WORLD --split train --per-image 4 \
     --seed 36
-stage runs/smol-rewarded/mmchat.json "$PYTHON" training_scripts/finetune_qlora.py --resume \
-    --recipe training_scripts/recipes/smol/2-rewards.yaml
-echo "Chat with the weights: make run OPTIONS=\"--weights runs/smol-rewarded\""
+finetune 4-rewards runs/smol-4
+echo "Chat with the weights: make run OPTIONS=\"--weights runs/smol-4\""
