@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .conversation import Engine, Message, SamplingOptions
 from .errors import BadInput, MmchatError
 from .presets import AUTO, DEFAULT_PRESET, PRESETS
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help should not wait for it
-    from .engine import Engine
-    from .generation import SamplingOptions
+    from .engine import LocalEngine
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,8 +154,6 @@ def serve(options: argparse.Namespace) -> int:
 
 def ask(options: argparse.Namespace) -> int:
     """Prints the answer to one question as it is written."""
-    from .conversation import Message
-
     engine, sampling = _start(options)
     question = options.question
     if options.audio:
@@ -237,8 +235,7 @@ def doctor(_: argparse.Namespace) -> int:
     return 0 if is_well else 1
 
 
-def _start(options: argparse.Namespace) -> tuple[Engine, SamplingOptions]:
-    from .conversation import SamplingOptions
+def _start(options: argparse.Namespace) -> tuple[LocalEngine, SamplingOptions]:
     from .engine import load
 
     given = {name: getattr(options, name, None) for name in ("temperature", "beams", "max_new_tokens")}
@@ -280,8 +277,6 @@ def _finished(path: Path, questions: list[tuple[int, str]]) -> int:
 
 
 def _answer_line(engine: Engine, sampling: SamplingOptions, line: str, rewrite: bool) -> dict[str, Any]:
-    from .conversation import Message
-
     try:
         entry = json.loads(line)
         image, question = entry.get("image"), entry["question"]

@@ -37,7 +37,7 @@ class Message:
     text: str
     images: Sequence[Any] = field(default=())
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"A message's role is one of {', '.join(ROLES)}, not '{self.role}'")
         if isinstance(self.images, (str, bytes, Path)):
@@ -69,7 +69,7 @@ class SamplingOptions:
     beams: int = 1
     seed: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 5:
             raise BadInput("The temperature must lie between 0 and 5.")
         if not 0 < self.top_p <= 1:

@@ -14,7 +14,7 @@ class FairLock:
     that holds it must not enter it again; it may enter ``reentrant``.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._current, self._next = RLock(), Lock()
 
     def __enter__(self) -> None:
