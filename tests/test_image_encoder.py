@@ -101,7 +101,7 @@ def test_a_decoded_picture_is_read_like_its_file(engine, tmp_path):
 def test_features_have_the_shape_the_preset_says(engine, small_picture):
     features = engine.image_encoder.encode([small_picture, small_picture.rotate(90)])
     preset = engine.preset.image_encoder
-    assert features.shape == (2, preset.feature_count, preset.width)
+    assert features.shape == (2, preset.feature_count, preset.image_dim)
     cells, whole = features[:, :-1], features[:, -1]
     assert (torch.cosine_similarity(cells.mean(dim=1), whole) > 0.9).all()
     assert not torch.equal(features[0], features[1])

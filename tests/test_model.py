@@ -59,7 +59,7 @@ def test_a_marker_ends_every_picture():
 
 
 def test_features_without_a_place_are_an_error():
-    with pytest.raises(ValueError, match="3 places for picture tokens, but 4 tokens"):
+    with pytest.raises(ValueError, match="3 IMAGE_TOKEN_IDs, but 4 picture tokens"):
         tiny_model().splice(torch.tensor([[1, *[IMAGE_TOKEN_ID] * 3]]), torch.randn(1, 4, 8))
 
 

@@ -179,7 +179,7 @@ def test_sizes_are_the_published_ones(preset):
         encoder = preset.image_encoder
         shape = ProjectorConfig(
             preset.projector.kind,
-            encoder.width,
+            encoder.image_dim,
             preset.projector.hidden_width,
             config.hidden_size,
             encoder.feature_count,
@@ -203,23 +203,23 @@ class TestImageEncoders:
         found = encoder.encode([picture])
         states = encoder.network(encoder.pixels(picture)[None], output_hidden_states=True).hidden_states[layer]
         assert_close(found, states if class_token else states[:, 1:])
-        assert found.shape[1:] == (preset.feature_count, preset.width) == (4 + class_token, 24)
+        assert found.shape[1:] == (preset.feature_count, preset.image_dim) == (4 + class_token, 24)
 
     def test_the_pooled_embedding_is_clips_projection(self, tiny, picture):
         preset = find_image_encoder(HubRepository(str(tiny / "clip")), "pooled")
         encoder = load_image_encoder(preset)
         expected = encoder.network(encoder.pixels(picture)[None]).image_embeds
         assert_close(encoder.encode([picture])[:, 0], expected)
-        assert preset.width == 20
+        assert preset.image_dim == 20
 
     @pytest.mark.parametrize(("features", "count"), [("patches", 4), ("pooled", 1)])
     def test_siglip(self, tiny, picture, features, count):
         preset = find_image_encoder(HubRepository(str(tiny / "siglip")), features, class_token=True)
         found = load_image_encoder(preset).encode([picture])
-        assert found.shape == (1, count, 24) == (1, preset.feature_count, preset.width)
+        assert found.shape == (1, count, 24) == (1, preset.feature_count, preset.image_dim)
 
     def test_what_is_no_image_encoder_is_named(self, tiny):
-        with pytest.raises(BadInput, match="no CLIP or SigLIP"):
+        with pytest.raises(BadInput, match="not a CLIP or SigLIP model"):
             find_image_encoder(HubRepository(str(tiny / "phi3")))
         with pytest.raises(BadInput, match="no layer -9"):
             find_image_encoder(HubRepository(str(tiny / "clip")), layer=-9)
@@ -242,6 +242,9 @@ class TestImageEncoders:
         )
         train(recipe)
         own = PRESETS["phi3-pooled"]
+        assert preset_for_weights(own, tmp_path / "run").image_encoder == encoder
+        config = tmp_path / "run" / "mmchat.json"
+        config.write_text(config.read_text().replace('"image_dim": 24,', '"width": 24,', 1))  # as older folders have it
         assert preset_for_weights(own, tmp_path / "run").image_encoder == encoder
         engine = LocalEngine(own, tmp_path / "run")
         assert engine.preset.image_encoder == encoder

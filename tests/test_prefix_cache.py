@@ -21,7 +21,7 @@ OPTIONS = SamplingOptions(temperature=0, max_new_tokens=6)
 def pair(request, tiny, tmp_path_factory):
     """Two engines with the same weights, one of which forgets everything between turns; and pictures.
 
-    Phi-3 is read by PyTorch, Llama by ONNX Runtime.
+    PyTorch decodes Phi-3, ONNX Runtime decodes Llama.
     """
     folder = tmp_path_factory.mktemp("reuse")
     recipe = Recipe(
@@ -35,7 +35,7 @@ def pair(request, tiny, tmp_path_factory):
     )
     train(recipe)
     keeping, forgetting = (LocalEngine(PRESETS[request.param], folder) for _ in range(2))
-    forgetting.prefix_cache.budget = 0
+    forgetting.prefix_cache.budget_bytes = 0
     return keeping, forgetting, [tiny / "pictures" / f"{number}.png" for number in range(3)]
 
 
@@ -120,14 +120,14 @@ def test_one_that_begins_alike_leaves_another_its_reading(pair, read):
 
 def test_what_idle_conversations_keep_is_bounded(pair):
     keeping, _, pictures = pair
-    budget = keeping.prefix_cache.budget
+    budget = keeping.prefix_cache.budget_bytes
     try:
-        keeping.prefix_cache.budget = 150_000
+        keeping.prefix_cache.budget_bytes = 150_000
         for number in range(12):
             "".join(keeping.reply([Message("user", f"{number} is a number?", pictures[:1])], OPTIONS))
         assert 1 <= len(keeping.prefix_cache) < 12 and keeping.prefix_cache.size <= 150_000
     finally:
-        keeping.prefix_cache.budget = budget
+        keeping.prefix_cache.budget_bytes = budget
 
 
 def test_two_conversations_at_once_do_not_disturb_each_other(pair):

@@ -21,7 +21,7 @@ from mmchat.training.data.packing import ConversationDataset
 from mmchat.training.tagging import TAGS_FILE, TrainingTags, Vocabulary, fit_tagger, read_classes
 
 CELLS, WIDTH = 4, 8
-SMALL = replace(EFFICIENTNET_LITE2, feature_count=CELLS + 1, width=WIDTH)
+SMALL = replace(EFFICIENTNET_LITE2, feature_count=CELLS + 1, image_dim=WIDTH)
 
 
 def features_of(kind: int, number: int) -> torch.Tensor:
@@ -120,7 +120,7 @@ def test_it_is_saved_and_read_again(fitted, tmp_path):
 @pytest.mark.parametrize(
     "other",
     [
-        replace(SMALL, width=WIDTH + 1),
+        replace(SMALL, image_dim=WIDTH + 1),
         replace(SMALL, resolution=256),
         replace(SMALL, feature_count=10),
         replace(SMALL, name="efficientnet-lite0"),
@@ -138,15 +138,15 @@ def test_a_tagger_of_another_encoder_is_refused(fitted, other, tmp_path):
 def test_a_tagger_that_does_not_tell_its_encoder_is_checked_by_width(tmp_path):
     Tagger(["terrier"], ["dog"], WIDTH).save(tmp_path)
     assert load_tagger(tmp_path, replace(SMALL, resolution=256)).classes == ["terrier"]
-    with pytest.raises(WeightsError, match="features of 8 numbers.*fit_tagger.py"):
-        load_tagger(tmp_path, replace(SMALL, width=WIDTH + 1))
+    with pytest.raises(WeightsError, match="features of size 8.*fit_tagger.py"):
+        load_tagger(tmp_path, replace(SMALL, image_dim=WIDTH + 1))
 
 
 def test_weights_with_a_tagger_of_another_encoder_are_refused(engine, tmp_path):
     encoder = engine.preset.image_encoder
     engine.model.save(tmp_path, engine.preset)
     other = encoder_text(replace(encoder, resolution=256))
-    Tagger(["terrier"], ["dog"], encoder.width, other).save(tmp_path)
+    Tagger(["terrier"], ["dog"], encoder.image_dim, other).save(tmp_path)
     with pytest.raises(WeightsError, match="at 256 pixels.*at 288 pixels"):
         load_model(engine.preset, tmp_path, torch.float32)
 
@@ -195,7 +195,7 @@ def test_weights_bring_their_tagger_along(engine, fitted, tmp_path):
     save_weights(engine.model, tmp_path / "one", engine.preset)
     assert (tmp_path / "one" / TAGGER_FILE).exists()
     model, _ = load_model(engine.preset, tmp_path / "one", torch.float32)
-    features = torch.rand(engine.preset.image_encoder.feature_count, engine.preset.image_encoder.width)
+    features = torch.rand(engine.preset.image_encoder.feature_count, engine.preset.image_encoder.image_dim)
     assert model.tags(features) == engine.model.tags(features)
     average_weights(tmp_path / "one", tmp_path / "one", 0.5, tmp_path / "average")
     assert (tmp_path / "average" / TAGGER_FILE).read_bytes() == (tmp_path / "one" / TAGGER_FILE).read_bytes()

@@ -75,7 +75,7 @@ def test_a_spoken_question_is_shown_and_answered(capsys):
         (["ask"], "Please type or speak a question."),
         (["ask", "What?", "--image", "nowhere.jpg"], "There is no picture 'nowhere.jpg'."),
         (["ask", "--audio", "nowhere.wav"], "There is no recording 'nowhere.wav'."),
-        (["ask", "Hi", "--temperature", "9"], "The temperature must lie between 0 and 5."),
+        (["ask", "Hi", "--temperature", "9"], "The temperature must be between 0 and 5."),
     ],
 )
 def test_errors_are_one_sentence(capsys, arguments, says):

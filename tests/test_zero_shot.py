@@ -58,7 +58,7 @@ def clip_engine(request, clip, tmp_path_factory):
     encoder = find_image_encoder(HubRepository(str(clip)), request.param)
     preset = replace(PRESETS[f"phi3-{request.param}"], image_encoder=encoder)
     language_model, _ = load_language_model(preset.language_model, torch.float32)
-    shape = ProjectorConfig("mlp", encoder.width, 8, language_model.config.hidden_size, encoder.feature_count)
+    shape = ProjectorConfig("mlp", encoder.image_dim, 8, language_model.config.hidden_size, encoder.feature_count)
     folder = tmp_path_factory.mktemp("weights")
     save_weights(MultimodalModel(language_model, build_projector(shape), shape), folder, preset)
     return LocalEngine(preset, folder)
@@ -115,7 +115,7 @@ def test_names_in_a_terminal(clip_engine, small_picture, tmp_path, capsys, monke
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(b" \n\n", "holds no names"), (b"\xff\xfe\x00d", "not a text file")], ids=["blank", "binary"]
+    ("content", "says"), [(b" \n\n", "has no names"), (b"\xff\xfe\x00d", "not a text file")], ids=["blank", "binary"]
 )
 def test_a_file_without_names_is_refused(content, says, tmp_path):
     (tmp_path / "names.txt").write_bytes(content)
@@ -156,5 +156,5 @@ def test_other_image_encoders_are_refused(tiny):
 
 def test_clip_has_no_classifier_to_fit_a_tagger_with(tiny):
     encoder = load_image_encoder(PRESETS["phi3-pooled"].image_encoder)
-    with pytest.raises(WeightsError, match="tiny-clip was trained on no classes"):
+    with pytest.raises(WeightsError, match="tiny-clip has no classes"):
         _ = encoder.classifier
