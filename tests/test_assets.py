@@ -101,7 +101,7 @@ def test_a_warm_cache_needs_no_pip(cache, member, monkeypatch):
     make_wheel(cache / "wheels")
     fetch(member)
     monkeypatch.setattr(wheels, "_download_wheel", None)
-    monkeypatch.setattr(wheels, "_wheel_by_hand", None)
+    monkeypatch.setattr(wheels, "_provided_wheel", None)
     assert fetch(member).read_bytes() == CONTENT
 
 

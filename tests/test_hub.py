@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmchat.fetching.cache import cache_folder
-from mmchat.fetching.hub import _note, is_repository_here
+from mmchat.fetching.hub import _record, is_repository_here
 from mmchat.fetching.wheels import fetch_members
 from mmchat.presets import PHI_3_5, SMOL, HubRepository
 from tests.conftest import ROOT, page_address
@@ -104,7 +104,7 @@ def test_from_a_name_to_an_answer_in_the_page(hub, fresh, photo, tmp_path):
 @pytest.mark.parametrize(
     ("trouble", "sentence"),
     [
-        (lambda hub: hub.gated.add(PHI), "microsoft/Phi-3.5-mini-instruct is gated: ask for access"),
+        (lambda hub: hub.gated.add(PHI), "microsoft/Phi-3.5-mini-instruct is gated: request access"),
         (lambda hub: hub.repositories.pop(PHI), "The Hub has no model 'microsoft/Phi-3.5-mini-instruct'"),
         (lambda hub: hub.repositories.update({PUBLISHED: hub.repositories[PHI]}), "lacks lora_weights.pt"),
         (lambda hub: hub.repositories.update({PHI: hub.repositories[PUBLISHED]}), "lacks weights"),
@@ -123,7 +123,7 @@ def test_a_broken_transfer_is_gone_on_with(hub, fresh):
     with serve(hub) as endpoint:
         result = ask(fresh, endpoint)
         assert result.returncode == 1 and "Traceback" not in result.stderr
-        assert f"{PHI} could not be fetched" in result.stderr and "'smol' needs no Hub" in result.stderr
+        assert f"{PHI} could not be fetched" in result.stderr and "'smol' works without the Hub" in result.stderr
         hub.broken.clear()
         assert ask(fresh, endpoint).returncode == 0
 
@@ -140,9 +140,9 @@ def test_a_file_that_was_cut_off_later_is_fetched_again(tmp_path, monkeypatch):
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
     repository = HubRepository("somebody/model", "main")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    note = _note(repository)
-    note.parent.mkdir(parents=True)
-    note.write_text(json.dumps({"folder": str(tmp_path), "files": {"model.safetensors": 7}}))
+    record = _record(repository)
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"folder": str(tmp_path), "files": {"model.safetensors": 7}}))
     assert is_repository_here(repository)
     (tmp_path / "model.safetensors").write_bytes(b"weig")
     assert not is_repository_here(repository)

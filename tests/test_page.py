@@ -204,7 +204,7 @@ def test_a_rate_limit_that_is_none_is_refused_at_the_start(said, as_flag):
     command = [sys.executable, "app.py", *flags]
     options = {"cwd": ROOT, "env": os.environ | environment, "timeout": 60}
     result = subprocess.run(command, capture_output=True, text=True, **options)
-    says = f"The rate limit is a whole number of questions per minute, or 0 for no limit, not '{said}'.\n"
+    says = f"The rate limit must be a whole number of questions per minute, or 0 for no limit, not '{said}'.\n"
     assert (result.returncode, result.stderr) == (1, says)
 
 
@@ -216,7 +216,7 @@ def test_one_address_may_ask_only_so_often(engine):
         client = Client(demo.local_url, verbose=False)
         for _ in range(2):
             assert client.predict("Is one more than two?", None, api_name="/ask")
-        with pytest.raises(AppError, match=r"more than 2 questions a minute. Please wait \d+ seconds"):
+        with pytest.raises(AppError, match=r"more than 2 questions per minute. Please wait \d+ seconds"):
             client.predict("Is one more than two?", None, api_name="/ask")
     finally:
         demo.close()

@@ -22,7 +22,7 @@ from mmchat import BadInput, Message, MmchatError, SamplingOptions
 from mmchat.checkpoints.exporting import export_llava
 from mmchat.engine import LocalEngine
 from mmchat.presets import PRESETS
-from mmchat.serving.remote import RemoteEngine, _as_sent
+from mmchat.serving.remote import RemoteEngine, _to_openai
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
 from tests.conftest import ROOT
@@ -161,8 +161,8 @@ def refusing(status):
 @pytest.mark.parametrize(
     ("status", "sentence"),
     [
-        (400, "could not read that"),
-        (401, "another key"),
+        (400, "rejected the request"),
+        (401, "rejected the API key"),
         (404, "does not have that model"),
         (429, "busy"),
         (500, "failed"),
@@ -218,6 +218,6 @@ def test_bad_input_does_not_reach_the_server(tmp_path):
 
 
 def test_large_pictures_are_sent_smaller():
-    sent = _as_sent(Message("user", "What is it?", [Image.new("RGB", (3000, 2000), "red")]))
+    sent = _to_openai(Message("user", "What is it?", [Image.new("RGB", (3000, 2000), "red")]))
     kind, data = sent["content"][0]["image_url"]["url"].split(",")
     assert kind == "data:image/jpeg;base64" and Image.open(io.BytesIO(base64.b64decode(data))).size == (1024, 683)

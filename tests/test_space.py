@@ -69,7 +69,7 @@ def test_its_settings_fit_what_is_installed():
     [
         (lambda folder: (folder / "weights" / "big").write_bytes(bytes(10_000_001)), "big has 10 MB"),
         (lambda folder: (folder / "README.md").write_text("# mmchat\n"), "lacks title"),
-        (lambda folder: (folder / "app.py").unlink(), "no app of gradio"),
+        (lambda folder: (folder / "app.py").unlink(), "must name an app of gradio"),
     ],
 )
 def test_what_would_not_run_is_named(tmp_path, change, message):
