@@ -1,6 +1,6 @@
-"""A training run that is killed again and again: ``python -m tests.killed FOLDER recipe.yaml TIMES``.
+"""Kills a training run again and again: ``python -m tests.killed FOLDER recipe.yaml TIMES``.
 
-The run is a fork of a process that has everything imported, so a kill costs a second, not ten.
+The run is a fork of a process with all imports done, so a restart takes one second, not ten.
 """
 
 from __future__ import annotations

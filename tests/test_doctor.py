@@ -16,7 +16,7 @@ def loaded(engine, monkeypatch):
     monkeypatch.setattr("mmchat.engine.load", lambda preset: engine)
 
 
-def test_a_machine_that_is_well(loaded, capsys):
+def test_a_healthy_machine(loaded, capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert "✗" not in shown and "✓ torch: " in shown and "✓ preset smol: everything is here" in shown
@@ -25,7 +25,7 @@ def test_a_machine_that_is_well(loaded, capsys):
     assert answer.startswith("✓ answer: ") and len(answer) > 15
 
 
-def test_every_trouble_comes_with_advice(monkeypatch, capsys, tmp_path):
+def test_every_problem_comes_with_advice(monkeypatch, capsys, tmp_path):
     def fail(preset):
         raise AssetError("It is missing: run pip download.")
 

@@ -1,4 +1,4 @@
-"""From a model's name on the Hub to an answer, over huggingface_hub's and transformers' real download code."""
+"""From a repository name on the Hub to an answer, with the real download code of huggingface_hub and transformers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPEECH, PUBLISHED = PHI_3_5.speech.source.name, PHI_3_5.weights.name
 
 @pytest.fixture(scope="module")
 def repositories(tiny, tmp_path_factory):
-    """What the preset phi-3.5 fetches: small models of the same classes under the same names."""
+    """Repositories of the preset phi-3.5: small models of the same classes with the same names."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     from tests.tiny import CLIP_WIDTHS
@@ -58,7 +58,7 @@ def hub(repositories):
 
 @pytest.fixture
 def fresh(tmp_path):
-    """The environment of a machine that has fetched nothing."""
+    """The environment of a machine with an empty cache."""
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "MMCHAT_CACHE": str(tmp_path / "cache")}
     environment |= {"HF_HUB_ETAG_TIMEOUT": "3", "HF_HUB_DOWNLOAD_TIMEOUT": "3", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment.pop("HF_HUB_OFFLINE", None)
@@ -78,7 +78,7 @@ def ask(environment, endpoint, *arguments):
 
 
 @pytest.mark.slow
-def test_from_a_name_to_an_answer_in_the_page(hub, fresh, photo, tmp_path):
+def test_from_a_repository_name_to_an_answer_on_the_page(hub, fresh, photo, tmp_path):
     from gradio_client import Client, handle_file
 
     log = tmp_path / "log"
@@ -111,14 +111,14 @@ def test_from_a_name_to_an_answer_in_the_page(hub, fresh, photo, tmp_path):
     ],
     ids=["gated", "no such model", "missing file", "no weights"],
 )
-def test_what_is_wrong_is_said_in_a_sentence(hub, fresh, trouble, sentence):
+def test_every_problem_gets_an_error_sentence(hub, fresh, trouble, sentence):
     trouble(hub)
     with serve(hub) as endpoint:
         result = ask(fresh, endpoint)
     assert result.returncode == 1 and sentence in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_broken_transfer_is_gone_on_with(hub, fresh):
+def test_an_interrupted_download_is_resumed(hub, fresh):
     hub.broken.add("model.safetensors")
     with serve(hub) as endpoint:
         result = ask(fresh, endpoint)
@@ -128,7 +128,7 @@ def test_a_broken_transfer_is_gone_on_with(hub, fresh):
         assert ask(fresh, endpoint).returncode == 0
 
 
-def test_without_a_hub_one_sentence_says_what_works(fresh):
+def test_without_the_hub_the_error_says_what_works(fresh):
     result = ask(fresh, "http://127.0.0.1:9")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
@@ -136,7 +136,7 @@ def test_without_a_hub_one_sentence_says_what_works(fresh):
     assert "MMCHAT_PRESET=smol" in last and str(cache_folder()) not in last
 
 
-def test_a_file_that_was_cut_off_later_is_fetched_again(tmp_path, monkeypatch):
+def test_a_file_truncated_later_is_fetched_again(tmp_path, monkeypatch):
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
     repository = HubRepository("somebody/model", "main")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
