@@ -112,11 +112,11 @@ def _prefill(model: nn.Module, embeddings: torch.Tensor, prefixes: Sequence[Hash
     first: dict[Hashable, int] = {}  # prefix -> the first row that has it
     for row, prefix in enumerate(prefixes):
         first.setdefault(prefix, row)
-    index = {prefix: index for index, prefix in enumerate(first)}
+    indices = {prefix: index for index, prefix in enumerate(first)}
     cache = DynamicCache(config=model.config)
     distinct = embeddings[list(first.values()), :length]  # [prefixes, length, hidden_size]
     model(inputs_embeds=distinct, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    cache.batch_select_indices(torch.tensor([index[prefix] for prefix in prefixes], device=embeddings.device))
+    cache.batch_select_indices(torch.tensor([indices[prefix] for prefix in prefixes], device=embeddings.device))
     if beams > 1:
         cache.batch_repeat_interleave(beams)
     return cache

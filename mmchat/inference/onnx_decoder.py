@@ -30,7 +30,7 @@ MIN_SPARE_TOKENS = 64  # a cache grows by at least this
 
 
 def load_onnx_decoder(model: nn.Module) -> OnnxDecoder | None:
-    """The ONNX decoder of a language model, built on first use; None if the model does not fit.
+    """The ONNX decoder of a language model, built on first use; None if the model is not supported.
 
     MMCHAT_DECODER=torch in the environment disables it.
 
@@ -45,7 +45,7 @@ def load_onnx_decoder(model: nn.Module) -> OnnxDecoder | None:
         folder = convert_once(f"decoder-6-{_digest(base)}", lambda target: build_decoder(base, target))
         decoder = OnnxDecoder(folder / "decoder.onnx", model)
     except Exception as error:  # onnxruntime raises many types; PyTorch is the fallback for all of them
-        logger.warning("ONNX Runtime is not available; decoding with PyTorch, which is slower: %s", error)
+        logger.warning("ONNX Runtime cannot run this model; decoding with PyTorch, which is slower: %s", error)
         return None
     logger.info("Decoding with ONNX Runtime and 4-bit weights")
     return decoder

@@ -116,7 +116,7 @@ def _onnx_session(network: EfficientNet, resolution: int) -> Any:
         model = build_image_encoder(network, resolution)
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises many types; PyTorch is the fallback for all of them
-        logger.warning("ONNX Runtime is not available; encoding pictures with PyTorch, which is slower: %s", error)
+        logger.warning("ONNX Runtime cannot run the image encoder; encoding with PyTorch, which is slower: %s", error)
         return None
 
 

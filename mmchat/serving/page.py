@@ -315,10 +315,10 @@ def build(engine: Engine, examples: Path, limit: RateLimit | None = None) -> gr.
         quick = {**private, "show_progress": "hidden"}
         demo.load(lambda: engine.about, None, about, queue=False, show_progress="hidden", api_visibility="private")
         visit = gr.State(Visit())
-        asked = gr.Number(visible=False)  # request id; it lives in the browser and tells a reply its request
+        request_id = gr.Number(visible=False)  # request id; it lives in the browser and tells a reply its request
         run = {
             "fn": page.reply,
-            "inputs": [chat, visit, asked, temperature, max_new_tokens, rewrite],
+            "inputs": [chat, visit, request_id, temperature, max_new_tokens, rewrite],
             "outputs": chat,
             "concurrency_id": "engine",
             "concurrency_limit": MAX_CONCURRENT,
@@ -327,9 +327,9 @@ def build(engine: Engine, examples: Path, limit: RateLimit | None = None) -> gr.
             **private,
         }
         typed, spoken = [text, image, chat, visit], [recording, image, chat, visit]
-        text.submit(page.add_text, typed, [text, image, chat, asked], **quick).success(**run)
-        send_recording.click(page.add_voice, spoken, [recording, image, chat, asked], **quick).success(**run)
-        chat.retry(page.drop_reply, [chat, visit], [chat, asked], **quick).success(**run)
+        text.submit(page.add_text, typed, [text, image, chat, request_id], **quick).success(**run)
+        send_recording.click(page.add_voice, spoken, [recording, image, chat, request_id], **quick).success(**run)
+        chat.retry(page.drop_reply, [chat, visit], [chat, request_id], **quick).success(**run)
         chat.undo(undo, [chat, visit], [chat, text, image], queue=False, **quick)
         stop.click(stop_reply, visit, None, queue=False, **quick)
         everything = [text, image, recording, chat]
