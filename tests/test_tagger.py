@@ -144,7 +144,7 @@ def test_a_tagger_without_a_recorded_encoder_is_checked_by_size(tmp_path):
 
 def test_weights_with_a_tagger_of_another_encoder_are_rejected(engine, tmp_path):
     encoder = engine.preset.image_encoder
-    engine.model.save(tmp_path, engine.preset)
+    save_weights(engine.model, tmp_path, engine.preset)
     other = encoder_text(replace(encoder, resolution=256))
     Tagger(["terrier"], ["dog"], encoder.image_dim, other).save(tmp_path)
     with pytest.raises(WeightsError, match="at 256 pixels.*at 288 pixels"):
@@ -153,7 +153,7 @@ def test_weights_with_a_tagger_of_another_encoder_are_rejected(engine, tmp_path)
 
 def test_training_with_another_encoder_drops_the_tagger(engine, tmp_path):
     """The features have the same size but another meaning."""
-    engine.model.save(tmp_path, engine.preset)
+    save_weights(engine.model, tmp_path, engine.preset)
     other = replace(engine.preset, image_encoder=replace(EFFICIENTNET_LITE0, resolution=288))
     assert load_model(other, tmp_path, torch.float32, any_encoder=True)[0].tagger is None
     assert load_model(engine.preset, tmp_path, torch.float32, any_encoder=True)[0].tagger

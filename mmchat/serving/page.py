@@ -315,7 +315,7 @@ def build(engine: Engine, examples: Path, limit: RateLimit | None = None) -> gr.
         quick = {**private, "show_progress": "hidden"}
         demo.load(lambda: engine.about, None, about, queue=False, show_progress="hidden", api_visibility="private")
         visit = gr.State(Visit())
-        request_id = gr.Number(visible=False)  # request id; it lives in the browser and tells a reply its request
+        request_id = gr.Number(visible=False)  # lives in the browser and tells a reply its request
         run = {
             "fn": page.reply,
             "inputs": [chat, visit, request_id, temperature, max_new_tokens, rewrite],

@@ -40,9 +40,7 @@ class RateLimit:
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic):
         self.per_minute, self._clock = per_minute, clock
-        self._asked: OrderedDict[str, deque[float]] = (
-            OrderedDict()
-        )  # address -> times of its questions in the last minute
+        self._asked: OrderedDict[str, deque[float]] = OrderedDict()  # address -> times of its last questions
         self._lock = Lock()
 
     def count(self, address: str) -> None:
