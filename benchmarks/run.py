@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""How fast `smol` is on this machine, each time beside the plain way to do the same, measured in the same run.
+"""Benchmarks `smol` on this machine against a straightforward baseline, measured in the same run.
 
-The cache should be warm: run the app once before. It takes about seven minutes on two cores, and fetches a minute of
-speech from the package index the first time.
+Warm the cache first: run the app once. The benchmark takes about seven minutes on two cores. The first run fetches a
+minute of speech from the package index.
 
 python benchmarks/run.py
 python benchmarks/run.py --only decoding follow-up --out figures.json
@@ -33,18 +33,18 @@ sys.path.insert(0, str(ROOT))
 
 PHOTOS = sorted((ROOT / "examples").glob("*.jpg"))
 PICTURE_QUESTION = "Describe the image."
-BEAMS = 5  # that faster-whisper takes unless told
+BEAMS = 5  # faster-whisper's default
 
 
 @dataclass
 class Row:
-    """One line of the table: what we take, what the plain way takes, and how many times better ours is."""
+    """One row of the table: our figure, the baseline's, their ratio and the target for it."""
 
     what: str
     ours: str
-    plain: str
+    baseline: str
     ratio: float | None
-    wanted: str
+    target: str
 
 
 def timed(work: Callable) -> float:
@@ -76,26 +76,28 @@ def first_token(messages) -> float:
 
 
 def follow_up() -> Iterator[Row]:
-    """A conversation about a picture that goes on and on."""
+    """Time to first token in a long conversation about a picture, with and without the prefix cache."""
     from mmchat import Message, SamplingOptions
 
     questions = ("What is in this picture?", "What color is it?", "Is there a dog?", "What is happening here?")
     options = SamplingOptions(temperature=0, max_new_tokens=16)
-    with_reuse: dict[int, list[float]] = {}
-    without = []
+    cached: dict[int, list[float]] = {}  # turn -> seconds
+    uncached = []
     for photo in PHOTOS:
         messages = []
         for turn in range(1, 13):
             picture = [photo] if turn == 1 else []
             messages.append(Message("user", questions[turn % len(questions)], picture))
-            with_reuse.setdefault(turn, []).append(first_token(messages))
+            cached.setdefault(turn, []).append(first_token(messages))
             messages.append(Message("assistant", "".join(engine().reply(messages, options))))
         engine().forget()
-        without.append(first_token(messages[:11]))
-    at = {turn: median(seconds) for turn, seconds in with_reuse.items()}
-    plain = median(without)
-    yield Row("turn 6: first token", f"{at[6]:.2f} s", f"{plain:.2f} s, all read anew", plain / at[6], "5")
-    yield Row("turn 12 against turn 2", f"{at[12]:.2f} s", f"{at[2]:.2f} s", at[12] / at[2], "at most 1.3")
+        uncached.append(first_token(messages[:11]))
+    at = {turn: median(seconds) for turn, seconds in cached.items()}
+    baseline = median(uncached)
+    yield Row(
+        "turn 6: first token", f"{at[6]:.2f} s", f"{baseline:.2f} s without the prefix cache", baseline / at[6], "5"
+    )
+    yield Row("turn 12 vs. turn 2", f"{at[12]:.2f} s", f"{at[2]:.2f} s", at[12] / at[2], "at most 1.3")
 
 
 def _embeddings():
@@ -106,7 +108,7 @@ def _embeddings():
 
 
 def decoding() -> Iterator[Row]:
-    """64 tokens about a picture, whatever the model would say; the first is not counted."""
+    """Decoding speed: 64 tokens about a picture, without stop tokens; the first is not counted."""
     import torch
 
     from mmchat import SamplingOptions
@@ -127,31 +129,31 @@ def decoding() -> Iterator[Row]:
         lengths = {"max_new_tokens": length, "min_new_tokens": length}
         model.generate(inputs_embeds=embeddings, attention_mask=mask, do_sample=False, pad_token_id=0, **lengths)
 
-    def plain() -> float:
+    def baseline() -> float:
         return (count - 1) / (timed(lambda: generate(count)) - timed(lambda: generate(1)))
 
-    ours(), plain()
-    pairs = [(ours(), plain()) for _ in range(5)]
-    speed, plain_speed = (median(column) for column in zip(*pairs, strict=True))
+    ours(), baseline()
+    pairs = [(ours(), baseline()) for _ in range(5)]
+    speed, baseline_speed = (median(column) for column in zip(*pairs, strict=True))
     yield Row(
-        "writing about a picture",
+        "decoding about a picture",
         f"{speed:.0f} tokens/s",
-        f"{plain_speed:.0f}, transformers' generate in fp32",
+        f"{baseline_speed:.0f}, transformers' generate in fp32",
         median(one / other for one, other in pairs),
         "2.5",
     )
     if not isinstance(engine().decoder, TorchDecoder):
         weights = sum(path.stat().st_size for path in engine().decoder.path.parent.iterdir())
         yield Row(
-            "the limit: memory read for each token",
+            "upper bound: bytes read per token",
             f"{weights / 1e6:.0f} MB",
-            f"at {_bandwidth() / 1e9:.0f} GB/s {_bandwidth() / weights:.0f} tokens/s at most",
+            f"{_bandwidth() / weights:.0f} tokens/s at {_bandwidth() / 1e9:.0f} GB/s",
             None,
             "",
         )
 
     def loop() -> None:
-        """As it is written where there is no generate: a whole forward pass for every token."""
+        """The naive loop without a KV cache: a full forward pass per token."""
         rows = embeddings
         for _ in range(count):
             with torch.inference_mode():
@@ -163,14 +165,12 @@ def decoding() -> Iterator[Row]:
 
     pairs = [(timed(answer), timed(loop)) for _ in range(3)]
     whole, again = (median(column) for column in zip(*pairs, strict=True))
-    yield Row(
-        "an answer of 64 tokens", f"{whole:.2f} s", f"{again:.1f} s, all read for each token", again / whole, "10"
-    )
+    yield Row("an answer of 64 tokens", f"{whole:.2f} s", f"{again:.1f} s without a KV cache", again / whole, "10")
 
 
 @cache
 def _bandwidth() -> float:
-    """Bytes per second that this machine reads from memory."""
+    """Memory bandwidth of this machine, in bytes per second."""
     import torch
 
     block = torch.ones(1 << 27)  # 512 MiB
@@ -178,7 +178,7 @@ def _bandwidth() -> float:
 
 
 def encoder_runs() -> Iterator[Row]:
-    """Five questions about one picture."""
+    """Encoder runs for five questions about one picture."""
     from mmchat import Message, SamplingOptions
 
     encoder, runs = engine().image_encoder, []
@@ -196,7 +196,7 @@ def encoder_runs() -> Iterator[Row]:
 
 @contextmanager
 def serving() -> Iterator[tuple[subprocess.Popen, str, float]]:
-    """app.py in a process of its own, its address, and the seconds until it showed a page."""
+    """Runs app.py in a subprocess; yields it, its address, and the seconds until it served the page."""
     import httpx
 
     with tempfile.TemporaryFile("w+") as log:
@@ -209,10 +209,10 @@ def serving() -> Iterator[tuple[subprocess.Popen, str, float]]:
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
         try:
-            while not (found := re.search(r"local URL:\s+(http://\S+)", _written(log))):
+            while not (found := re.search(r"local URL:\s+(http://\S+)", _read_all(log))):
                 time.sleep(0.02)
                 if page.poll() is not None:
-                    raise SystemExit(_written(log))
+                    raise SystemExit(_read_all(log))
             httpx.get(found[1], timeout=60).raise_for_status()
             yield page, found[1], time.perf_counter() - begun
         finally:
@@ -220,13 +220,13 @@ def serving() -> Iterator[tuple[subprocess.Popen, str, float]]:
             page.wait()
 
 
-def _written(log) -> str:
-    """What a process has written so far; its place in the file stays."""
+def _read_all(log) -> str:
+    """The log so far, without moving the file position."""
     return os.pread(log.fileno(), 1 << 20, 0).decode()
 
 
 def start() -> Iterator[Row]:
-    """From the command to the page."""
+    """Seconds from the command to the first page."""
 
     def packages() -> None:
         subprocess.run([sys.executable, "-c", "import gradio, torch, transformers"], check=True)
@@ -237,18 +237,18 @@ def start() -> Iterator[Row]:
 
     packages(), page()
     pairs = [(page(), timed(packages)) for _ in range(3)]
-    ours, plain = (median(column) for column in zip(*pairs, strict=True))
+    ours, baseline = (median(column) for column in zip(*pairs, strict=True))
     yield Row(
         "python app.py to the first page",
         f"{ours:.1f} s",
-        f"{plain:.1f} s, importing gradio, torch, transformers",
-        ours / plain,
+        f"{baseline:.1f} s, importing gradio, torch, transformers",
+        ours / baseline,
         "at most 1.3",
     )
 
 
 def memory() -> Iterator[Row]:
-    """The app's, over 20 questions about 20 pictures."""
+    """Memory of the app over 20 questions about 20 pictures."""
     from gradio_client import Client, handle_file
     from PIL import Image
 
@@ -270,12 +270,12 @@ def memory() -> Iterator[Row]:
 
 
 def _status(process: int, field: str) -> int:
-    """Bytes, as Linux counts them."""
+    """A memory field of /proc/PID/status, in bytes."""
     return int(re.search(rf"{field}:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1]) * 1024
 
 
 def speech() -> Iterator[Row]:
-    """A minute of a talk, against OpenAI's package with the same weights and as many beams."""
+    """A minute of a talk, against OpenAI's package with the same weights and the same number of beams."""
     from openai_whisper import load, minute_of_speech
 
     from mmchat.fetching.cache import cache_folder
@@ -290,27 +290,27 @@ def speech() -> Iterator[Row]:
     def ours() -> None:
         said["ours"] = recognizer.transcribe(recording).text
 
-    def plain() -> None:
+    def baseline() -> None:
         options = {"language": "en", "fp16": False, "condition_on_previous_text": False}
-        said["plain"] = model.transcribe(samples, beam_size=BEAMS, best_of=BEAMS, **options)["text"]
+        said["baseline"] = model.transcribe(samples, beam_size=BEAMS, best_of=BEAMS, **options)["text"]
 
-    ours(), plain()
-    pairs = [(timed(ours), timed(plain)) for _ in range(5)]
+    ours(), baseline()
+    pairs = [(timed(ours), timed(baseline)) for _ in range(5)]
     one, other = (median(column) for column in zip(*pairs, strict=True))
     seconds = len(samples) / SAMPLE_RATE
     yield Row(
-        "speech: work for a second of it",
+        "speech: compute per second of audio",
         f"{one / seconds:.3f} s",
         f"{other / seconds:.3f} s, openai-whisper tiny.en",
         median(theirs / ours for ours, theirs in pairs),
         "3",
     )
-    differing = word_error_rate([said["ours"]], [said["plain"]]).value
-    yield Row("words that the two hear differently", f"{differing:.1%}", "of the minute", None, "")
+    differing = word_error_rate([said["ours"]], [said["baseline"]]).value
+    yield Row("words that differ between the two", f"{differing:.1%}", "of the minute", None, "")
 
 
 def training() -> Iterator[Row]:
-    """Captions of 14 words, five to a picture, 32 or so in a step; forward, backward and AdamW."""
+    """Training speed: captions of 14 words, five per picture, about 32 per step; forward, backward, AdamW."""
     import torch
     from torch import nn
 
@@ -351,8 +351,8 @@ def training() -> Iterator[Row]:
         step(model(**batch)["loss"])
         return int((batch["labels"] != IGNORE_INDEX).sum())
 
-    def plain(rows: ConversationDataset, number: int) -> int:
-        """Every caption by itself, pictures encoded in the step, logits everywhere."""
+    def baseline(rows: ConversationDataset, number: int) -> int:
+        """The straightforward loop: one caption per row, pictures encoded in the step, logits at every token."""
         chosen = random.Random(number).sample(range(len(rows)), 32)
         batch = collate([rows[index] for index in chosen])
         images = [engine().image_encoder.encode([_opened(pictures[rows.rows[i].images[0]])])[0] for i in chosen]
@@ -372,13 +372,13 @@ def training() -> Iterator[Row]:
     speeds = []
     for number in range(4):  # the first is not counted
         pair = []
-        for work, rows in ((ours, shared), (plain, single)):
+        for work, rows in ((ours, shared), (baseline, single)):
             begun = time.perf_counter()
             pair.append(work(rows, number) / (time.perf_counter() - begun))
         speeds.append(pair)
     one, other = (median(column) for column in zip(*speeds[1:], strict=True))
     yield Row(
-        "training: tokens of answers learnt",
+        "training: answer tokens",
         f"{one:.0f} per second",
         f"{other:.0f}, the straightforward loop",
         one / other,
@@ -393,7 +393,7 @@ def _opened(path: Path):
 
 
 def precomputing() -> Iterator[Row]:
-    """Features of 160 photos, against one photo after the other."""
+    """Features of 160 photos, against encoding one photo at a time."""
     import torch
 
     from mmchat.training.data.features import embed_folder
@@ -411,20 +411,20 @@ def precomputing() -> Iterator[Row]:
 
         from mmchat.models.efficientnet import EfficientNet
 
-        network = EfficientNet(engine().preset.image_encoder.name).eval()  # with its batch norms
+        network = EfficientNet(engine().preset.image_encoder.name).eval()  # batch norms are not folded
 
         @torch.inference_mode()
-        def plain() -> None:
+        def baseline() -> None:
             for path in pictures.iterdir():
                 network(encoder.pixels(_opened(path))[None])
 
-        pairs = [(timed(lambda number=number: ours(number)), timed(plain)) for number in range(3)]
+        pairs = [(timed(lambda number=number: ours(number)), timed(baseline)) for number in range(3)]
     one, other = (160 / median(column) for column in zip(*pairs, strict=True))
     yield Row("features of photos", f"{one:.0f} per second", f"{other:.0f}, one at a time", one / other, "1.8")
 
 
 def quality(captions: str, photos: str, limit: int) -> Iterator[Row]:
-    """Greedy captions, written with packed weights and by PyTorch."""
+    """Greedy captions with packed 4-bit weights, against fp32 PyTorch."""
     from mmchat import Message, SamplingOptions
     from mmchat.inference.decoder import TorchDecoder
     from mmchat.inference.prefix_cache import PrefixCache
@@ -446,7 +446,7 @@ def quality(captions: str, photos: str, limit: int) -> Iterator[Row]:
         figures[name] = caption_metrics(said[name], [item.references for item in items])
     engine().decoder, engine().prefix_cache = decoder, prefix_cache
     same = sum(one == other for one, other in zip(*said.values(), strict=True))
-    yield Row("captions that are the same", f"{same} of {len(items)}", "written by PyTorch in fp32", None, "")
+    yield Row("captions identical to fp32 PyTorch", f"{same} of {len(items)}", "", None, "")
     for metric in ("BLEU-4", "CIDEr"):
         fast, exact = (figure[metric].value for figure in figures.values())
         yield Row(f"{metric} of {len(items)} captions", f"{fast:.3f}", f"{exact:.3f}", fast / exact, "0.99")
@@ -466,10 +466,16 @@ ROWS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=[*ROWS, "quality"], default=list(ROWS), help="some of the rows")
-    parser.add_argument("--captions", help="for quality: descriptions with references, as prepare_data.py writes them")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[*ROWS, "quality"],
+        default=list(ROWS),
+        help="the rows to measure (default: all but quality)",
+    )
+    parser.add_argument("--captions", help="for quality: captions with references, from prepare_data.py")
     parser.add_argument("--photos", help="for quality: the folder of their pictures")
-    parser.add_argument("--limit", type=int, default=200, help="for quality: so many captions (default: 200)")
+    parser.add_argument("--limit", type=int, default=200, help="for quality: number of captions (default: 200)")
     parser.add_argument("--out", help="a JSON file for the figures")
     options = parser.parse_args()
     if "quality" in options.only and not (options.captions and options.photos):
@@ -481,7 +487,7 @@ def main() -> None:
         for row in measure():
             rows.append(row)
             ratio = "" if row.ratio is None else f"{row.ratio:.2f}×"
-            print(f"{row.what:<40} {ratio:>7}  (wanted: {row.wanted})   {row.ours}; {row.plain}", flush=True)
+            print(f"{row.what:<40} {ratio:>7}  (target: {row.target})   {row.ours}; {row.baseline}", flush=True)
     if options.out:
         Path(options.out).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Sixty fixed questions to the shipped `smol` weights, to compare before and after a change that must not show.
+"""Sixty fixed questions to the shipped `smol` weights: run it before and after a refactoring and compare.
 
     python benchmarks/same_answers.py > before.jsonl
     python benchmarks/same_answers.py > after.jsonl && diff before.jsonl after.jsonl
 
-One JSON line per answer; the last line holds a digest of all of them. Temperature 0, so nothing is drawn at random;
-rounding differs between processors and thread counts, so compare on one machine with one OMP_NUM_THREADS.
+Prints one JSON line per answer, then a digest of all of them. Decoding is greedy, so nothing is random. Rounding
+differs between processors and thread counts, so compare on one machine with one OMP_NUM_THREADS.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TEXT = (
     "Is a tomato a fruit?",
     "Tell me a fact about the moon.",
 )
-ABOUT_PICTURES = ("", "What is this?")  # no words ask for a description
+ABOUT_PICTURES = ("", "What is this?")  # an empty question asks for a description
 CONVERSATIONS = (
     (None, ("My name is Ada.", "What is my name?", "Spell it backwards.")),
     (None, ("Tell me about Paris.", "How large is it?", "Which river runs through it?")),
@@ -59,7 +59,7 @@ def picture(name: str) -> str:
 
 
 def conversations() -> Iterator[tuple[list[str], tuple[str, ...], int]]:
-    """Pictures, the questions about them in turn, and the number of beams."""
+    """Yields pictures, the questions about them in order, and the number of beams."""
     for question in TEXT:
         yield [], (question,), 1
     for name in PICTURES:
@@ -79,11 +79,11 @@ def main() -> None:
     for names, questions, beams in conversations():
         options = SamplingOptions(temperature=0, max_new_tokens=40, beams=beams)
         messages: list[Message] = []
-        for number, question in enumerate(questions):
-            messages.append(Message("user", question, [picture(name) for name in names] if number == 0 else []))
+        for turn, question in enumerate(questions, start=1):
+            messages.append(Message("user", question, [picture(name) for name in names] if turn == 1 else []))
             answer = "".join(engine.reply(messages, options))
             messages.append(Message("assistant", answer))
-            line = {"images": names, "turn": number + 1, "question": question, "beams": beams, "answer": answer}
+            line = {"images": names, "turn": turn, "question": question, "beams": beams, "answer": answer}
             lines.append(json.dumps(line, ensure_ascii=False))
             print(lines[-1], flush=True)
     print(json.dumps({"answers": len(lines), "sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest()}))

@@ -1,10 +1,10 @@
-"""mmchat: talk with a small vision-language model about pictures, by text or voice.
+"""mmchat: ask a small vision-language model about pictures, by typing or speaking.
 
 import mmchat
 
 engine = mmchat.load("smol")
 question = mmchat.Message("user", "What is in this picture?", images=["dog.jpg"])
-answer = "".join(engine.reply([question]))  # or piece by piece, as it is written
+answer = "".join(engine.reply([question]))  # or print the pieces as they stream in
 """
 
 import importlib
@@ -25,9 +25,9 @@ __all__ = [
     "open_image",
 ]
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns, when imported, of a kernel it can do without
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it warns about an optional kernel
 
-# Loaded when first used: torch takes seconds to import, and `--help` should not wait for it.
+# Imported on first use: torch takes seconds to import, and `--help` should not wait for it.
 _LAZY = {
     "Engine": ("engine", "LocalEngine"),
     "Message": ("conversation", "Message"),

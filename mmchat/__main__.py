@@ -1,4 +1,4 @@
-"""The command `mmchat`, which is also `python -m mmchat`.
+"""The `mmchat` command; `python -m mmchat` does the same.
 
 mmchat serve
 mmchat ask "What is in this picture?" --image cat.jpg
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .conversation import Engine, Message, SamplingOptions
+from .conversation import Message, SamplingOptions
 from .errors import BadInput, MmchatError
 from .presets import AUTO, DEFAULT_PRESET, PRESETS
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help should not wait f
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0 unless nothing could be answered."""
+    """Runs a command and returns its exit status."""
     options = parse(arguments)
     logging.basicConfig(level=options.log_level, format="%(message)s")
     try:
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The flags of every command; ``run`` is the function of the one that was named."""
+    """Parses the flags of every command. ``run`` is the function of the chosen command."""
     parser = argparse.ArgumentParser(
         prog="mmchat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -56,8 +56,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     _add_page_flags(serve_command)
     serve_command.set_defaults(run=serve, log_level=logging.INFO)
 
-    ask_command = commands.add_parser("ask", help="ask one question and read the answer as it is written")
-    ask_command.add_argument("question", nargs="?", default="", help="the question; may be spoken with --audio instead")
+    ask_command = commands.add_parser("ask", help="ask one question and stream the answer")
+    ask_command.add_argument("question", nargs="?", default="", help="the question; or pass a recording with --audio")
     ask_command.add_argument("--image", action="append", default=[], help="a picture to ask about; may be repeated")
     ask_command.add_argument("--audio", help="a recording of the question")
     _add_model_flags(ask_command)
@@ -67,33 +67,33 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
     batch_command = commands.add_parser("batch", help="answer a file of questions")
     batch_command.add_argument(
-        "questions", type=Path, help='one question a line, as {"image": path or null, "question": text}'
+        "questions", type=Path, help='one question per line: {"image": path or null, "question": text}'
     )
     batch_command.add_argument(
-        "--out", type=Path, required=True, help='the same lines with "answer"; lines that are there already are kept'
+        "--out", type=Path, required=True, help='the same lines with an "answer"; existing lines are kept'
     )
     _add_model_flags(batch_command)
     _add_sampling_flags(batch_command)
     batch_command.set_defaults(run=batch)
 
-    classes_command = commands.add_parser("classes", help="what the image encoder recognizes in pictures")
+    classes_command = commands.add_parser("classes", help="name what the image encoder recognizes in pictures")
     classes_command.add_argument("images", nargs="+", help="pictures")
     classes_command.add_argument(
-        "--names", metavar="FILE", help="one name a line: tell which of these it is (for presets with CLIP)"
+        "--names", metavar="FILE", help="choose among the names in this file, one per line (needs a preset with CLIP)"
     )
     _add_model_flags(classes_command)
     classes_command.set_defaults(run=classes)
 
-    space_command = commands.add_parser("space", help="put the files of a Hugging Face Space together")
-    space_command.add_argument("--out", type=Path, required=True, help="the folder to write; it has to be empty")
+    space_command = commands.add_parser("space", help="assemble the files of a Hugging Face Space")
+    space_command.add_argument("--out", type=Path, required=True, help="the folder to write; it must be empty")
     space_command.set_defaults(run=space)
 
-    doctor_command = commands.add_parser("doctor", help="look at this machine: what is here, what is missing")
+    doctor_command = commands.add_parser("doctor", help="check this machine and say what to fix")
     doctor_command.set_defaults(run=doctor)
 
     options = parser.parse_args(arguments)
     if options.run is ask and options.question and options.audio:
-        parser.error("ask either in writing or with --audio, not both")
+        parser.error("pass either a question or --audio, not both")
     return options
 
 
@@ -103,7 +103,7 @@ def _add_model_flags(command: argparse.ArgumentParser) -> None:
         default=os.environ.get("MMCHAT_PRESET", DEFAULT_PRESET),
         help=f"which models to use: {', '.join([AUTO, *PRESETS])} (default: MMCHAT_PRESET, or {DEFAULT_PRESET})",
     )
-    command.add_argument("--weights", help="a folder that training wrote (default: the preset's own)")
+    command.add_argument("--weights", help="a weights folder that training wrote (default: the preset's own)")
     command.add_argument(
         "--quantization",
         default=os.environ.get("MMCHAT_QUANTIZATION", "auto"),
@@ -122,24 +122,24 @@ def _add_speech_flag(command: argparse.ArgumentParser) -> None:
 
 def _add_sampling_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--rewrite", action="store_true", help="have the model without its adapter rewrite each answer"
+        "--rewrite", action="store_true", help="let the base model, without its adapter, rewrite each answer"
     )
-    command.add_argument("--temperature", type=float, help="0 takes the likeliest word every time")
-    command.add_argument("--beams", type=int, help="above 1: search for the likeliest whole answer (slower)")
-    command.add_argument("--max-new-tokens", type=int, help="the longest answer, in tokens")
+    command.add_argument("--temperature", type=float, help="0 always picks the likeliest token")
+    command.add_argument("--beams", type=int, help="above 1: beam search (slower)")
+    command.add_argument("--max-new-tokens", type=int, help="maximum length of an answer, in tokens")
 
 
 def _add_page_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--server",
         default=os.environ.get("MMCHAT_SERVER"),
-        help="in place of a model here: a server that speaks OpenAI's API, as http://localhost:8000/v1 "
+        help="a model server that speaks OpenAI's API, such as http://localhost:8000/v1, instead of a local model "
         "(default: MMCHAT_SERVER, or none)",
     )
     command.add_argument(
         "--rate-limit",
         default=os.environ.get("MMCHAT_RATE_LIMIT") or "0",
-        help="questions that one address may ask in a minute; 0 for any number (default: MMCHAT_RATE_LIMIT, or 0)",
+        help="questions per minute from one address; 0 for no limit (default: MMCHAT_RATE_LIMIT, or 0)",
     )
     command.add_argument("--host", help="the address to listen on (default: this machine only)")
     command.add_argument("--port", type=int, help="the port to listen on (default: the first free one from 7860)")
@@ -153,7 +153,7 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def ask(options: argparse.Namespace) -> int:
-    """Prints the answer to one question as it is written."""
+    """Streams the answer to one question to stdout."""
     engine, sampling = _start(options)
     question = options.question
     if options.audio:
@@ -171,13 +171,13 @@ def ask(options: argparse.Namespace) -> int:
 
 
 def batch(options: argparse.Namespace) -> int:
-    """Answers a file of questions in order; goes on where an earlier run stopped."""
+    """Answers a file of questions in order. If interrupted, the next run resumes where it stopped."""
     from tqdm import tqdm
 
     lines = _read_lines(options.questions)
     done = _finished(options.out, lines)
     if done == len(lines):
-        print(f"{options.out} holds all {done} lines already. Delete it to ask again.", file=sys.stderr)
+        print(f"{options.out} already answers all {done} questions. Delete it to ask again.", file=sys.stderr)
         return 0
     try:
         sink = options.out.open("a", encoding="utf-8")
@@ -186,12 +186,12 @@ def batch(options: argparse.Namespace) -> int:
     engine, sampling = _start(options)
     failed = 0
     with sink:
-        for number, line in tqdm(lines[done:], initial=done, total=len(lines), unit="question"):
+        for line_number, line in tqdm(lines[done:], initial=done, total=len(lines), unit="question"):
             try:
                 answered = _answer_line(engine, sampling, line, options.rewrite)
             except BadInput as error:
                 failed += 1
-                tqdm.write(f"Line {number} skipped: {error}", file=sys.stderr)
+                tqdm.write(f"Line {line_number} skipped: {error}", file=sys.stderr)
                 answered = {**_entry(line), "answer": None, "error": str(error)}
             sink.write(json.dumps(answered, ensure_ascii=False) + "\n")
             sink.flush()
@@ -206,12 +206,12 @@ def classes(options: argparse.Namespace) -> int:
     engine, _ = _start(options)
     for image in options.images:
         found = ", ".join(f"{tag.name} {tag.probability:.0%}" for tag in engine.classes(image, names))
-        print(f"{image}: {found or 'nothing it knows'}")
+        print(f"{image}: {found or 'nothing recognized'}")
     return 0
 
 
 def space(options: argparse.Namespace) -> int:
-    """Writes the folder of a Space, ready to be pushed."""
+    """Writes the folder of a Space, ready to push."""
     from .serving.space import assemble
 
     files = assemble(options.out)
@@ -223,7 +223,7 @@ def space(options: argparse.Namespace) -> int:
 
 
 def doctor(_: argparse.Namespace) -> int:
-    """Prints what is found on this machine, and what to do about what is wrong; 1 if something is."""
+    """Prints what it finds on this machine and how to fix what is wrong. Returns 1 if anything is."""
     from .serving.doctor import examine
 
     is_well = True
@@ -244,22 +244,22 @@ def _start(options: argparse.Namespace) -> tuple[LocalEngine, SamplingOptions]:
 
 
 def _read_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a file that are not blank, with their numbers."""
+    """The non-blank lines of a file, with their line numbers."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not a text file.") from error
-    # str.splitlines would also split at characters that may stand inside a JSON string.
-    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    # str.splitlines would also split at characters that a JSON string may contain.
+    return [(line_number, line) for line_number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _finished(path: Path, questions: list[tuple[int, str]]) -> int:
-    """How many answers are there already; a last line that an interruption cut short is taken off the file.
+    """Number of questions already answered. Drops a last line that an interruption cut short.
 
     Raises:
-        BadInput: they answer other questions.
+        BadInput: the file answers other questions.
     """
     if not path.exists():
         return 0
@@ -276,7 +276,7 @@ def _finished(path: Path, questions: list[tuple[int, str]]) -> int:
     return len(answers)
 
 
-def _answer_line(engine: Engine, sampling: SamplingOptions, line: str, rewrite: bool) -> dict[str, Any]:
+def _answer_line(engine: LocalEngine, sampling: SamplingOptions, line: str, rewrite: bool) -> dict[str, Any]:
     try:
         entry = json.loads(line)
         image, question = entry.get("image"), entry["question"]
@@ -291,7 +291,7 @@ def _answer_line(engine: Engine, sampling: SamplingOptions, line: str, rewrite: 
 
 
 def _entry(line: str) -> dict[str, Any]:
-    """A line's JSON object; the bare line in one if it is none."""
+    """The JSON object on a line; ``{"line": line}`` if there is none."""
     try:
         entry = json.loads(line)
     except ValueError:

@@ -1,18 +1,18 @@
-"""Files that come with mmchat but are no Python: weights, examples, and what a Space needs."""
+"""Bundled files other than Python: weights, examples, and what a Space needs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-INSIDE = "bundled"  # the folder that setup.py adds to the package in a wheel
+INSIDE = "bundled"  # the folder that setup.py adds inside the package when it builds a wheel
 
 
 def bundled(name: str) -> Path:
-    """Where a bundled file or folder is: in a checkout beside the package, in an installed wheel inside it.
+    """Path of a bundled file or folder: beside the package in a checkout, inside it in an installed wheel.
 
     Args:
-        name: its path below the root of a checkout, such as ``weights`` or ``README.md``.
+        name: path relative to the root of a checkout, such as ``weights`` or ``README.md``.
     """
     installed = PACKAGE / INSIDE
     return (installed if installed.is_dir() else PACKAGE.parent) / name

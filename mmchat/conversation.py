@@ -1,6 +1,6 @@
-"""What goes into an engine and what comes out: messages, options, transcripts, and the engine's interface.
+"""Messages, sampling options, transcripts, and the interface of an engine.
 
-Plain data that imports no torch, so the page and the model server's client need not wait for it.
+Plain data, without torch, so the page and the model server's client start fast.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from .errors import BadInput
 logger = logging.getLogger(__name__)
 
 ROLES = ("system", "user", "assistant")
-DEFAULT_QUESTION = "Describe the image."  # for a picture that comes without words
-TEXT_PENALTY = 1.1
+DEFAULT_QUESTION = "Describe the image."  # for a picture without a question
+TEXT_PENALTY = 1.1  # repetition penalty of text-only conversations
 
-# The base model has not seen the picture: it must neither add to what the draft says nor answer the question anew.
+# The base model does not see the picture, so it must not add facts or answer the question again.
 REWRITE = """Question: {question}
 Draft answer: {draft}
 
@@ -28,9 +28,12 @@ Rewrite the draft answer in clear, correct English. Keep its meaning, and add no
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: who speaks, what they say, and the pictures they show with it.
+    """One turn of a conversation.
 
-    ``images`` are paths or decoded PIL pictures; they stand before the text.
+    Attributes:
+        role: "system", "user" or "assistant".
+        text: what is said.
+        images: paths or decoded PIL pictures; the model reads them before the text.
     """
 
     role: str
@@ -39,9 +42,9 @@ class Message:
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
-            raise ValueError(f"A message's role is one of {', '.join(ROLES)}, not '{self.role}'")
+            raise ValueError(f"The role of a message must be one of {', '.join(ROLES)}, not '{self.role}'")
         if isinstance(self.images, (str, bytes, Path)):
-            raise ValueError("images is a list of pictures; put the single picture into one: images=[picture]")
+            raise ValueError("images must be a list; wrap a single picture in one: images=[picture]")
         object.__setattr__(self, "images", tuple(self.images))
 
 
@@ -50,16 +53,16 @@ class SamplingOptions:
     """How the next token is chosen.
 
     Attributes:
-        temperature: 0 takes the likeliest token every time; higher is more varied.
-        top_p: sample from the smallest set of tokens whose probabilities reach this sum (Holtzman et al. 2020,
-            arXiv 1904.09751).
-        max_new_tokens: the longest answer.
+        temperature: 0 always picks the likeliest token; higher values give more varied answers.
+        top_p: nucleus sampling, from the smallest set of tokens whose probabilities reach this sum (Holtzman et al.
+            2020, arXiv 1904.09751).
+        max_new_tokens: maximum length of an answer.
         repetition_penalty: above 1, tokens already in the answer become less likely (Keskar et al. 2019,
-            arXiv 1909.05858). None: the engine takes 1 about pictures, whose descriptions rightly repeat "a" and "in",
-            and TEXT_PENALTY without, where a small model would go round in circles.
-        beams: above 1, beam search for the likeliest whole answer with so many beams; the answer comes in one piece,
-            and temperature and top_p do not count.
-        seed: makes a sampled answer repeatable.
+            arXiv 1909.05858). None lets the engine choose: 1 with pictures, whose descriptions rightly repeat "a" and
+            "in", and TEXT_PENALTY without, where a small model tends to loop.
+        beams: above 1, beam search with that many beams. The answer then comes in one piece, and temperature and top_p
+            are ignored.
+        seed: makes a sampled answer reproducible.
     """
 
     temperature: float = 0.2
@@ -71,15 +74,15 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 5:
-            raise BadInput("The temperature must lie between 0 and 5.")
+            raise BadInput("The temperature must be between 0 and 5.")
         if not 0 < self.top_p <= 1:
             raise BadInput("Top-p must be above 0 and at most 1.")
         if not 1 <= self.max_new_tokens <= 4096:
-            raise BadInput("The longest answer must have between 1 and 4096 tokens.")
+            raise BadInput("The maximum length of an answer must be between 1 and 4096 tokens.")
         if self.repetition_penalty is not None and not 0.5 <= self.repetition_penalty <= 3:
-            raise BadInput("The repetition penalty must lie between 0.5 and 3.")
+            raise BadInput("The repetition penalty must be between 0.5 and 3.")
         if not 1 <= self.beams <= 16:
-            raise BadInput("The number of beams must lie between 1 and 16.")
+            raise BadInput("The number of beams must be between 1 and 16.")
 
 
 @dataclass(frozen=True)
@@ -96,25 +99,25 @@ class Transcript:
     """What is said in a recording."""
 
     text: str
-    language: str  # two letters, as "en"
+    language: str  # two-letter code, such as "en"
     segments: tuple[SpeechSegment, ...]
 
 
 class Engine(Protocol):
-    """What the page, the terminal and the API talk to: models here, or a model server.
+    """What the page, the terminal and the API talk to: local models, or a model server.
 
-    A reply is a generator. Closing it stops the work.
+    A reply is a generator. Closing it stops generation.
     """
 
     @property
     def about(self) -> str:
-        """What answers here, and why, in a few sentences."""
+        """Which models answer, and why they were chosen, in a few sentences."""
 
     def warm_up(self) -> None:
-        """Loads what would otherwise load when it is first needed."""
+        """Loads the models that would otherwise load on first use."""
 
     def transcribe(self, path: str | Path) -> Transcript:
-        """What is said in a recording."""
+        """Transcribes a recording."""
 
     def reply(
         self,
@@ -122,22 +125,22 @@ class Engine(Protocol):
         options: SamplingOptions | None = None,
         notify: Callable[[str], None] = logger.warning,
     ) -> Iterator[str]:
-        """The answer to a conversation, in pieces as they are written."""
+        """Streams the answer to a conversation."""
 
     def rewrite(self, question: str, draft: str, options: SamplingOptions | None = None) -> Iterator[str]:
-        """A draft answer in better English, in pieces."""
+        """Streams a draft answer in better English."""
 
 
 def has_images(messages: Sequence[Message]) -> bool:
-    """Whether a picture is shown anywhere in the conversation."""
+    """Whether any message of the conversation shows a picture."""
     return any(message.images for message in messages)
 
 
 def with_question(messages: Sequence[Message]) -> list[Message]:
-    """The conversation with a question at its end.
+    """Checks that a conversation ends with a question; a picture without text gets DEFAULT_QUESTION.
 
     Raises:
-        BadInput: there is none.
+        BadInput: there is no question.
     """
     if not messages or messages[-1].role != "user":
         raise BadInput("Please ask a question.")
@@ -155,7 +158,7 @@ def rewrite_request(question: str, draft: str) -> Message:
 
 
 def dialogue_turns(messages: Sequence[Message]) -> list[list[Message]]:
-    """Each question with the answers that followed it."""
+    """Groups messages into turns: each question with the answers that follow it."""
     turns: list[list[Message]] = []
     for message in messages:
         if message.role == "user" or not turns:

@@ -1,4 +1,4 @@
-"""The engine on this machine: messages in, text out. ``conversation.Engine`` is its interface."""
+"""The local engine: messages in, text out. It implements ``conversation.Engine``."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from .presets import AUTO, DEFAULT_PRESET, Preset, get_preset
 logger = logging.getLogger(__name__)
 
 CACHED_PICTURES = 64
-CACHE_BUDGET = {"cpu": 2e8, "mps": 1e9, "cuda": 2e9}  # bytes of keys and values that are kept of idle conversations
+CACHE_BUDGET = {"cpu": 2e8, "mps": 1e9, "cuda": 2e9}  # bytes of KV cache kept for idle conversations
 
 
 def load(
@@ -53,17 +53,17 @@ def load(
     quantization: str = "auto",
     speech: str | None = None,
 ) -> LocalEngine:
-    """An engine with the models of a preset, fetched on first use.
+    """Loads the models of a preset, fetching them on first use.
 
     Args:
-        preset: a name from ``presets.PRESETS``, or "auto": the one that ``weights`` were trained
-            for; without weights, the best that this machine can run.
-        weights: a folder that training wrote; the preset's own weights if None.
-        quantization: of the language model: a name of ``device.QUANTIZATIONS``.
-        speech: another Whisper model than the preset's: a size, a repository, a folder or a .pt file.
+        preset: a name from ``presets.PRESETS``, or "auto": the preset that ``weights`` were trained for; without
+            weights, the best one for this machine.
+        weights: a weights folder that training wrote; the preset's own weights if None.
+        quantization: of the language model; one of ``device.QUANTIZATIONS``.
+        speech: a Whisper model in place of the preset's: a size, a repository, a folder or a .pt file.
 
     Raises:
-        MmchatError: no such preset, or models or weights that cannot be had; the text says what to do.
+        MmchatError: there is no such preset, or models or weights are not available; the message says what to do.
     """
     if preset != AUTO:
         chosen, reason = get_preset(preset), ""
@@ -81,12 +81,12 @@ def load(
 class LocalEngine:
     """One set of models in memory.
 
-    Threads may share it: replies that are read at the same time are written by turns, a piece of each, so that a short
-    one need not wait for a long one. (A prompt is prefilled in one turn, and so is a whole beam search.)
+    Threads may share an engine. Concurrent replies take turns, one piece of text each, so a short answer does not wait
+    for a long one. Prefilling a prompt takes one turn, and so does a whole beam search.
 
     Args:
-        weights: a folder that training wrote; the preset's own if None.
-        reason: why this preset was chosen, for ``about``.
+        weights: a weights folder that training wrote; the preset's own weights if None.
+        reason: why this preset was chosen; shown in ``about``.
     """
 
     def __init__(self, preset: Preset, weights: str | Path | None = None, quantization: str = "auto", reason: str = ""):
@@ -109,12 +109,12 @@ class LocalEngine:
         self.decoder = load_decoder(self.model.language_model)
         self._features: OrderedDict[str, torch.Tensor] = OrderedDict()  # picture digest -> [features, image_dim]
         self.prefix_cache = PrefixCache(self.decoder, CACHE_BUDGET[self.device.type])
-        self._lock = FairLock()  # the adapter is on or off for the whole model, so one piece is written at a time
+        self._lock = FairLock()  # the adapter is on or off for the whole model, so only one reply computes at a time
         self.speech_recognizer = SpeechRecognizer(preset.speech)
 
     @property
     def about(self) -> str:
-        """What answers here, and why, in a few sentences."""
+        """Which models answer, and why they were chosen, in a few sentences."""
         parts = [self.preset.description, f"Running on {self.device.type.upper()}: {self.device.reason}"]
         if self.quantization.kind != "none":
             parts.append(f"Weights in {self.quantization.kind}: {self.quantization.reason}")
@@ -123,8 +123,8 @@ class LocalEngine:
         return ". ".join(parts) + "."
 
     def warm_up(self) -> None:
-        """Loads the image encoder and the speech model, which would otherwise load when they are first needed."""
-        self.image_encoder  # noqa: B018 (loaded by being named)
+        """Loads the image encoder and the speech model, which would otherwise load on first use."""
+        self.image_encoder  # noqa: B018 (a cached property: access loads it)
         self.speech_recognizer.load()
 
     @cached_property
@@ -132,22 +132,24 @@ class LocalEngine:
         return load_image_encoder(self.preset.image_encoder).to(self.device.type)
 
     def transcribe(self, path: str | Path) -> Transcript:
-        """What is said in a recording: any container, rate and number of channels.
+        """Transcribes a recording of any container, sample rate and number of channels.
 
         Raises:
-            BadInput: it cannot be read, or there is no speech in it.
+            BadInput: the recording cannot be read, or has no speech in it.
         """
         return self.speech_recognizer.transcribe(path)
 
     def classes(self, image: Any, names: Sequence[str] = ()) -> list[Tag]:
-        """What the image encoder recognizes in a picture, likeliest first: what the language model is told of it.
+        """Names what the image encoder recognizes in a picture, likeliest first.
+
+        Without ``names`` these are the tags that the language model reads beside the picture.
 
         Args:
             image: a path or a decoded PIL picture.
-            names: tell which of these it is instead, by CLIP's text encoder; the language model is not told.
+            names: classify among these names instead, zero-shot, with CLIP's text encoder.
 
         Raises:
-            BadInput: the picture cannot be read, or there are names, but the image encoder is no CLIP.
+            BadInput: the picture cannot be read, or names are given and the image encoder is not CLIP.
         """
         if names:
             classifier = load_zero_shot(tuple(names), self.preset.image_encoder)
@@ -158,7 +160,7 @@ class LocalEngine:
         with self._lock:
             classes, words = self.model.tagger(self.image_features(image))
         found = sorted([*classes, *words], key=lambda tag: tag.probability)
-        return list({tag.name: tag for tag in found}.values())[::-1]  # of a name that both know, the likelier
+        return list({tag.name: tag for tag in found}.values())[::-1]  # if both know a name, the likelier tag stays
 
     def reply(
         self,
@@ -166,26 +168,26 @@ class LocalEngine:
         options: SamplingOptions | None = None,
         notify: Callable[[str], None] = logger.warning,
     ) -> Iterator[str]:
-        """The answer to a conversation, in pieces as they are written. Closing the iterator stops the work.
+        """Streams the answer to a conversation. Closing the iterator stops generation.
 
-        A conversation without pictures is answered by the base model alone. With a picture anywhere in it, adapter
-        and projector are on, and each picture is read at the place where it was shown.
+        The base model alone answers a conversation without pictures. With a picture anywhere in it, the adapter is on,
+        and picture tokens stand where the picture was shown.
 
         Args:
-            messages: the conversation, a user's question last. A picture without words is to be described.
-            options: how to choose words; the defaults if None.
-            notify: called with a sentence when the oldest turns had to be left out.
+            messages: the conversation, ending with a user's question. A picture without text asks for a description.
+            options: sampling options; the defaults if None.
+            notify: called with a sentence when the oldest turns are dropped to fit the context.
 
         Raises:
-            BadInput: there is no question, a picture cannot be read, or the question alone is too long.
+            BadInput: there is no question, a picture cannot be read, or the question alone exceeds the context.
         """
         options = options or SamplingOptions()
         messages = with_question(messages)
         if options.repetition_penalty is None:
             options = replace(options, repetition_penalty=1.0 if has_images(messages) else TEXT_PENALTY)
-        with self._lock:  # the tokenizer, too, is not for two threads at once
+        with self._lock:  # the tokenizer is not thread-safe either
             encoded = self._fit(messages, options.max_new_tokens, notify)
-        pieces = self._write(encoded, options, with_adapter=has_images(messages))
+        pieces = self._generate(encoded, options, with_adapter=has_images(messages))
         try:
             while True:
                 with self._lock:
@@ -194,12 +196,12 @@ class LocalEngine:
                     return
                 yield piece
         finally:
-            with self._lock.reentrant():  # a forgotten reply may be closed by a thread in whose turn Python cleans up
+            with self._lock.reentrant():  # garbage collection may run while this thread holds the lock
                 pieces.close()
 
-    def _write(self, encoded: EncodedConversation, options: SamplingOptions, with_adapter: bool) -> Iterator[str]:
-        """The answer to an encoded conversation; what the prefix cache holds of it is not prefilled again."""
-        if options.beams > 1:  # the answer comes in one piece, and the whole prompt is prefilled
+    def _generate(self, encoded: EncodedConversation, options: SamplingOptions, with_adapter: bool) -> Iterator[str]:
+        """Streams the answer to an encoded conversation, prefilling only what the prefix cache lacks."""
+        if options.beams > 1:  # no streaming and no prefix cache
             switch_adapter(self.model.language_model, with_adapter)
             prompt = self.embed(encoded)[0]  # [length, hidden_size]
             yield from generate_texts(self.model.language_model, self.tokenizer, [prompt], options)
@@ -215,32 +217,32 @@ class LocalEngine:
         with closing(stream_text(self.decoder, self.tokenizer, embeddings, options, prefix.cache)) as pieces:
             try:
                 yield from pieces
-            except GeneratorExit:  # stopped; after an error, some layers may have read more than others
+            except GeneratorExit:  # stopped early; after an error, the layers' caches may differ in length
                 self._keep(prefix, tokens)
                 raise
             self._keep(prefix, tokens)
 
     def _keep(self, prefix: CachedPrefix, tokens: TokenKeys) -> None:
-        prefix.crop(tokens)  # the answer is prefilled anew, with the question that follows
+        prefix.crop(tokens)  # the answer is prefilled again with the next question
         self.prefix_cache.keep(prefix)
 
     def _token_keys(self, encoded: EncodedConversation) -> TokenKeys:
-        """The conversation as it is compared with others: pictures by what is in them."""
+        """Keys that compare conversations token by token; a picture counts by its content."""
         count = self.model.tokens_per_image
         pictures = iter([(digest, index) for digest in map(_digest, encoded.images) for index in range(count)])
         return [next(pictures) if token_id == IMAGE_TOKEN_ID else token_id for token_id in encoded.token_ids]
 
     def rewrite(self, question: str, draft: str, options: SamplingOptions | None = None) -> Iterator[str]:
-        """A draft answer in better English, in pieces, by the base model: the adapter is off, the weights are the same.
+        """Streams a draft answer in better English, written by the base model with the adapter off.
 
         Args:
-            question: what the draft answers; it tells what the answer is about.
-            draft: what ``reply`` gave.
+            question: the question that the draft answers.
+            draft: the text of ``reply``.
         """
         return self.reply([rewrite_request(question, draft)], options)
 
     def _fit(self, messages: list[Message], max_new_tokens: int, notify: Callable[[str], None]) -> EncodedConversation:
-        """Tokenises the conversation, leaving out whole oldest turns until it fits the model's context."""
+        """Tokenizes the conversation, dropping the oldest turns until it fits the model's context."""
         system = [message for message in messages[:1] if message.role == "system"]
         turns = dialogue_turns(messages[len(system) :])
         capacity = self.context_length - max_new_tokens  # tokens
@@ -252,12 +254,12 @@ class LocalEngine:
                     notify(f"This conversation is too long for me: I left out the oldest {_count(dropped, 'turn')}.")
                 return encoded
         raise BadInput(
-            f"Your question is too long for me: it takes {len(encoded.token_ids)} tokens, and there is room for "
-            f"{max(capacity, 0)} beside the answer. Please shorten it."
+            f"Your question is too long for me: it takes {len(encoded.token_ids)} tokens, and {max(capacity, 0)} fit "
+            "beside the answer. Please shorten it."
         )
 
     def encode(self, messages: Sequence[Message]) -> EncodedConversation:
-        """A conversation's token ids, up to where the answer begins."""
+        """Tokenizes a conversation up to the start of the answer."""
         return encode(
             messages,
             self.tokenizer,
@@ -269,9 +271,9 @@ class LocalEngine:
 
     @torch.inference_mode()
     def embed(self, encoded: EncodedConversation, start: int = 0, end: int | None = None) -> torch.Tensor:
-        """The embeddings of some of a conversation's tokens, [1, end - start, hidden_size].
+        """Embeds the tokens from start to end, [1, end - start, hidden_size].
 
-        A picture lies between start and end as a whole or not at all.
+        The range must not cut a picture in two.
         """
         token_ids = torch.tensor([encoded.token_ids[start:end]], device=self.model.device)
         first, last = (
@@ -282,7 +284,7 @@ class LocalEngine:
         return self.model.splice(token_ids, torch.stack(features) if features else None)
 
     def image_features(self, source: Any) -> torch.Tensor:
-        """[features, image_dim] of a picture, encoded the first time it is seen.
+        """The features of a picture, [features, image_dim]; cached by content.
 
         Args:
             source: a path or a decoded PIL picture.
@@ -299,10 +301,10 @@ class LocalEngine:
         return self._features[digest]
 
     def forget(self, pictures: bool = False) -> None:
-        """Empties the prefix cache: the next turn of every conversation is prefilled from its start.
+        """Clears the prefix cache, so the next turn of every conversation is prefilled from its start.
 
         Args:
-            pictures: encode pictures anew, too.
+            pictures: clear the cached picture features, too.
         """
         with self._lock:
             self.prefix_cache.clear()
@@ -311,14 +313,14 @@ class LocalEngine:
 
 
 def _ends(encoded: EncodedConversation) -> list[int]:
-    """Where a conversation is cut to be prefilled in pieces: before each answer, and at its end."""
+    """The ends of the pieces in which a conversation is prefilled: before each answer, and at its end."""
     before = zip(encoded.is_answer, encoded.is_answer[1:], strict=False)
     starts = [index for index, (one, next_one) in enumerate(before, start=1) if next_one and not one]
     return [*starts, len(encoded.token_ids)]
 
 
 def _digest(source: Any) -> str:
-    """Tells pictures apart by what is in them: a path may hold another picture tomorrow."""
+    """Digest of a picture's content; a path may hold another picture tomorrow."""
     if isinstance(source, Image.Image):
         content = repr((source.mode, source.size)).encode() + source.tobytes()
     else:

@@ -1,16 +1,16 @@
-"""The errors a caller may catch. Their text is written for the person in front of the page."""
+"""Errors that callers may catch. Their messages are written for the visitor of the page."""
 
 
 class MmchatError(Exception):
-    """Anything mmchat can explain: the message is one or two plain sentences, safe to show to anyone."""
+    """Base class. The message is one or two plain sentences, safe to show to anyone."""
 
 
 class BadInput(MmchatError):
-    """What the person sent cannot be used: an unreadable picture, a silent recording, an empty question."""
+    """The input cannot be used: an unreadable picture, a silent recording, an empty question."""
 
 
 class AssetError(MmchatError):
-    """Weights are missing or damaged, and could not be fetched."""
+    """Weights are missing or damaged and cannot be fetched."""
 
 
 class WeightsError(MmchatError):

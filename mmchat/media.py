@@ -1,4 +1,4 @@
-"""Decodes what visitors send: pictures and recordings, damaged or huge ones included. Imports no torch."""
+"""Decodes uploaded pictures and recordings, including damaged and huge ones. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 40_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-SAMPLE_RATE = 16_000  # Hz, what Whisper was trained on
-MAX_SECONDS = 600  # of a recording
+SAMPLE_RATE = 16_000  # Hz, as Whisper expects
+MAX_SECONDS = 600  # longest recording
 
 
 def decode_image(source: Any) -> Image.Image:
-    """A picture as ``to_rgb`` gives it.
+    """Decodes a picture to RGB, see ``to_rgb``.
 
     Args:
-        source: a path, a file object, or a PIL picture that is decoded already.
+        source: a path, a file object, or a decoded PIL picture.
 
     Raises:
-        BadInput: it cannot be read.
+        BadInput: the picture cannot be read.
     """
     return to_rgb(source) if isinstance(source, Image.Image) else open_image(source)
 
 
 def open_image(source: str | Path | BinaryIO) -> Image.Image:
-    """Decodes a picture completely, as ``to_rgb`` gives it.
+    """Decodes a picture file to RGB, see ``to_rgb``.
 
     Raises:
-        BadInput: it is no picture, is damaged, or has more than ``MAX_PIXELS``.
+        BadInput: the file is not a picture, is damaged, or has more than ``MAX_PIXELS`` pixels.
     """
     too_large = BadInput(f"That picture is too large. Please send one of at most {MAX_PIXELS / 1e6:.0f} megapixels.")
     try:
         with Image.open(source, formats=FORMATS) as image:
             width, height = image.size
-            if width * height > MAX_PIXELS:  # checked on the header: decoding is what would fill the memory
+            if width * height > MAX_PIXELS:  # known from the header; decoding would fill the memory
                 raise too_large
             image.load()
             return to_rgb(image)
@@ -52,19 +52,19 @@ def open_image(source: str | Path | BinaryIO) -> Image.Image:
         raise BadInput(f"There is no picture '{Path(source).name}'.") from error
     except Image.DecompressionBombError as error:
         raise too_large from error
-    except Exception as error:  # decoders of damaged files raise almost anything
+    except Exception as error:  # on damaged files decoders raise almost anything
         raise BadInput("That file is not a picture I can read. Please send a JPEG, PNG or WebP.") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded picture as people see it: RGB, upright as its EXIF data say, transparency on white."""
+    """Converts a decoded picture to RGB: upright (EXIF orientation), transparency on white."""
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception as error:  # damaged EXIF data must not cost the picture
+    except Exception as error:  # the picture is usable without its EXIF data
         logger.info("Unreadable EXIF data: %s", error)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        levels = np.asarray(image, dtype=np.float32)
-        image = Image.fromarray((levels / max(levels.max(), 1.0) * 255).clip(0, 255).astype(np.uint8))
+        values = np.asarray(image, dtype=np.float32)
+        image = Image.fromarray((values / max(values.max(), 1.0) * 255).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -72,7 +72,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_audio(path: str | Path) -> np.ndarray:
-    """Samples of any container that PyAV reads (of a video, its sound): 16 kHz, mono, float32 in −1 to 1.
+    """Decodes any audio or video file that PyAV reads to 16 kHz mono float32 samples in −1 to 1.
 
     Raises:
         BadInput: the file is missing, holds no sound, is damaged, or is too long.
@@ -80,7 +80,7 @@ def read_audio(path: str | Path) -> np.ndarray:
     from av.error import FFmpegError
 
     try:
-        blocks = list(_up_to_longest(_decode(path)))
+        blocks = list(_limit_length(_decode(path)))
     except FileNotFoundError as error:
         raise BadInput(f"There is no recording '{Path(path).name}'.") from error
     except (FFmpegError, IndexError, ValueError, OSError) as error:
@@ -89,7 +89,7 @@ def read_audio(path: str | Path) -> np.ndarray:
 
 
 def _decode(path: str | Path) -> Iterator[np.ndarray]:
-    """Samples as they are decoded: 16 kHz, mono, 16 bits."""
+    """Yields blocks of 16 kHz mono 16-bit samples."""
     import av
 
     resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
@@ -97,19 +97,19 @@ def _decode(path: str | Path) -> Iterator[np.ndarray]:
         frames = container.decode(audio=0)
         while True:
             try:
-                frame = next(frames, None)  # None at the end: what the resampler still holds comes out
+                frame = next(frames, None)  # None at the end flushes the resampler
             except av.error.InvalidDataError:
-                continue  # a damaged packet costs its own sound only
+                continue  # skip a damaged packet, keep the rest
             if frame:
-                frame.pts = None  # recordings of browsers may jump in time
+                frame.pts = None  # timestamps of browser recordings may jump
             for part in resampler.resample(frame):
                 yield part.to_ndarray()[0]
             if frame is None:
                 return
 
 
-def _up_to_longest(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Stops at what is too long: a small file may hold days of silence, which would fill the memory."""
+def _limit_length(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Stops a recording at MAX_SECONDS: a small file may hold days of silence, which would fill the memory."""
     length = 0
     for block in blocks:
         length += len(block)

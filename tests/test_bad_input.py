@@ -1,4 +1,4 @@
-"""Whatever people send: the right answer or one clear sentence, and the next normal question works."""
+"""Any input gets an answer or one clear error sentence, and the next normal question works."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def encoded(image: Image.Image, format: str, **options) -> bytes:
 
 
 def bomb() -> bytes:
-    """400 megapixels in some 50 kB."""
+    """400 megapixels in about 50 kB."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -41,7 +41,7 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
-def turned(orientation: int) -> bytes:
+def rotated(orientation: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
     return encoded(PHOTO, "JPEG", exif=exif)
@@ -55,7 +55,7 @@ GOOD_PICTURES = {
     "small.webp": encoded(PHOTO, "WEBP"),
     "dot.png": encoded(PHOTO.resize((1, 1)), "PNG"),
     "wide.png": encoded(PHOTO.resize((20_000, 3)), "PNG"),
-    **{f"turned {orientation}.jpg": turned(orientation) for orientation in range(1, 9)},
+    **{f"rotated {orientation}.jpg": rotated(orientation) for orientation in range(1, 9)},
 }
 BAD_PICTURES = {
     "text.png": b"This is text.",
@@ -73,8 +73,8 @@ def client(address):
 
 
 @pytest.fixture
-def then_works(client):
-    """After the test, a normal question is answered."""
+def still_works(client):
+    """After the test, a normal question still gets an answer."""
     yield
     assert client.predict("Is there a ball?", handle_file(ROOT / "examples" / "ball.jpg"), api_name="/ask")
 
@@ -84,15 +84,15 @@ def written(tmp_path: Path, name: str, content: bytes) -> Path:
     return tmp_path / name
 
 
-def test_odd_pictures_are_answered_about(client, tmp_path, then_works):
+def test_unusual_pictures_get_answers(client, tmp_path, still_works):
     for name, content in GOOD_PICTURES.items():
         assert client.predict(QUESTION, handle_file(written(tmp_path, name, content)), api_name="/ask"), name
 
 
-def test_pictures_are_turned_upright_in_all_eight_ways(tmp_path):
+def test_all_eight_exif_orientations_are_applied(tmp_path):
     corners = Image.new("L", (16, 8), 0)
-    corners.paste(255, (0, 0, 4, 4))  # white where up and left is
-    undo = [None, *(Image.Transpose(way) for way in (0, 3, 1, 5, 2, 6, 4))]  # how EXIF's 1 to 8 were turned
+    corners.paste(255, (0, 0, 4, 4))  # the top left corner is white
+    undo = [None, *(Image.Transpose(way) for way in (0, 3, 1, 5, 2, 6, 4))]  # undoes EXIF orientations 1 to 8
     for orientation, way in enumerate(undo, start=1):
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -102,7 +102,7 @@ def test_pictures_are_turned_upright_in_all_eight_ways(tmp_path):
         assert upright.size == (16, 8) and upright.getpixel((1, 1)) == (255, 255, 255), orientation
 
 
-def test_files_that_are_no_pictures_get_a_sentence(client, tmp_path, then_works):
+def test_files_that_are_not_pictures_get_an_error_sentence(client, tmp_path, still_works):
     assert len(BAD_PICTURES["bomb.png"]) < 60_000
     for name, content in BAD_PICTURES.items():
         with pytest.raises((AppError, ValueError), match=r"picture|too large|empty") as caught:
@@ -111,7 +111,7 @@ def test_files_that_are_no_pictures_get_a_sentence(client, tmp_path, then_works)
 
 
 @pytest.mark.parametrize("text", ["", " \n\t ", "x" * 100_000], ids=["empty", "spaces", "long"])
-def test_texts_that_are_no_questions_get_a_sentence(client, then_works, text):
+def test_texts_that_are_not_questions_get_an_error_sentence(client, still_works, text):
     with pytest.raises(AppError, match=r"^Please (type|ask)"):
         client.predict(text, None, api_name="/ask")
 
@@ -128,12 +128,12 @@ ODD_TEXTS = {
 
 
 @pytest.mark.parametrize("text", ODD_TEXTS.values(), ids=ODD_TEXTS.keys())
-def test_odd_texts_are_answered(client, text):
+def test_unusual_texts_get_answers(client, text):
     assert client.predict(text, None, api_name="/ask")
 
 
 def film(path: Path, with_sound: bool) -> Path:
-    """A film of a second or, with sound, as long as the speech."""
+    """A video of one second, or as long as the speech if it has sound."""
     with av.open(str(path), "w") as out:
         video = out.add_stream("mpeg4", rate=5)
         video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
@@ -153,7 +153,7 @@ def film(path: Path, with_sound: bool) -> Path:
 
 
 def silence(path: Path, hours: float) -> Path:
-    """Hours of silence, in a few kilobytes an hour."""
+    """Hours of silence, a few kilobytes per hour."""
     with av.open(str(path), "w") as out:
         stream = out.add_stream("flac", rate=8000, layout="mono")
         block = np.zeros((1, 4096), np.int16)
@@ -166,7 +166,7 @@ def silence(path: Path, hours: float) -> Path:
 
 
 def noise(path: Path, hours: float) -> Path:
-    """Hours of noise, in two megabytes an hour."""
+    """Hours of noise, two megabytes per hour."""
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libopus", rate=8000, layout="mono", bit_rate=6000)
         random = np.random.default_rng(0).normal(0, 3000, 8000 * 60).astype(np.int16)
@@ -178,8 +178,8 @@ def noise(path: Path, hours: float) -> Path:
     return path
 
 
-def test_odd_recordings_are_heard_or_get_a_sentence(client, tmp_path, then_works):
-    """Past the page to its own endpoint; the browser's way to it is tested in test_browser.py."""
+def test_unusual_recordings_are_transcribed_or_get_an_error_sentence(client, tmp_path, still_works):
+    """Calls the page's endpoint directly; test_browser.py tests the way through the browser."""
     header = io.BytesIO()
     with wave.open(header, "wb") as sink:
         sink.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
@@ -201,8 +201,8 @@ def test_odd_recordings_are_heard_or_get_a_sentence(client, tmp_path, then_works
         assert says in answer and "Traceback" not in answer and str(ROOT) not in answer, (path.name, answer)
 
 
-def test_days_of_silence_do_not_fill_the_memory(tmp_path, monkeypatch):
-    """Three hours would be 690 MB of samples; what is decoded is a little more than ten minutes."""
+def test_hours_of_silence_do_not_fill_memory(tmp_path, monkeypatch):
+    """Three hours would be 690 MB of samples; decoding stops after ten minutes."""
     from mmchat import BadInput, media
 
     decoded, decode = [], media._decode

@@ -1,4 +1,4 @@
-"""What a person does, in a real browser, with the real models."""
+"""The page in a real browser, with the real models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PATIENCE = 60_000  # milliseconds; two cores may be busy
 
 
 def find_chromium() -> str:
-    """The path of a Chromium: found, or installed where this may be done; else the tests are skipped aloud."""
+    """Path of Chromium, found or installed; without one the tests are skipped with a message."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     found = next(filter(None, map(shutil.which, names)), None)
     if not found and shutil.which("apt-get") and os.geteuid() == 0:
@@ -46,7 +46,7 @@ def find_chromium() -> str:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """Chromium whose microphone hears the recorded speech."""
+    """Chromium whose microphone plays recorded speech."""
     sync_api = pytest.importorskip("playwright.sync_api")
     microphone = tmp_path_factory.mktemp("microphone") / "speech.wav"
     with wave.open(str(microphone), "wb") as sink:
@@ -63,7 +63,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, address):
-    """A fresh visit; requests that leave this machine are counted, and there must be none."""
+    """A fresh visit. Fails if the page sends a request to another machine."""
     context = browser.new_context(permissions=["microphone"], viewport={"width": 1280, "height": 900})
     context.set_default_timeout(PATIENCE)
     page = context.new_page()
@@ -95,7 +95,7 @@ def show(page, path):
 
 
 def finished(page):
-    """Waits until the last answer has not grown for three seconds."""
+    """Waits until the last answer stops growing for three seconds."""
     answers(page).last.wait_for()
     text = None
     while text != (text := answers(page).last.inner_text()) or not text:
@@ -109,7 +109,7 @@ def expect(locator):
     return playwright_expect(locator)
 
 
-def test_a_typed_question_is_answered_as_it_is_written(page):
+def test_the_answer_to_a_typed_question_streams_in(page):
     page.evaluate("""() => { window.lengths = new Set();
         new MutationObserver(() => { const all = document.querySelectorAll('#chat .bot .prose');
             if (all.length) window.lengths.add(all[all.length - 1].textContent.length); })
@@ -121,7 +121,7 @@ def test_a_typed_question_is_answered_as_it_is_written(page):
     expect(question(page)).to_have_value("")
 
 
-def test_a_photo_is_asked_about_and_a_follow_up_follows(page, photo, engine, monkeypatch):
+def test_a_question_about_a_photo_and_a_follow_up(page, photo, engine, monkeypatch):
     asked, reply = [], engine.reply
     monkeypatch.setattr(
         engine, "reply", lambda messages, *a, **k: (asked.append(messages), reply(messages, *a, **k))[1]
@@ -141,7 +141,7 @@ def test_a_photo_is_asked_about_and_a_follow_up_follows(page, photo, engine, mon
     assert follow_up.text == "Is there a person?" and not follow_up.images
 
 
-def test_a_spoken_question_is_shown_and_answered(page):
+def test_a_spoken_question_is_transcribed_and_answered(page):
     page.get_by_role("tab", name="Voice").click()
     microphone = page.locator("#mic")
     microphone.get_by_role("button", name="Record", exact=True).click()
@@ -153,7 +153,7 @@ def test_a_spoken_question_is_shown_and_answered(page):
     expect(answers(page).last).to_contain_text(re.compile(r"\w+"))
 
 
-def test_stop_halts_and_the_page_goes_on(page, engine, monkeypatch):
+def test_stop_ends_the_reply_and_the_page_still_works(page, engine, monkeypatch):
     ended, reply = [], engine.reply
 
     def watched(*arguments, **options):
@@ -178,7 +178,7 @@ def test_stop_halts_and_the_page_goes_on(page, engine, monkeypatch):
     expect(answers(page).last).to_contain_text("Paris")
 
 
-def test_undo_while_an_answer_is_written_gives_the_question_back(page):
+def test_undo_during_a_reply_restores_the_question(page):
     ask(page, "Tell me a very long story about a dragon.")
     expect(answers(page).last).to_contain_text(re.compile(r"\w+ \w+ \w+"))
     page.get_by_role("button", name="Undo").click()
@@ -187,7 +187,7 @@ def test_undo_while_an_answer_is_written_gives_the_question_back(page):
     expect(page.locator("#chat .user, #chat .bot")).to_have_count(0)
 
 
-def test_a_new_question_ends_the_answer_before_it(page):
+def test_a_new_question_ends_the_previous_reply(page):
     ask(page, "Tell me a very long story about a dragon.")
     expect(answers(page).last).to_contain_text(re.compile(r"\w+ \w+ \w+"))
     ask(page, "What is the capital of France?")
@@ -197,7 +197,7 @@ def test_a_new_question_ends_the_answer_before_it(page):
     expect(page.locator("#chat .user .prose")).to_have_count(2)
 
 
-def test_clear_empties_everything_even_while_an_answer_is_written(page, photo):
+def test_clear_resets_everything_even_during_a_reply(page, photo):
     ask(page, "Tell me a very long story about a dragon.")
     expect(answers(page).last).to_contain_text(re.compile(r"\w+ \w+ \w+"))
     show(page, photo)
@@ -210,7 +210,7 @@ def test_clear_empties_everything_even_while_an_answer_is_written(page, photo):
     expect(page.locator("#image img")).to_have_count(0)
 
 
-def test_retry_answers_again_and_undo_gives_the_question_back(page, photo, engine, monkeypatch):
+def test_retry_answers_again_and_undo_restores_the_question(page, photo, engine, monkeypatch):
     show(page, photo)
     ask(page, "Describe the image.")
     finished(page)
@@ -229,7 +229,7 @@ def test_retry_answers_again_and_undo_gives_the_question_back(page, photo, engin
     expect(page.locator("#chat .user")).to_have_count(0)
 
 
-def test_an_example_fills_the_inputs_and_can_be_sent(page):
+def test_an_example_fills_the_inputs(page):
     text, _ = ui.read_examples(ROOT / "examples")[0]
     page.get_by_text(text).first.click()
     expect(question(page)).to_have_value(text)
@@ -239,7 +239,7 @@ def test_an_example_fills_the_inputs_and_can_be_sent(page):
     expect(page.locator("#chat .user img")).to_have_count(1)
 
 
-def test_a_text_file_that_says_it_is_a_picture_gets_a_toast(page, tmp_path):
+def test_a_text_file_named_as_a_picture_gets_a_toast(page, tmp_path):
     path = tmp_path / "picture.png"
     path.write_text("This is text.")
     page.locator("#image input[type=file]").set_input_files(str(path))
@@ -265,14 +265,14 @@ def test_an_empty_question_gets_a_toast(page):
     expect(page.locator(".toast-body")).to_contain_text("Please type a question")
 
 
-def test_it_fits_on_a_phone(page):
+def test_the_page_fits_on_a_phone(page):
     page.set_viewport_size({"width": 390, "height": 844})
     ask(page, "What is the capital of France?")
     finished(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-def test_a_picture_on_the_web_is_not_fetched_because_an_answer_names_one(page, address):
+def test_a_picture_linked_in_an_answer_is_not_fetched(page, address):
     page = page.context.new_page()  # whose requests are not counted
     page.goto(address)
     question(page).wait_for()

@@ -1,4 +1,4 @@
-"""What ONNX Runtime reads and writes with packed weights is what the model itself does."""
+"""The ONNX decoder with packed weights computes what PyTorch computes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PHOTO = ROOT / "examples" / "ball.jpg"
 
 @pytest.fixture(scope="module")
 def adapted(tiny):
-    """A small Llama with an adapter that changes what it says."""
+    """A small Llama with an adapter that changes its logits."""
     model, _ = load_language_model(get_preset("llama-patches").language_model, torch.float32)
     model = add_adapter(model, rank=4, alpha=8, dropout=0.0, base_name="tiny")
     torch.manual_seed(0)
@@ -33,19 +33,19 @@ def adapted(tiny):
 
 
 @pytest.fixture(autouse=True)
-def cache_of_its_own(request, tmp_path, monkeypatch):
+def separate_cache(request, tmp_path, monkeypatch):
     if "adapted" in request.fixturenames:
         monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("is_on", [True, False])
-def test_logits_are_the_models(adapted, is_on):
+def test_logits_equal_the_models(adapted, is_on):
     decoder = load_onnx_decoder(adapted)
     torch.manual_seed(1)
     embeddings = torch.randn(1, 300, 64)
-    pieces = [9, 1, 1, 30, 256, 1, 1, 1]  # tokens that are read at once; the room has to grow among them
-    ends = [sum(pieces[: number + 1]) for number in range(len(pieces))]
+    pieces = [9, 1, 1, 30, 256, 1, 1, 1]  # tokens per prefill; the capacity has to grow in between
+    ends = [sum(pieces[: index + 1]) for index in range(len(pieces))]
     cache = decoder.new_cache(with_adapter=is_on)
     near = torch.cat([decoder.prefill(part, cache).clone() for part in embeddings.split(pieces, dim=1)])
     with_adapter = adapted(inputs_embeds=embeddings).logits[0, [end - 1 for end in ends]]
@@ -58,7 +58,7 @@ def test_logits_are_the_models(adapted, is_on):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("targets", [["k_proj", "up_proj"], ["0.self_attn.k_proj"], ["1.mlp.up_proj"]])
-def test_an_adapter_may_be_on_some_layers_only(tiny, monkeypatch, tmp_path, targets):
+def test_an_adapter_on_some_layers_only(tiny, monkeypatch, tmp_path, targets):
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
     model, _ = load_language_model(get_preset("llama-patches").language_model, torch.float32)
     model = add_adapter(model, rank=4, alpha=8, dropout=0.0, base_name="tiny", target_modules=targets)
@@ -75,8 +75,8 @@ def test_an_adapter_may_be_on_some_layers_only(tiny, monkeypatch, tmp_path, targ
 
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", [TorchDecoder, load_onnx_decoder])
-def test_caches_do_not_disturb_each_other(adapted, kind):
-    """Two conversations that begin alike, read by turns; and one that takes back what it read."""
+def test_caches_are_independent(adapted, kind):
+    """Two conversations with a common prefix, decoded in turns; the first cache is cropped before."""
     decoder = kind(adapted)
     torch.manual_seed(1)
     beginning, *parts = torch.randn(1, 10, 64).split([6, 1, 2, 1], dim=1)
@@ -85,35 +85,35 @@ def test_caches_do_not_disturb_each_other(adapted, kind):
     first.crop(6)
     second = first.prefix(6)
     assert first.length == second.length == 6 and second.size > 0
-    heard = [[decoder.prefill(part, cache).clone() for cache in (first, second)] for part in parts]
-    assert all(torch.equal(one, other) for one, other in heard)
+    logits = [[decoder.prefill(part, cache).clone() for cache in (first, second)] for part in parts]
+    assert all(torch.equal(one, other) for one, other in logits)
     decoder.prefill(parts[0], second)
     alone = decoder.new_cache()
     expected = [decoder.prefill(part, alone).clone() for part in (beginning, *parts)][1:]
-    for (one, _), other in zip(heard, expected, strict=True):
+    for (one, _), other in zip(logits, expected, strict=True):
         assert_close(one, other)
 
 
-def test_weights_of_few_levels_are_packed_without_loss():
-    levels = torch.randint(0, 16, (7, 3, BLOCK)).float()
-    levels[:, :, 0], levels[:, :, 1] = 0, 15
-    step, lowest = torch.rand(2, 7, 3, 1) * torch.tensor([[1e-3], [1.0], [0.0]])  # one block is all alike
-    packed, found_step, found_lowest = pack_4bit((lowest - 0.5 + levels * step).view(7, -1))
+def test_packing_few_levels_is_lossless():
+    codes = torch.randint(0, 16, (7, 3, BLOCK)).float()
+    codes[:, :, 0], codes[:, :, 1] = 0, 15
+    scale, lowest = torch.rand(2, 7, 3, 1) * torch.tensor([[1e-3], [1.0], [0.0]])  # one block is constant
+    packed, found_scale, found_lowest = pack_4bit((lowest - 0.5 + codes * scale).view(7, -1))
     unpacked = torch.stack([packed % 16, packed // 16], dim=3).view(7, 3, BLOCK)
-    assert_close(unpacked * found_step[:, :, None] + found_lowest[:, :, None], lowest - 0.5 + levels * step, 1e-6)
+    assert_close(unpacked * found_scale[:, :, None] + found_lowest[:, :, None], lowest - 0.5 + codes * scale, 1e-6)
     signed = torch.randint(-127, 128, (7, 2, BLOCK)).float()
     signed[:, :, 5] = -127
     signed[2, 1] = 0
-    packed, found_step = pack_8bit(0.01 * signed.view(7, -1))
-    assert_close((packed - 128.0) * found_step[:, :, None], 0.01 * signed, 1e-6)
+    packed, found_scale = pack_8bit(0.01 * signed.view(7, -1))
+    assert_close((packed - 128.0) * found_scale[:, :, None], 0.01 * signed, 1e-6)
 
 
-def test_weights_of_many_levels_are_not_packed():
+def test_weights_with_many_levels_are_not_packed():
     assert pack_4bit(torch.randn(4, 64)) is None and pack_8bit(torch.randn(4, 64)) is None
     assert pack_4bit(torch.zeros(4, 40)) is None
 
 
-def test_where_there_is_none_the_model_writes(tiny, adapted, monkeypatch, caplog):
+def test_unsupported_models_fall_back_to_pytorch(tiny, adapted, monkeypatch, caplog):
     for preset in ("phi-patches", "phi3-patches"):
         model, _ = load_language_model(get_preset(preset).language_model, torch.float32)
         assert load_onnx_decoder(model) is None
@@ -126,11 +126,11 @@ def test_where_there_is_none_the_model_writes(tiny, adapted, monkeypatch, caplog
     assert type(load_decoder(adapted)) is TorchDecoder
     monkeypatch.delenv("MMCHAT_DECODER")
     monkeypatch.setitem(sys.modules, "onnx", None)
-    assert load_onnx_decoder(adapted) is None and "written by PyTorch" in caplog.text
+    assert load_onnx_decoder(adapted) is None and "decoding with PyTorch" in caplog.text
 
 
 @torch.inference_mode()
-def test_a_model_of_the_same_shape_is_not_taken_for_another(adapted, tiny):
+def test_models_of_the_same_shape_get_their_own_decoders(adapted, tiny):
     other, _ = load_language_model(get_preset("llama-patches").language_model, torch.float32)
     other.get_decoder().layers[-1].mlp.up_proj.weight.data.neg_()
     logits = [
@@ -140,7 +140,7 @@ def test_a_model_of_the_same_shape_is_not_taken_for_another(adapted, tiny):
     assert not torch.allclose(*logits, atol=0.1)
 
 
-def test_the_real_model_says_the_same(engine, monkeypatch):
+def test_the_real_model_answers_as_in_pytorch(engine, monkeypatch):
     messages, options = [Message("user", "What is the capital of France?")], SamplingOptions(0, max_new_tokens=24)
     assert isinstance(engine.decoder, OnnxDecoder)
     fast = "".join(engine.reply(messages, options))
@@ -150,11 +150,11 @@ def test_the_real_model_says_the_same(engine, monkeypatch):
     assert "".join(engine.reply(messages, options)) == fast == "The capital of France is Paris."
 
 
-def test_an_answer_does_not_depend_on_what_is_remembered(engine):
+def test_an_answer_does_not_depend_on_the_prefix_cache(engine):
     options = SamplingOptions(temperature=0, max_new_tokens=12)
     first = [Message("user", "What color is the ball?", images=[PHOTO])]
     said = "".join(engine.reply(first, options))
     second = [*first, Message("assistant", said), Message("user", "Is there a dog?")]
-    remembered = "".join(engine.reply(second, options))
+    cached = "".join(engine.reply(second, options))
     engine.forget()
-    assert "".join(engine.reply(second, options)) == remembered
+    assert "".join(engine.reply(second, options)) == cached

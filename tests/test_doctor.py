@@ -16,26 +16,26 @@ def loaded(engine, monkeypatch):
     monkeypatch.setattr("mmchat.engine.load", lambda preset: engine)
 
 
-def test_a_machine_that_is_well(loaded, capsys):
+def test_a_healthy_machine(loaded, capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert "✗" not in shown and "✓ torch: " in shown and "✓ preset smol: everything is here" in shown
-    assert "no weights come with it" in shown.split("– preset phi-2")[1].splitlines()[0]
+    assert "ships without weights" in shown.split("– preset phi-2")[1].splitlines()[0]
     *_, answer = shown.strip().splitlines()
     assert answer.startswith("✓ answer: ") and len(answer) > 15
 
 
-def test_every_trouble_comes_with_advice(monkeypatch, capsys, tmp_path):
+def test_every_problem_comes_with_advice(monkeypatch, capsys, tmp_path):
     def fail(preset):
         raise AssetError("It is missing: run pip download.")
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("mmchat.engine.load", fail)
-    monkeypatch.setattr(doctor, "NEEDED", ("no-such-package",))
+    monkeypatch.setattr(doctor, "REQUIRED", ("no-such-package",))
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage(10, 10, 5))
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path / "not" / "there"))
     assert main(["doctor"]) == 1
     shown = capsys.readouterr().out
-    for advice in ("→ pip install no-such-package", "→ Make 1 GB of room", "→ It is missing: run pip download."):
+    for advice in ("→ pip install no-such-package", "→ Free 1 GB of disk space", "→ It is missing: run pip download."):
         assert advice in shown
     assert "language model, image encoder, speech not here yet" in shown

@@ -1,4 +1,4 @@
-"""A conversation, end to end, with the real models."""
+"""The engine end to end, with the real models."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def answer(engine, *messages, options=GREEDY, **more):
 
 
 @pytest.fixture
-def read_by_model(engine, monkeypatch):
-    """What reaches the language model: (token ids, embeddings) of each reply, which reads all anew, in one piece."""
+def model_inputs(engine, monkeypatch):
+    """(token ids, embeddings) that reach the language model in each reply, without the prefix cache, in one piece."""
     seen, splice = [], engine.model.splice
 
-    def anew(tokens, ends, with_adapter):
+    def take_nothing(tokens, ends, with_adapter):
         return CachedPrefix(with_adapter, engine.decoder.new_cache(with_adapter))
 
-    monkeypatch.setattr(engine.prefix_cache, "take", anew)
+    monkeypatch.setattr(engine.prefix_cache, "take", take_nothing)
     monkeypatch.setattr("mmchat.engine._ends", lambda encoded: [len(encoded.token_ids)])
 
     def spy(token_ids, image_features):
@@ -62,7 +62,7 @@ def test_text_alone_is_answered_by_the_base_model(engine):
 
 
 def test_answers_about_pictures_may_repeat_words(engine, photo):
-    """A penalty on repeated words helps the base model along and spoils descriptions."""
+    """A repetition penalty helps the base model and hurts descriptions."""
     for message, penalty in (
         (Message("user", "Write a list of colors."), 1.1),
         (Message("user", "Describe the image.", images=[photo]), 1.0),
@@ -71,8 +71,8 @@ def test_answers_about_pictures_may_repeat_words(engine, photo):
         assert answer(engine, message) == answer(engine, message, options=options)
 
 
-def test_adapter_and_projector_are_on_once_there_is_a_picture(engine, photo, monkeypatch):
-    """With the adapter off, the same question about the same picture is answered in other words."""
+def test_a_picture_switches_the_adapter_on(engine, photo, monkeypatch):
+    """With the adapter off, the same question about the same picture gets another answer."""
     question = Message("user", "Describe the image.", images=[photo])
     with_adapter = answer(engine, question)
     new_cache = engine.decoder.new_cache
@@ -84,11 +84,11 @@ def test_adapter_and_projector_are_on_once_there_is_a_picture(engine, photo, mon
     assert answer(engine, question) == with_adapter
 
 
-def test_a_follow_up_reaches_the_model_with_the_earlier_picture_and_answer(engine, photo, read_by_model):
+def test_a_follow_up_reaches_the_model_with_the_earlier_picture_and_answer(engine, photo, model_inputs):
     first = Message("user", "Describe the image.", images=[photo])
     reply = Message("assistant", "A zebra in pyjamas.")
     answer(engine, first, reply, Message("user", "What color is it?"))
-    (token_ids, embeddings) = read_by_model[-1]
+    (token_ids, embeddings) = model_inputs[-1]
     assert token_ids.count(IMAGE_TOKEN_ID) == engine.model.tokens_per_image
     text = engine.tokenizer.decode([token for token in token_ids if token != IMAGE_TOKEN_ID])
     assert text.index("Describe") < text.index("zebra in pyjamas") < text.index("What color is it?")
@@ -97,30 +97,30 @@ def test_a_follow_up_reaches_the_model_with_the_earlier_picture_and_answer(engin
     assert_close(shown, engine.model.projector(features))
 
 
-def test_what_was_shown_earlier_changes_what_the_model_reads(engine, photo, read_by_model):
-    """The same words about another picture are read with other numbers in the picture's place."""
+def test_an_earlier_picture_changes_the_embeddings(engine, photo, model_inputs):
+    """The same conversation about another picture has other picture tokens."""
     reply, follow_up = Message("assistant", "A person."), Message("user", "What color is it?")
     for name in ("astronaut.jpg", "coffee.jpg"):
         shown = Message("user", "Describe the image.", images=[photo.with_name(name)])
         answer(engine, shown, reply, follow_up)
-    first, second = (read[0, torch.tensor(token_ids) == IMAGE_TOKEN_ID] for token_ids, read in read_by_model)
+    first, second = (read[0, torch.tensor(token_ids) == IMAGE_TOKEN_ID] for token_ids, read in model_inputs)
     assert first.shape == second.shape and not torch.allclose(first, second)
 
 
-def test_pictures_keep_the_order_in_which_they_were_shown(engine, photo, small_picture, read_by_model):
+def test_pictures_stay_in_order(engine, photo, small_picture, model_inputs):
     answer(
         engine,
         Message("user", "One.", images=[photo]),
         Message("assistant", "Yes."),
         Message("user", "Two.", images=[small_picture]),
     )
-    token_ids, embeddings = read_by_model[-1]
+    token_ids, embeddings = model_inputs[-1]
     shown = embeddings[0, torch.tensor(token_ids) == IMAGE_TOKEN_ID]
     expected = [engine.model.projector(engine.image_features(image)) for image in (photo, small_picture)]
     assert_close(shown, torch.cat(expected))
 
 
-def test_a_picture_without_words_is_described(engine, photo):
+def test_a_picture_without_a_question_is_described(engine, photo):
     assert answer(engine, Message("user", "", [photo])) == answer(
         engine, Message("user", "Describe the image.", [photo])
     )
@@ -134,7 +134,7 @@ def test_a_picture_is_encoded_once(engine, small_picture, monkeypatch):
     assert len(calls) == 1
 
 
-def test_pictures_differ_even_where_their_words_do_not(engine, photo):
+def test_different_pictures_get_different_answers(engine, photo):
     names = ("astronaut.jpg", "camera.jpg", "coffee.jpg", "boat.jpg")
     answers = [answer(engine, Message("user", "Describe the image.", images=[photo.with_name(n)])) for n in names]
     assert len(set(answers)) >= 3, answers
@@ -156,8 +156,8 @@ def test_pictures_differ_even_where_their_words_do_not(engine, photo):
         ("ball.jpg", "What color is the ball?", "Red"),
     ],
 )
-def test_the_shipped_weights_see(engine, photo, name, question, word):
-    """Every example of the page, and a no among the yeses."""
+def test_the_shipped_weights_answer_correctly(engine, photo, name, question, word):
+    """Every example of the page, and a question whose answer is no."""
     assert word in answer(engine, Message("user", question, images=[photo.with_name(name)]))
 
 
@@ -167,7 +167,7 @@ class TestLongConversations:
         monkeypatch.setattr(engine, "context_length", 140)
         return engine
 
-    def test_oldest_turns_go_first_and_it_is_said(self, short_context, read_by_model):
+    def test_the_oldest_turns_are_dropped_with_a_notice(self, short_context, model_inputs):
         turns = [
             Message(role, f"{word} " * 12)
             for word in ("alpha", "beta", "gamma", "delta")
@@ -175,26 +175,28 @@ class TestLongConversations:
         ]
         notes = []
         answer(short_context, *turns, Message("user", "Last question?"), notify=notes.append)
-        text = short_context.tokenizer.decode(read_by_model[-1][0])
+        text = short_context.tokenizer.decode(model_inputs[-1][0])
         assert "alpha" not in text and "delta" in text and "Last question?" in text
-        assert text.count("<|im_start|>user") == text.count("<|im_start|>assistant")  # whole turns, reply just opened
+        assert text.count("<|im_start|>user") == text.count(
+            "<|im_start|>assistant"
+        )  # whole turns, then the generation prompt
         assert len(notes) == 1 and "left out the oldest" in notes[0]
-        assert len(read_by_model[-1][0]) <= 140 - GREEDY.max_new_tokens
+        assert len(model_inputs[-1][0]) <= 140 - GREEDY.max_new_tokens
 
-    def test_pictures_of_the_current_question_stay(self, short_context, small_picture, read_by_model):
+    def test_the_picture_of_the_current_question_is_kept(self, short_context, small_picture, model_inputs):
         old = [Message("user", "alpha " * 100), Message("assistant", "beta " * 20)]
         answer(short_context, *old, Message("user", "And this?", images=[small_picture]), notify=lambda _: None)
-        token_ids = read_by_model[-1][0]
+        token_ids = model_inputs[-1][0]
         assert token_ids.count(IMAGE_TOKEN_ID) == short_context.model.tokens_per_image
         assert "alpha" not in short_context.tokenizer.decode([t for t in token_ids if t != IMAGE_TOKEN_ID])
 
-    def test_a_system_message_stays(self, short_context, read_by_model):
+    def test_a_system_message_is_kept(self, short_context, model_inputs):
         old = [Message("user", "alpha " * 100), Message("assistant", "beta " * 20)]
         answer(short_context, Message("system", "Be brief."), *old, Message("user", "Well?"), notify=lambda _: None)
-        text = short_context.tokenizer.decode(read_by_model[-1][0])
+        text = short_context.tokenizer.decode(model_inputs[-1][0])
         assert "Be brief." in text and "alpha" not in text
 
-    def test_a_question_that_is_too_long_alone_is_refused(self, short_context):
+    def test_a_question_longer_than_the_context_is_rejected(self, short_context):
         with pytest.raises(BadInput, match="too long"):
             answer(short_context, Message("user", "word " * 500))
 
@@ -209,30 +211,30 @@ def test_without_a_question_there_is_no_answer(engine, messages):
         answer(engine, *messages)
 
 
-def test_a_bad_picture_leaves_the_engine_ready(engine, tmp_path):
+def test_the_engine_still_works_after_a_bad_picture(engine, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(BadInput, match="not a picture"):
         answer(engine, Message("user", "What is it?", images=[tmp_path / "text.png"]))
     assert answer(engine, Message("user", "What is the capital of France?"))
 
 
-def test_a_reply_that_is_not_read_to_its_end_frees_the_engine(engine):
+def test_a_closed_reply_releases_the_engine(engine):
     pieces = engine.reply([Message("user", "Tell me a long story.")], GREEDY)
     next(pieces)
     pieces.close()
     assert answer(engine, Message("user", "Hi"))
 
 
-def test_replies_at_once_do_not_disturb_each_other(engine, photo):
-    """One with the adapter, one without: each gets what it would have got alone."""
+def test_concurrent_replies_are_independent(engine, photo):
+    """One with the adapter, one without: each gets the same answer as alone."""
     questions = [Message("user", "Describe the image.", images=[photo]), Message("user", "What is the sun?")] * 2
     alone = [answer(engine, question) for question in questions]
     together: list = [None] * len(questions)
 
-    def run(place):
-        together[place] = answer(engine, questions[place])
+    def run(index):
+        together[index] = answer(engine, questions[index])
 
-    threads = [threading.Thread(target=run, args=[place]) for place in range(len(questions))]
+    threads = [threading.Thread(target=run, args=[index]) for index in range(len(questions))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -250,13 +252,13 @@ def test_a_short_answer_does_not_wait_for_a_long_one(engine, photo, monkeypatch,
     alone = answer(engine, picture)
     long = engine.reply([Message("user", "Tell me a long story.")], SamplingOptions(temperature=0, max_new_tokens=40))
     beginning = [next(long) for _ in range(5)]
-    assert answer(engine, picture) == alone  # in the same thread: nothing is held between pieces
+    assert answer(engine, picture) == alone  # in the same thread: no lock is held between pieces
     story = "".join([*beginning, *long])
     assert story == answer(engine, Message("user", "Tell me a long story."), options=replace(GREEDY, max_new_tokens=40))
 
 
-def test_a_question_is_answered_while_another_thread_writes(engine):
-    """The one that writes does not take every turn."""
+def test_a_question_is_answered_during_another_threads_reply(engine):
+    """The running reply does not take every turn."""
     written: list[str] = []
 
     def write():
@@ -274,7 +276,7 @@ def test_a_question_is_answered_while_another_thread_writes(engine):
     thread.join()
 
 
-def test_an_unknown_preset_lists_the_known(engine):
+def test_an_unknown_preset_lists_the_known_ones(engine):
     import mmchat
 
     with pytest.raises(MmchatError, match="smol"):

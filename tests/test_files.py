@@ -1,4 +1,4 @@
-"""No file of the server can be read, whatever a raw request says, on any endpoint of the page."""
+"""No raw request to any endpoint of the page can read a file of the server."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.raw import endpoints, served, upload
 
 CANARY = "canary-7f3a"
 PHOTO = ROOT / "examples" / "ball.jpg"
-USUAL = {"textbox": "Hi", "checkbox": False, "slider": 1, "number": 0, "chatbot": []}  # what inputs hold
+USUAL = {"textbox": "Hi", "checkbox": False, "slider": 1, "number": 0, "chatbot": []}  # normal values of the inputs
 
 
 @pytest.fixture(scope="module")
 def secrets(tmp_path_factory):
-    """Files that nobody may see: in the temporary folder and in the working folder, a text and a picture."""
+    """Secret files: a text and a picture, in the temporary folder and in the working folder."""
     folder = tmp_path_factory.mktemp("secret")
     picture = Image.new("RGB", (32, 32), (12, 34, 56))
     made = [folder / "token.txt", folder / "private.png", ROOT / "canary.txt", ROOT / "canary.png"]
@@ -29,7 +29,7 @@ def secrets(tmp_path_factory):
         if path.suffix == ".png":
             picture.info["note"] = CANARY
             picture.save(path)
-            path.write_bytes(path.read_bytes() + CANARY.encode())  # behind the picture's end: still a picture
+            path.write_bytes(path.read_bytes() + CANARY.encode())  # after the end of the picture, which stays valid
         else:
             path.write_text(CANARY)
     yield made
@@ -39,7 +39,7 @@ def secrets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def elsewhere():
-    """A server on this machine that nobody outside could reach, and what was asked of it."""
+    """A server that is reachable from this machine only, and the requests that it got."""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -58,8 +58,8 @@ def elsewhere():
     server.shutdown()
 
 
-def ways_to_name(path: str) -> list[dict]:
-    """A file as a request may name it."""
+def file_references(path: str) -> list[dict]:
+    """Every way in which a request can name a file."""
     meta = {"_type": "gradio.FileData"}
     return [
         {"path": path},
@@ -78,10 +78,10 @@ def ways_to_name(path: str) -> list[dict]:
 
 
 def histories(path: str) -> list[list]:
-    """A conversation, as a browser sends it, that names a file."""
+    """Conversations as a browser sends them, which name a file."""
     turns = [
         {"role": "user", "content": [{"type": "file", "file": file}, {"type": "text", "text": "What is it?"}]}
-        for file in ways_to_name(path)
+        for file in file_references(path)
     ]
     turns += [
         {"role": "user", "content": {"path": path}},
@@ -98,12 +98,14 @@ def histories(path: str) -> list[list]:
 
 
 def attacks(kinds: list[str], path: str):
-    """Requests for an endpoint: each input that takes a file names it in each way, the others are as usual."""
-    for place, kind in enumerate(kinds):
-        named = {"image": ways_to_name(path), "audio": ways_to_name(path), "chatbot": histories(path)}.get(kind, [])
+    """Requests to an endpoint: each file input names the file in each way; the other inputs are normal."""
+    for index, kind in enumerate(kinds):
+        named = {"image": file_references(path), "audio": file_references(path), "chatbot": histories(path)}.get(
+            kind, []
+        )
         for value in [*named, *([path] if kind in ("image", "audio") else [])]:
             data = [USUAL.get(other) for other in kinds]
-            data[place] = value
+            data[index] = value
             yield data
 
 
@@ -116,7 +118,7 @@ def test_no_endpoint_reads_a_file_that_was_not_uploaded(address, secrets, engine
 
     def transcribe(path):
         seen.append(path)
-        raise AssertionError("a recording that was not uploaded was heard")
+        raise AssertionError("a recording that was not uploaded was transcribed")
 
     monkeypatch.setattr(engine, "reply", reply)
     monkeypatch.setattr(engine, "transcribe", transcribe)
@@ -136,14 +138,14 @@ def test_no_endpoint_reads_a_file_that_was_not_uploaded(address, secrets, engine
     allowed = Path(get_upload_folder()).resolve()
     assert all(Path(path).resolve().is_relative_to(allowed) for path in seen), seen
     copied = [path for path in allowed.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
-    assert copied == [], "what lies in this folder is served to anybody who knows its address"
+    assert copied == [], "files in this folder are served to anybody who knows their URL"
 
 
-def test_no_address_serves_a_file(address, secrets):
+def test_no_url_serves_a_file(address, secrets):
     for path in [str(secrets[0]), str(secrets[2]), "/etc/passwd", "canary.png"]:
         relative = path.lstrip("/")
         doubled = relative.replace("/", "%2f")
-        for place in (
+        for url in (
             f"gradio_api/file={path}",
             f"gradio_api/file={get_upload_folder()}/../../../../../../{relative}",
             f"gradio_api/file=..%2f..%2f..%2f..%2f{doubled}",
@@ -161,13 +163,13 @@ def test_no_address_serves_a_file(address, secrets):
             f"gradio_api/upload_progress?upload_id={doubled}",
             f"deep_link?deep_link=..%2f..%2f{doubled}",
         ):
-            with httpx.stream("GET", f"{address}{place}", timeout=20) as answer:
+            with httpx.stream("GET", f"{address}{url}", timeout=20) as answer:
                 said = next(answer.iter_bytes(4096), b"") if answer.status_code == 200 else b""
-            assert CANARY.encode() not in said and b"root:" not in said and b"import argparse" not in said, place
+            assert CANARY.encode() not in said and b"root:" not in said and b"import argparse" not in said, url
 
 
 def test_nothing_is_fetched_for_a_request(address, elsewhere, engine, monkeypatch):
-    """No visitor can make the server ask other machines, or this one, for anything."""
+    """No visitor can make the server send requests to other machines or to this one."""
     monkeypatch.setattr(engine, "reply", lambda *_, **__: iter(["An answer."]))
     home, asked = elsewhere
     meta = {"_type": "gradio.FileData"}
@@ -185,7 +187,7 @@ def test_nothing_is_fetched_for_a_request(address, elsewhere, engine, monkeypatc
     assert tried > 20 and asked == []
 
 
-def test_an_upload_stays_where_uploads_go(address):
+def test_an_upload_stays_in_the_upload_folder(address):
     for name in (
         "../../escaped.png",
         "/tmp/escaped.png",
@@ -200,8 +202,8 @@ def test_an_upload_stays_where_uploads_go(address):
     assert not (ROOT / "escaped.png").exists() and not Path("/tmp/escaped.png").exists()
 
 
-def test_an_uploaded_page_is_not_shown_as_one(address):
-    """Else somebody's script would run under the page's own address."""
+def test_an_uploaded_html_page_is_not_rendered(address):
+    """Else its script would run with the page's origin."""
     for name, kind in (("x.html", "text/html"), ("x.svg", "image/svg+xml")):
         content = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
         (path,) = httpx.post(f"{address}gradio_api/upload", files={"files": (name, content, kind)}, timeout=60).json()

@@ -1,6 +1,6 @@
-"""What nobody would write by hand: every reader of outside data gives its result or one of our own errors.
+"""Fuzzing: every parser of outside data returns a result or raises one of our errors.
 
-The examples beside what hypothesis draws are what once went wrong, here or elsewhere.
+The explicit examples are inputs that once failed, here or in other projects.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def test_any_conversation_is_encoded_consistently(tokenizer, messages, name, add
     assert not any(
         answer for token_id, answer in zip(encoded.token_ids, encoded.is_answer, strict=True) if token_id < 0
     )
-    # No text of a person is read as a special token: there are as many as the format itself has put there.
+    # Typed text never becomes a special token: only the chat format adds special tokens.
     plain = encode([Message(m.role, "x", m.images) for m in messages], tokenizer, CHAT_FORMATS[name], 4)
     special = {tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
 
@@ -102,7 +102,7 @@ entries = st.lists(
 @given(content=st.one_of(entries, json_values))
 @example(content=[{"conversations": [{"from": "human", "value": "<image>\n<image>"}, {"from": "gpt", "value": ""}]}])
 @example(content=[{"image": ["a", 3], "conversations": []}])
-def test_any_json_is_read_or_refused_with_its_line(tmp_path_factory, content):
+def test_any_json_is_read_or_rejected_with_its_line(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.json"
     path.write_text(json.dumps(content))
     for read in (read_conversations, read_captions):
@@ -113,16 +113,18 @@ def test_any_json_is_read_or_refused_with_its_line(tmp_path_factory, content):
 
 
 def damaged(content: bytes):
-    """Bytes changed, cut off, and thrown in."""
-    places = st.integers(0, len(content) - 1)
-    change = st.tuples(places, st.binary(min_size=1, max_size=6))
-    return st.tuples(st.lists(change, max_size=6), st.one_of(st.none(), places)).map(lambda made: _with(content, *made))
+    """Bytes changed, truncated and inserted."""
+    positions = st.integers(0, len(content) - 1)
+    change = st.tuples(positions, st.binary(min_size=1, max_size=6))
+    return st.tuples(st.lists(change, max_size=6), st.one_of(st.none(), positions)).map(
+        lambda damage: _with(content, *damage)
+    )
 
 
 def _with(content: bytes, changes, end):
     data = bytearray(content)
-    for place, new in changes:
-        data[place : place + len(new)] = new
+    for position, new in changes:
+        data[position : position + len(new)] = new
     return bytes(data[:end])
 
 
@@ -139,10 +141,10 @@ def picture(format: str) -> bytes:
 
 @MANY
 @example(content=cut(picture("JPEG"), 300))
-@example(content=cut(picture("PNG"), 33))  # a header and no more
+@example(content=cut(picture("PNG"), 33))  # the header only
 @example(content=b"")
 @given(content=st.one_of(*(damaged(picture(name)) for name in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"))))
-def test_damaged_pictures_are_read_or_refused(tmp_path_factory, content):
+def test_damaged_pictures_are_read_or_rejected(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.png"
     path.write_bytes(content)
     try:
@@ -153,10 +155,10 @@ def test_damaged_pictures_are_read_or_refused(tmp_path_factory, content):
 
 @MANY
 @example(content=b"")
-@example(content=cut(SPEECH.read_bytes(), 42))  # a header and no sound
+@example(content=cut(SPEECH.read_bytes(), 42))  # the header without sound
 @example(content=b"RIFF\xff\xff\xff\xffWAVEfmt \x10\0\0\0\1\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0data\0\0\0\0")  # no channels
 @given(content=damaged(SPEECH.read_bytes()[:60_000]))
-def test_damaged_recordings_are_read_or_refused(tmp_path_factory, content):
+def test_damaged_recordings_are_read_or_rejected(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.flac"
     path.write_bytes(content)
     try:
@@ -175,7 +177,7 @@ def whole(tiny, tmp_path_factory):
 
 @MANY
 @given(data=st.data())
-def test_damaged_weights_are_loaded_or_refused(tmp_path_factory, whole, data):
+def test_damaged_weights_are_loaded_or_rejected(tmp_path_factory, whole, data):
     folder = tmp_path_factory.getbasetemp() / "damaged"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole, folder)
@@ -194,7 +196,7 @@ def test_damaged_weights_are_loaded_or_refused(tmp_path_factory, whole, data):
 @example(content={"projector": {"kind": "mlp"}})
 @example(content={"image_encoder_preset": {"source": None}})
 @given(content=json_values)
-def test_any_settings_of_weights_are_refused(tmp_path_factory, whole, content):
+def test_any_changed_config_of_weights_is_rejected(tmp_path_factory, whole, content):
     folder = tmp_path_factory.getbasetemp() / "any settings"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole, folder)

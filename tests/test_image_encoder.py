@@ -1,4 +1,4 @@
-"""Picture → features, and what happens to files that are no pictures."""
+"""Picture → features, and error sentences for bad files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mmchat.models.image_encoder import load_image_encoder
 from mmchat.presets import EFFICIENTNET_LITE0, EFFICIENTNET_LITE2
 from tests.close import assert_close
 
-FIFTY_LAYERS = 1e-4  # of the largest number: rounding adds up on the way through them
+FIFTY_LAYERS = 1e-4  # relative to the largest value; rounding errors accumulate
 
 
 def png_header_only(width, height):
-    """A PNG that says it is huge, in less than a hundred bytes."""
+    """A PNG whose header claims a huge size, in less than a hundred bytes."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -50,7 +50,7 @@ def truncated_png():
     ],
     ids=["empty", "text", "svg", "postscript", "truncated", "90 megapixels", "3600 megapixels"],
 )
-def test_bad_files_get_one_clear_sentence(tmp_path, content, says):
+def test_bad_files_get_one_clear_error_sentence(tmp_path, content, says):
     path = tmp_path / "secret-folder" / "picture.png"
     path.parent.mkdir()
     path.write_bytes(content)
@@ -65,7 +65,7 @@ def test_a_missing_file_is_named_without_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "1", "I;16", "F"])
-def test_every_kind_of_pixel_becomes_rgb(tmp_path, mode):
+def test_every_pixel_format_becomes_rgb(tmp_path, mode):
     path = tmp_path / ("picture.tiff" if mode in ("CMYK", "F", "I;16") else "picture.png")
     Image.new("RGB", (8, 6), "gray").convert("F" if mode == "I;16" else mode).convert(mode).save(path)
     image = open_image(path)
@@ -77,53 +77,53 @@ def test_transparency_is_shown_on_white(tmp_path):
     assert open_image(tmp_path / "clear.png").getpixel((1, 1)) == (255, 255, 255)
 
 
-def test_pictures_of_a_phone_are_turned_upright(tmp_path):
+def test_phone_pictures_are_rotated_upright(tmp_path):
     image = Image.new("RGB", (20, 10), "black")
     image.putpixel((0, 0), (255, 255, 255))
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held on its side: turn a quarter clockwise
+    exif[0x0112] = 6  # rotate by 90° clockwise
     image.save(tmp_path / "phone.png", exif=exif)
     upright = open_image(tmp_path / "phone.png")
     assert upright.size == (10, 20) and upright.getpixel((9, 0)) == (255, 255, 255)
 
 
-def test_damaged_exif_data_do_not_cost_the_picture(tmp_path):
+def test_a_picture_with_damaged_exif_data_is_read(tmp_path):
     Image.new("RGB", (8, 6), "red").save(tmp_path / "cut.png", exif=b"Exif\0\0II*\0\x08\0\0\0\x09")
     assert open_image(tmp_path / "cut.png").size == (8, 6)
 
 
-def test_a_decoded_picture_is_read_like_its_file(engine, tmp_path):
+def test_a_decoded_picture_gives_the_features_of_its_file(engine, tmp_path):
     image = Image.new("RGBA", (40, 30), (255, 0, 0, 90))
     image.save(tmp_path / "half.png")
     assert_close(engine.image_features(image), engine.image_features(tmp_path / "half.png"))
 
 
-def test_features_have_the_shape_the_preset_says(engine, small_picture):
+def test_features_have_the_shape_in_the_preset(engine, small_picture):
     features = engine.image_encoder.encode([small_picture, small_picture.rotate(90)])
     preset = engine.preset.image_encoder
-    assert features.shape == (2, preset.feature_count, preset.width)
+    assert features.shape == (2, preset.feature_count, preset.image_dim)
     cells, whole = features[:, :-1], features[:, -1]
     assert (torch.cosine_similarity(cells.mean(dim=1), whole) > 0.9).all()
     assert not torch.equal(features[0], features[1])
 
 
-def test_a_batch_gives_what_single_pictures_give(engine, photo, small_picture):
+def test_a_batch_equals_single_pictures(engine, photo, small_picture):
     images = [open_image(photo), small_picture]
     batch = engine.image_encoder.encode(images)
     single = torch.cat([engine.image_encoder.encode([image]) for image in images])
     assert_close(batch, single, FIFTY_LAYERS)
 
 
-def test_onnx_runtime_and_pytorch_see_the_same(engine, photo, small_picture, monkeypatch):
+def test_onnx_runtime_equals_pytorch(engine, photo, small_picture, monkeypatch):
     encoder, images = engine.image_encoder, [open_image(photo), small_picture]
     features = encoder.encode(images)
     assert encoder._session
-    monkeypatch.setattr(encoder, "_session", None)  # as on a GPU, or where there is no ONNX Runtime
+    monkeypatch.setattr(encoder, "_session", None)  # as on a GPU, or without ONNX Runtime
     assert_close(encoder.encode(images), features, FIFTY_LAYERS)
 
 
-def test_the_encoder_recognises_what_it_was_trained_on(photo):
-    """Wrong weights or scaling would still give features; the ImageNet head says whether they mean anything."""
+def test_the_encoder_recognizes_imagenet_classes(photo):
+    """Wrong weights or pixel scaling would still give features; the ImageNet head shows that they are right."""
     encoder = load_image_encoder(EFFICIENTNET_LITE0)
     features = encoder.encode([open_image(photo.with_name("coffee.jpg"))])
     with torch.inference_mode():
@@ -135,8 +135,8 @@ def test_the_encoder_recognises_what_it_was_trained_on(photo):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("preset", [EFFICIENTNET_LITE0, EFFICIENTNET_LITE2], ids=lambda preset: preset.name)
-def test_our_network_is_the_published_one(preset):
-    """The package that the weights were published for, which nothing else needs, computes the same maps."""
+def test_our_network_equals_the_published_one(preset):
+    """The original package of the weights computes the same maps; only this test needs it."""
     from efficientnet_lite_pytorch import EfficientNet as Published
 
     from mmchat.fetching import fetch

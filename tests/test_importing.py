@@ -147,7 +147,7 @@ def test_the_logits_are_those_of_the_description(tiny, tmp_path, name):
     report = import_checkpoint(tmp_path / "published", tmp_path / "ours", preset, marker_token=layout.marker)
 
     base, tokenizer = load_language_model(preset.language_model, torch.float32)
-    features = torch.randn(1, preset.image_encoder.feature_count, preset.image_encoder.width)
+    features = torch.randn(1, preset.image_encoder.feature_count, preset.image_encoder.image_dim)
     words = base.get_input_embeddings()(TEXT)
     picture = layout.project(projector, features)
     if layout.marker:

@@ -16,13 +16,13 @@ from mmchat.bundle import bundled
 from tests.conftest import ROOT
 
 
-def test_in_a_checkout_the_bundled_files_are_the_checkouts_own():
+def test_a_checkout_uses_its_own_files():
     assert bundled("weights/smol") == ROOT / "weights" / "smol" and bundled("README.md") == ROOT / "README.md"
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """The folder of commands of an environment that has mmchat from its wheel, and beside it only its dependencies."""
+    """The bin folder of an environment with mmchat's wheel and its dependencies only."""
     folder = tmp_path_factory.mktemp("installed")
     checkout = folder / "checkout"
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""Splice, loss, and weights on disk."""
+"""Splicing picture tokens, the loss, and weights on disk."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def tiny_model(kind="mlp"):
 
 
 def padded_batch():
-    """Two conversations of different length: the second has a picture of three features."""
+    """Two conversations of different length; the second has a picture of three features."""
     ids = torch.tensor([[5, 6, 7, 8, 9, 10, 0, 0], [4, *[IMAGE_TOKEN_ID] * 3, 11, 12, 13, 14]])
     labels = torch.tensor([[IGNORE_INDEX] * 3 + [8, 9, 10] + [IGNORE_INDEX] * 2, [IGNORE_INDEX] * 6 + [13, 14]])
     return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
 
 
 @pytest.mark.parametrize("kind", PROJECTORS)
-def test_projected_features_stand_at_their_places(kind):
+def test_picture_tokens_replace_their_placeholders(kind):
     model = tiny_model(kind)
     features = torch.randn(2, 3, 8)
     ids = torch.tensor([[1, *[IMAGE_TOKEN_ID] * 3, 2, 3], [4, 5, *[IMAGE_TOKEN_ID] * 3, 6]])
@@ -58,8 +58,8 @@ def test_a_marker_ends_every_picture():
     assert torch.equal(tokens[:, -1], projector.marker.expand(2, -1))
 
 
-def test_features_without_a_place_are_an_error():
-    with pytest.raises(ValueError, match="3 places for picture tokens, but 4 tokens"):
+def test_features_without_placeholders_are_an_error():
+    with pytest.raises(ValueError, match="3 IMAGE_TOKEN_IDs, but 4 picture tokens"):
         tiny_model().splice(torch.tensor([[1, *[IMAGE_TOKEN_ID] * 3]]), torch.randn(1, 4, 8))
 
 
@@ -75,14 +75,14 @@ def test_the_loss_equals_cross_entropy_on_the_next_token_of_every_answer():
 
 
 @pytest.mark.parametrize("kind", PROJECTORS)
-def test_every_weight_of_the_projector_learns(kind):
+def test_every_projector_weight_gets_a_gradient(kind):
     model = tiny_model(kind)
     model.language_model.requires_grad_(False)
     model(**padded_batch(), image_features=torch.randn(1, 3, 8))["loss"].backward()
     assert all(weight.grad.abs().sum() > 0 for weight in model.projector.parameters())
 
 
-def test_an_unknown_kind_of_projector_is_named():
+def test_an_unknown_projector_kind_is_named():
     with pytest.raises(ValueError, match="magic"):
         build_projector(ProjectorConfig("magic", 1, 1, 1, 1))
 
@@ -93,7 +93,7 @@ def weights_copy(engine, tmp_path):
     return tmp_path / "weights"
 
 
-def test_saved_weights_load_to_the_same_model(engine, tmp_path):
+def test_saved_weights_load_as_the_same_model(engine, tmp_path):
     save_weights(engine.model, tmp_path / "copy", engine.preset)
     copy, _ = load_model(engine.preset, tmp_path / "copy", torch.float32)
     original = engine.model.state_dict()
@@ -125,7 +125,7 @@ def test_saved_weights_load_to_the_same_model(engine, tmp_path):
         "adapter tensor",
     ],
 )
-def test_weights_that_do_not_fit_are_named_not_loaded(engine, weights_copy, damage, says):
+def test_weights_that_do_not_fit_are_rejected(engine, weights_copy, damage, says):
     damage(weights_copy)
     with pytest.raises(WeightsError, match=says) as caught:
         load_model(engine.preset, weights_copy, torch.float32)

@@ -1,4 +1,4 @@
-"""Once the weights are there, the app asks no other machine for anything. (The page: see test_browser.py.)"""
+"""With cached weights the app contacts no other machine. test_browser.py covers the page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OURS = {"127.0.0.1", "localhost", "::1", "0.0.0.0", "None"}
 
 
 @pytest.mark.slow
-def test_the_app_talks_to_nobody(tmp_path, photo):
+def test_the_app_contacts_no_other_machine(tmp_path, photo):
     asked, log = tmp_path / "asked.txt", tmp_path / "log.txt"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "GRADIO_"))}
     command = [sys.executable, "-m", "tests.watched", str(asked), "app.py", "--preset", "smol"]

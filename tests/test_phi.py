@@ -26,7 +26,7 @@ from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
 from tests.close import assert_close
 
-# What Phi-3.5-mini-instruct's own template says, in fewer words.
+# Phi-3.5-mini-instruct's chat template, abridged.
 PHI_3_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
@@ -41,7 +41,7 @@ CONVERSATION = [
 
 @pytest.fixture(scope="module")
 def phi_3_tokenizer():
-    """A tokenizer built as Phi-3.5's is: SentencePiece's space in front, special tokens that swallow what follows."""
+    """A tokenizer like Phi-3.5's: SentencePiece's leading space, and special tokens that strip the space after them."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -59,7 +59,7 @@ def phi_3_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", chat_template=PHI_3_TEMPLATE)
 
 
-def test_phi_3_5_is_asked_in_its_own_template(phi_3_tokenizer):
+def test_phi_3_5_prompts_follow_its_chat_template(phi_3_tokenizer):
     messages = [
         Message("system", "You are a helpful assistant."),
         Message("user", "What is there?"),
@@ -75,7 +75,7 @@ def test_phi_3_5_is_asked_in_its_own_template(phi_3_tokenizer):
         assert ours.token_ids == theirs["input_ids"]
 
 
-def test_phi_3_5_reads_pictures_and_learns_answers_and_their_end(phi_3_tokenizer):
+def test_phi_3_5_labels_are_answers_and_their_stop_tokens(phi_3_tokenizer):
     encoded = encode(CONVERSATION, phi_3_tokenizer, CHAT_FORMATS["phi-3"], 3)
     control = phi_3_tokenizer.convert_tokens_to_ids
     user, assistant, end = control("<|user|>"), control("<|assistant|>"), control("<|end|>")
@@ -98,10 +98,10 @@ def test_phi_3_5_reads_pictures_and_learns_answers_and_their_end(phi_3_tokenizer
     ]
     assert encoded.token_ids == [token for tokens, _ in pieces for token in tokens]
     assert encoded.is_answer == [learnt for tokens, learnt in pieces for _ in tokens]
-    assert encoded.token_ids.count(end) == 4  # the one that somebody typed is text
+    assert encoded.token_ids.count(end) == 4  # the typed one is plain text
 
 
-def test_phi_2_is_asked_as_its_authors_say(tiny):
+def test_phi_2_prompts_follow_its_model_card(tiny):
     _, tokenizer = load_language_model(PRESETS["phi-pooled"].language_model, torch.float32)
     encoded = encode(CONVERSATION, tokenizer, CHAT_FORMATS["phi-2"], 1)
     shown = tokenizer.decode([token for token in encoded.token_ids if token != IMAGE_TOKEN_ID])
@@ -115,7 +115,7 @@ def test_phi_2_is_asked_as_its_authors_say(tiny):
 
 
 @pytest.mark.parametrize("name", ["phi3-pooled", "phi-pooled", "llama-pooled"])
-def test_every_stop_ends_an_answer_and_padding_is_none_of_them(tiny, name):
+def test_every_stop_token_ends_an_answer_and_padding_is_not_one(tiny, name):
     preset = PRESETS[name].language_model
     model, tokenizer = load_language_model(preset, torch.float32)
     stops = set(tokenizer.convert_tokens_to_ids(list(CHAT_FORMATS[preset.chat_format].stops)))
@@ -128,14 +128,14 @@ def test_every_stop_ends_an_answer_and_padding_is_none_of_them(tiny, name):
         head.bias.data[stop] = 1
         assert generate_texts(model, tokenizer, [torch.randn(3, 64)], SamplingOptions(max_new_tokens=4)) == [""]
     head.bias.data.zero_()
-    head.bias.data[tokenizer.convert_tokens_to_ids("a")] = 1  # never stops: both rows are whole, none is cut
+    head.bias.data[tokenizer.convert_tokens_to_ids("a")] = 1  # never a stop token: no row is cut
     texts = generate_texts(
         model, tokenizer, [torch.randn(3, 64), torch.randn(2, 64)], SamplingOptions(max_new_tokens=4)
     )
     assert texts == ["aaaa", "aaaa"]
 
 
-# Two published training logs print the first three numbers of Phi-3.5; a 4-bit layer packs two weights into a number.
+# Two published training logs print the first three counts for Phi-3.5; a 4-bit layer packs two weights into one value.
 COUNTS = {"phi-3.5": (111_680_512, 2_120_820_736, 3_932_760_064), "phi-2": (102_896_640, 1_624_289_280, 2_882_580_480)}
 CONFIGS = {
     "phi-3.5": {
@@ -162,7 +162,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("preset", [PHI_3_5, PHI_2], ids=lambda preset: preset.name)
-def test_sizes_are_the_published_ones(preset):
+def test_parameter_counts_equal_the_published_ones(preset):
     import transformers
 
     config = dict(CONFIGS[preset.name])
@@ -179,7 +179,7 @@ def test_sizes_are_the_published_ones(preset):
         encoder = preset.image_encoder
         shape = ProjectorConfig(
             preset.projector.kind,
-            encoder.width,
+            encoder.image_dim,
             preset.projector.hidden_width,
             config.hidden_size,
             encoder.feature_count,
@@ -203,29 +203,29 @@ class TestImageEncoders:
         found = encoder.encode([picture])
         states = encoder.network(encoder.pixels(picture)[None], output_hidden_states=True).hidden_states[layer]
         assert_close(found, states if class_token else states[:, 1:])
-        assert found.shape[1:] == (preset.feature_count, preset.width) == (4 + class_token, 24)
+        assert found.shape[1:] == (preset.feature_count, preset.image_dim) == (4 + class_token, 24)
 
-    def test_the_pooled_embedding_is_clips_projection(self, tiny, picture):
+    def test_pooled_features_are_clips_image_embedding(self, tiny, picture):
         preset = find_image_encoder(HubRepository(str(tiny / "clip")), "pooled")
         encoder = load_image_encoder(preset)
         expected = encoder.network(encoder.pixels(picture)[None]).image_embeds
         assert_close(encoder.encode([picture])[:, 0], expected)
-        assert preset.width == 20
+        assert preset.image_dim == 20
 
     @pytest.mark.parametrize(("features", "count"), [("patches", 4), ("pooled", 1)])
     def test_siglip(self, tiny, picture, features, count):
         preset = find_image_encoder(HubRepository(str(tiny / "siglip")), features, class_token=True)
         found = load_image_encoder(preset).encode([picture])
-        assert found.shape == (1, count, 24) == (1, preset.feature_count, preset.width)
+        assert found.shape == (1, count, 24) == (1, preset.feature_count, preset.image_dim)
 
-    def test_what_is_no_image_encoder_is_named(self, tiny):
-        with pytest.raises(BadInput, match="no CLIP or SigLIP"):
+    def test_other_models_are_rejected_as_image_encoders(self, tiny):
+        with pytest.raises(BadInput, match="not a CLIP or SigLIP model"):
             find_image_encoder(HubRepository(str(tiny / "phi3")))
         with pytest.raises(BadInput, match="no layer -9"):
             find_image_encoder(HubRepository(str(tiny / "clip")), layer=-9)
 
     @pytest.mark.slow
-    def test_weights_bring_their_image_encoder(self, tiny, tmp_path, picture):
+    def test_weights_name_their_image_encoder(self, tiny, tmp_path, picture):
         from mmchat.training.data.features import embed_folder
 
         encoder = find_image_encoder(HubRepository(str(tiny / "siglip")), "patches", -1)
@@ -243,6 +243,9 @@ class TestImageEncoders:
         train(recipe)
         own = PRESETS["phi3-pooled"]
         assert preset_for_weights(own, tmp_path / "run").image_encoder == encoder
+        config = tmp_path / "run" / "mmchat.json"
+        config.write_text(config.read_text().replace('"image_dim": 24,', '"width": 24,', 1))  # as older folders have it
+        assert preset_for_weights(own, tmp_path / "run").image_encoder == encoder
         engine = LocalEngine(own, tmp_path / "run")
         assert engine.preset.image_encoder == encoder
         "".join(engine.reply([Message("user", "What is it?", [picture])], SamplingOptions(max_new_tokens=3)))
@@ -250,7 +253,7 @@ class TestImageEncoders:
 
 @pytest.fixture(scope="module", params=["phi3-pooled", "phi-patches"])
 def trained(request, tiny, tmp_path_factory):
-    """A preset and weights that a few steps of our own training made, in 4 bits."""
+    """A preset, and weights from a few steps of our training in 4 bits."""
     folder = tmp_path_factory.mktemp(request.param)
     train(
         Recipe(
@@ -276,7 +279,7 @@ def test_a_model_trained_in_4_bits_chats(tiny, trained, quantization):
     assert engine.quantization.kind == quantization
 
 
-def test_rewriting_is_the_base_model_alone(tiny, trained):
+def test_rewriting_uses_the_base_model_alone(tiny, trained):
     preset, folder = trained
     engine = LocalEngine(preset, folder)
     options = SamplingOptions(temperature=0, max_new_tokens=8, repetition_penalty=1.0)
@@ -287,19 +290,19 @@ def test_rewriting_is_the_base_model_alone(tiny, trained):
     embeddings = base.get_input_embeddings()(torch.tensor([encoded.token_ids]))
     assert rewritten == "".join(stream_text(TorchDecoder(base), tokenizer, embeddings, options))
     adapted = "".join(stream_text(TorchDecoder(engine.model.language_model), tokenizer, embeddings, options))
-    assert adapted != rewritten  # or the test could not fail
+    assert adapted != rewritten  # else the test could not fail
 
 
 @pytest.mark.parametrize(("kind", "is_nested"), [("4bit", False), ("4bit-double", True)])
-def test_four_bits_are_nf4_and_double_quantises_the_scales(tiny, kind, is_nested):
+def test_4bit_is_nf4_and_double_quantizes_the_scales(tiny, kind, is_nested):
     model, _ = load_language_model(PRESETS["phi3-pooled"].language_model, torch.float32, kind)
     weights = [weight for name, weight in model.named_parameters() if "o_proj" in name]
     assert weights and {weight.quant_type for weight in weights} == {"nf4"}
     assert {weight.quant_state.nested for weight in weights} == {is_nested}
 
 
-def test_what_the_presets_name_is_pinned():
-    """Stops as the models' authors list them; models by commit, but for the weights, whose repository has one."""
+def test_presets_pin_their_models():
+    """Stop tokens are those of the models' authors; models are pinned by commit, except the published weights."""
     assert set(CHAT_FORMATS["phi-3"].stops) == {"<|end|>", "<|endoftext|>"}
     assert set(CHAT_FORMATS["phi-2"].stops) == {"<|endoftext|>"}
     for preset in (PHI_2, PHI_3_5):
@@ -307,7 +310,7 @@ def test_what_the_presets_name_is_pinned():
             assert re.fullmatch(r"[0-9a-f]{40}", part.source.revision), part
 
 
-def test_padding_is_no_stop():
+def test_padding_is_not_a_stop_token():
     stop_ids = {0, 1, 7}
     settings = _beam_settings(SamplingOptions(), stop_ids)
     assert settings.pad_token_id not in stop_ids and set(settings.eos_token_id) == stop_ids
@@ -326,14 +329,14 @@ def test_quantization_is_chosen_with_a_reason(monkeypatch):
     assert choose_quantization("auto", gpu, 4 * 10**9).kind == "none"
 
 
-def test_flash_attention_falls_back_aloud(tiny, monkeypatch, caplog):
+def test_flash_attention_falls_back_with_a_warning(tiny, monkeypatch, caplog):
     monkeypatch.setenv("MMCHAT_ATTENTION", "flash_attention_2")
     with caplog.at_level("WARNING"):
         model, _ = load_language_model(PRESETS["phi3-pooled"].language_model, torch.float32)
     assert model.config._attn_implementation == "sdpa" and "flash-attn is not installed" in caplog.text
 
 
-def test_auto_takes_phi_where_it_fits_and_can_be_had(monkeypatch):
+def test_auto_chooses_phi_if_it_fits_and_is_available(monkeypatch):
     from mmchat import device
 
     preset, reason = choose_preset()
@@ -351,7 +354,7 @@ def test_auto_takes_phi_where_it_fits_and_can_be_had(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trained", ["phi3-pooled"], indirect=True)
-def test_a_model_trained_in_4_bits_chats_through_the_page_rewriting_or_not(tiny, trained):
+def test_a_model_trained_in_4_bits_chats_on_the_page_with_and_without_rewriting(tiny, trained):
     from gradio_client import Client, handle_file
 
     from mmchat.serving import page as ui
@@ -370,7 +373,7 @@ def test_a_model_trained_in_4_bits_chats_through_the_page_rewriting_or_not(tiny,
         demo.close()
 
 
-def test_the_page_keeps_the_draft_and_the_model_does_not_read_it(tiny, trained):
+def test_the_page_shows_the_draft_but_the_model_does_not_see_it(tiny, trained):
     from mmchat.serving.page import Page, to_messages
 
     preset, folder = trained

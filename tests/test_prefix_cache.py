@@ -1,4 +1,4 @@
-"""A conversation that goes on reads only what is new, and says what it would say had it read everything."""
+"""Prefix cache: a follow-up prefills only new tokens, and answers do not depend on the cache."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ OPTIONS = SamplingOptions(temperature=0, max_new_tokens=6)
 
 @pytest.fixture(scope="module", params=["phi3-patches", "llama-patches"])
 def pair(request, tiny, tmp_path_factory):
-    """Two engines with the same weights, one of which forgets everything between turns; and pictures.
+    """Two engines with the same weights, one with and one without a prefix cache; and pictures.
 
-    Phi-3 is read by PyTorch, Llama by ONNX Runtime.
+    PyTorch decodes Phi-3, ONNX Runtime decodes Llama.
     """
-    folder = tmp_path_factory.mktemp("reuse")
+    folder = tmp_path_factory.mktemp("prefix_cache")
     recipe = Recipe(
         train=[str(tiny / "train.json")],
         features=str(tiny / "features-patches"),
@@ -34,14 +34,14 @@ def pair(request, tiny, tmp_path_factory):
         report_to=["none"],
     )
     train(recipe)
-    keeping, forgetting = (LocalEngine(PRESETS[request.param], folder) for _ in range(2))
-    forgetting.prefix_cache.budget = 0
-    return keeping, forgetting, [tiny / "pictures" / f"{number}.png" for number in range(3)]
+    cached, uncached = (LocalEngine(PRESETS[request.param], folder) for _ in range(2))
+    uncached.prefix_cache.budget_bytes = 0
+    return cached, uncached, [tiny / "pictures" / f"{number}.png" for number in range(3)]
 
 
 @pytest.fixture
-def read(monkeypatch):
-    """How many tokens each call of the decoder reads."""
+def count_tokens(monkeypatch):
+    """Records the number of tokens in each prefill of an engine."""
     lengths = []
 
     def watch(engine):
@@ -57,8 +57,8 @@ def read(monkeypatch):
     return watch
 
 
-# What somebody does next: ask (a text, with pictures or none), edit an earlier question, take back a turn, ask again;
-# and how many pieces of the answer they wait for.
+# What a visitor does next: ask with or without pictures, edit an earlier question, undo, or retry; and the number of
+# pieces of the answer that they wait for.
 steps = st.lists(
     st.tuples(
         st.sampled_from(["ask", "ask", "edit", "undo", "retry"]),
@@ -73,8 +73,8 @@ steps = st.lists(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=steps)
-def test_the_same_words_with_and_without(pair, steps):
-    keeping, forgetting, pictures = pair
+def test_answers_are_the_same_with_and_without_the_cache(pair, steps):
+    cached, uncached, pictures = pair
     turns: list[Message] = []
     for action, text, shown, patience in steps:
         if action == "undo":
@@ -87,7 +87,7 @@ def test_the_same_words_with_and_without(pair, steps):
         else:
             turns = [*turns, Message("user", text, [pictures[number] for number in shown])]
         said = []
-        for engine in (keeping, forgetting):
+        for engine in (cached, uncached):
             pieces = engine.reply(turns, OPTIONS)
             said.append([piece for _, piece in zip(range(patience), pieces, strict=False)])
             pieces.close()
@@ -95,57 +95,57 @@ def test_the_same_words_with_and_without(pair, steps):
         turns = [*turns, Message("assistant", "".join(said[0]))]
 
 
-def test_a_follow_up_reads_only_what_is_new(pair, read):
-    keeping, _, pictures = pair
-    lengths = read(keeping)
+def test_a_follow_up_prefills_only_new_tokens(pair, count_tokens):
+    cached, _, pictures = pair
+    lengths = count_tokens(cached)
     question = Message("user", "What is in this picture? Yes. No. " * 3, pictures[:1])
-    answer = "".join(keeping.reply([question], OPTIONS))
+    answer = "".join(cached.reply([question], OPTIONS))
     first = lengths[0]
     lengths.clear()
-    "".join(keeping.reply([question, Message("assistant", answer), Message("user", "No?")], OPTIONS))
+    "".join(cached.reply([question, Message("assistant", answer), Message("user", "No?")], OPTIONS))
     assert lengths[0] < first / 2
 
 
-def test_one_that_begins_alike_leaves_another_its_reading(pair, read):
-    keeping, _, pictures = pair
+def test_conversations_that_begin_alike_keep_their_prefixes(pair, count_tokens):
+    cached, _, pictures = pair
     long = [Message("user", "Describe the image. " * 8, pictures[1:2])]
     for text in ("Is there a dog? " * 8, "Yes.", "No."):
-        long += [Message("assistant", "".join(keeping.reply(long, OPTIONS))), Message("user", text)]
-    "".join(keeping.reply(long[:-1] + [Message("user", "A dog?")], OPTIONS))
-    "".join(keeping.reply([*long[:2], Message("user", "Is there a dog?")], OPTIONS))
-    lengths = read(keeping)
-    "".join(keeping.reply(long, OPTIONS))
+        long += [Message("assistant", "".join(cached.reply(long, OPTIONS))), Message("user", text)]
+    "".join(cached.reply(long[:-1] + [Message("user", "A dog?")], OPTIONS))
+    "".join(cached.reply([*long[:2], Message("user", "Is there a dog?")], OPTIONS))
+    lengths = count_tokens(cached)
+    "".join(cached.reply(long, OPTIONS))
     assert lengths[0] < 40  # the last answer and the last question
 
 
-def test_what_idle_conversations_keep_is_bounded(pair):
-    keeping, _, pictures = pair
-    budget = keeping.prefix_cache.budget
+def test_the_cache_of_idle_conversations_is_bounded(pair):
+    cached, _, pictures = pair
+    budget = cached.prefix_cache.budget_bytes
     try:
-        keeping.prefix_cache.budget = 150_000
+        cached.prefix_cache.budget_bytes = 150_000
         for number in range(12):
-            "".join(keeping.reply([Message("user", f"{number} is a number?", pictures[:1])], OPTIONS))
-        assert 1 <= len(keeping.prefix_cache) < 12 and keeping.prefix_cache.size <= 150_000
+            "".join(cached.reply([Message("user", f"{number} is a number?", pictures[:1])], OPTIONS))
+        assert 1 <= len(cached.prefix_cache) < 12 and cached.prefix_cache.size <= 150_000
     finally:
-        keeping.prefix_cache.budget = budget
+        cached.prefix_cache.budget_bytes = budget
 
 
-def test_two_conversations_at_once_do_not_disturb_each_other(pair):
-    keeping, forgetting, pictures = pair
+def test_concurrent_conversations_are_independent(pair):
+    cached, uncached, pictures = pair
     options = SamplingOptions(temperature=0, max_new_tokens=12)
     talks = [
         [Message("user", "Describe the image.", pictures[:1])],
         [Message("user", "Is there a dog?")],
         [Message("user", "Describe the image.", pictures[1:2])],
     ]
-    expected = ["".join(forgetting.reply(talk, options)) for talk in talks]
-    heard: dict[int, list[str]] = {number: [] for number in range(3)}
+    expected = ["".join(uncached.reply(talk, options)) for talk in talks]
+    answers: dict[int, list[str]] = {number: [] for number in range(3)}
 
     def talk(number):
         for _ in range(5):
-            heard[number].append("".join(keeping.reply(talks[number], options)))
+            answers[number].append("".join(cached.reply(talks[number], options)))
 
     threads = [threading.Thread(target=talk, args=(number,)) for number in range(3)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert all(heard[number] == [expected[number]] * 5 for number in range(3))
+    assert all(answers[number] == [expected[number]] * 5 for number in range(3))

@@ -1,4 +1,4 @@
-"""The page as a client of a model server: of transformers, serving an exported model, and of one that fails."""
+"""Model servers: transformers serving an exported model, and servers that fail."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mmchat import BadInput, Message, MmchatError, SamplingOptions
 from mmchat.checkpoints.exporting import export_llava
 from mmchat.engine import LocalEngine
 from mmchat.presets import PRESETS
-from mmchat.serving.remote import RemoteEngine, _as_sent
+from mmchat.serving.remote import RemoteEngine, _to_openai
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
 from tests.conftest import ROOT
@@ -32,7 +32,7 @@ OPTIONS = SamplingOptions(temperature=0, max_new_tokens=10)
 
 @pytest.fixture(scope="module")
 def served(tiny, tmp_path_factory):
-    """A tiny model, exported and served by ``transformers serve``: its address and name there, and our weights."""
+    """A tiny exported model on ``transformers serve``: its address, its name there, and our weights."""
     folder = tmp_path_factory.mktemp("served")
     recipe = Recipe(
         train=[str(tiny / "train.json")],
@@ -87,7 +87,7 @@ def _wait_for(address, server):
 
 
 @pytest.mark.slow
-def test_a_server_says_what_the_engine_says(tiny, served):
+def test_a_server_answers_as_the_local_engine_does(tiny, served):
     address, name, weights = served
     remote, engine = RemoteEngine(address, name), LocalEngine(PRESETS["phi3-patches"], weights)
     for number in range(2):
@@ -103,7 +103,7 @@ def test_a_server_says_what_the_engine_says(tiny, served):
 
 
 @pytest.mark.slow
-def test_the_page_is_its_client(tiny, served):
+def test_the_page_works_with_a_model_server(tiny, served):
     from gradio_client import Client, handle_file
 
     from mmchat.serving import page as ui
@@ -123,7 +123,7 @@ def test_the_page_is_its_client(tiny, served):
 
 @contextmanager
 def server(answer):
-    """A server whose chat requests ``answer(handler)`` answers; gives its address and the requests it got."""
+    """A server that answers chat requests with ``answer(handler)``; yields its address and the requests."""
     requests = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -161,14 +161,14 @@ def refusing(status):
 @pytest.mark.parametrize(
     ("status", "sentence"),
     [
-        (400, "could not read that"),
-        (401, "another key"),
+        (400, "rejected the request"),
+        (401, "rejected the API key"),
         (404, "does not have that model"),
         (429, "busy"),
         (500, "failed"),
     ],
 )
-def test_its_errors_are_said_in_words(status, sentence):
+def test_server_errors_become_sentences(status, sentence):
     with server(refusing(status)) as (address, _):
         remote = RemoteEngine(address)
         assert remote.model == "vlm"
@@ -177,7 +177,7 @@ def test_its_errors_are_said_in_words(status, sentence):
         assert "secret" not in str(caught.value)
 
 
-def test_a_server_that_is_not_there():
+def test_an_unreachable_server():
     with pytest.raises(MmchatError, match="cannot be reached"):
         RemoteEngine(f"http://127.0.0.1:{_free_port()}/v1")
 
@@ -217,7 +217,7 @@ def test_bad_input_does_not_reach_the_server(tmp_path):
     assert not requests
 
 
-def test_large_pictures_are_sent_smaller():
-    sent = _as_sent(Message("user", "What is it?", [Image.new("RGB", (3000, 2000), "red")]))
+def test_large_pictures_are_scaled_down():
+    sent = _to_openai(Message("user", "What is it?", [Image.new("RGB", (3000, 2000), "red")]))
     kind, data = sent["content"][0]["image_url"]["url"].split(",")
     assert kind == "data:image/jpeg;base64" and Image.open(io.BytesIO(base64.b64decode(data))).size == (1024, 683)

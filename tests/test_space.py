@@ -1,4 +1,4 @@
-"""A Space: its files, and answers on ZeroGPU."""
+"""A Space: its files, and replies on ZeroGPU."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_folder_of_a_space_runs_by_itself(tmp_path):
     assert shown.stdout.strip() == str(tmp_path / "space" / "mmchat" / "__init__.py")
 
 
-def test_its_files_are_those_it_needs(tmp_path):
+def test_a_space_gets_the_files_that_it_needs(tmp_path):
     files = {str(file) for file in assemble(tmp_path / "space")}
     assert {
         "app.py",
@@ -58,7 +58,7 @@ def test_its_files_are_those_it_needs(tmp_path):
     assert not [file for file in files if file.startswith(("tests", "data", "runs", ".")) or "__pycache__" in file]
 
 
-def test_its_settings_fit_what_is_installed():
+def test_front_matter_matches_the_installed_versions():
     settings = front_matter(ROOT / "README.md")
     assert f"gradio=={settings['sdk_version']}" in (ROOT / "constraints.txt").read_text().splitlines()
     assert settings["python_version"] == "3.12" and settings["app_file"] == "app.py"
@@ -69,17 +69,17 @@ def test_its_settings_fit_what_is_installed():
     [
         (lambda folder: (folder / "weights" / "big").write_bytes(bytes(10_000_001)), "big has 10 MB"),
         (lambda folder: (folder / "README.md").write_text("# mmchat\n"), "lacks title"),
-        (lambda folder: (folder / "app.py").unlink(), "no app of gradio"),
+        (lambda folder: (folder / "app.py").unlink(), "must name an app of gradio"),
     ],
 )
-def test_what_would_not_run_is_named(tmp_path, change, message):
+def test_a_folder_that_would_not_run_is_rejected(tmp_path, change, message):
     assemble(tmp_path / "space")
     change(tmp_path / "space")
     with pytest.raises(BadInput, match=message):
         check(tmp_path / "space")
 
 
-def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
+def test_a_folder_that_is_not_empty_is_rejected(tmp_path):
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(BadInput, match="not empty"):
         assemble(tmp_path)
@@ -87,15 +87,15 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
 
 @pytest.fixture
 def zero_gpu(monkeypatch):
-    """ZeroGPU as far as it can be had without one: what goes in and out of a decorated generator is pickled."""
+    """Simulates ZeroGPU: the input and output of a decorated generator are pickled."""
     import spaces
 
-    asked = []
+    durations = []
 
     def gpu(duration):
         def decorate(function):
             def call(*arguments):
-                asked.append(duration(*arguments))
+                durations.append(duration(*arguments))
                 for value in function(*pickle.loads(pickle.dumps(arguments))):
                     yield pickle.loads(pickle.dumps(value))
 
@@ -105,10 +105,10 @@ def zero_gpu(monkeypatch):
 
     monkeypatch.setattr(spaces, "GPU", gpu)
     monkeypatch.setenv("SPACES_ZERO_GPU", "true")
-    return asked
+    return durations
 
 
-def test_answers_borrow_a_gpu_for_as_long_as_they_need(engine, photo, zero_gpu, monkeypatch):
+def test_replies_request_gpu_time_by_their_length(engine, photo, zero_gpu, monkeypatch):
     assert choose_device().dtype is torch.bfloat16
     assert choose_quantization("auto", choose_device(), 10**10).kind == "none"
     lent = LocalEngine.__new__(LocalEngine)
@@ -123,5 +123,5 @@ def test_answers_borrow_a_gpu_for_as_long_as_they_need(engine, photo, zero_gpu, 
     assert zero_gpu == [12] and seconds_needed(turns, SamplingOptions(max_new_tokens=1000)) == 110
 
 
-def test_elsewhere_an_engine_is_left_as_it_is(engine):
+def test_without_zero_gpu_the_engine_is_unchanged(engine):
     assert lend_gpu(engine) is engine

@@ -18,7 +18,7 @@ from mmchat.presets import SMOL, HubRepository, SpeechPreset
 from tests.conftest import SPEECH
 
 SAID = "and so my fellow americans ask not what your country can do for you ask what you can do for your country"
-NORMALISE = jiwer.Compose(
+NORMALIZE = jiwer.Compose(
     [
         jiwer.ToLowerCase(),
         jiwer.RemovePunctuation(),
@@ -30,7 +30,7 @@ NORMALISE = jiwer.Compose(
 
 
 def word_errors(heard: str, times: int = 1) -> float:
-    return jiwer.wer(" ".join([SAID] * times), heard, reference_transform=NORMALISE, hypothesis_transform=NORMALISE)
+    return jiwer.wer(" ".join([SAID] * times), heard, reference_transform=NORMALIZE, hypothesis_transform=NORMALIZE)
 
 
 def write_wav(path, samples, rate, width=2):
@@ -44,7 +44,7 @@ def write_wav(path, samples, rate, width=2):
 
 
 def convert(path, codec, rate, layout, sample_format):
-    """The speech in another container, written with PyAV."""
+    """Writes the speech in another container with PyAV."""
     with av.open(str(SPEECH)) as source, av.open(str(path), "w") as sink:
         stream = sink.add_stream(codec, rate=rate, layout=layout)
         resampler = av.AudioResampler(format=sample_format, layout=layout, rate=rate)
@@ -55,7 +55,7 @@ def convert(path, codec, rate, layout, sample_format):
     return path
 
 
-def test_every_word_is_heard(engine):
+def test_every_word_is_transcribed(engine):
     transcript = engine.transcribe(SPEECH)
     assert word_errors(transcript.text) == 0, transcript.text
     assert transcript.language == "en"
@@ -74,7 +74,7 @@ def test_every_word_is_heard(engine):
         ("apple.m4a", "aac", 44_100, "mono", "fltp"),
     ],
 )
-def test_any_container_rate_and_number_of_channels(engine, tmp_path, name, codec, rate, layout, sample_format):
+def test_any_container_sample_rate_and_channel_count(engine, tmp_path, name, codec, rate, layout, sample_format):
     path = convert(tmp_path / name, codec, rate, layout, sample_format)
     assert word_errors(engine.transcribe(path).text) <= 0.1
 
@@ -98,13 +98,13 @@ def test_samples_are_16_khz_mono(tmp_path):
     ],
     ids=["silence", "no samples", "a click", "hiss", "a tone"],
 )
-def test_no_speech_is_said_so(engine, tmp_path, sound):
+def test_recordings_without_speech_are_rejected(engine, tmp_path, sound):
     with pytest.raises(BadInput, match="I heard no speech in that recording"):
         engine.transcribe(write_wav(tmp_path / "sound.wav", sound, 16_000))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a recording at all" * 50, b"RIFF\x24\x00\x00\x00WAVEfmt "])
-def test_broken_files_get_one_clear_sentence(engine, tmp_path, content):
+def test_damaged_files_get_one_clear_error_sentence(engine, tmp_path, content):
     path = tmp_path / "recording.wav"
     path.write_bytes(content)
     with pytest.raises(BadInput, match="not a recording I can read") as caught:
@@ -112,18 +112,18 @@ def test_broken_files_get_one_clear_sentence(engine, tmp_path, content):
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_a_recording_that_is_too_long_is_refused(engine, tmp_path, monkeypatch):
+def test_a_recording_that_is_too_long_is_rejected(engine, tmp_path, monkeypatch):
     monkeypatch.setattr("mmchat.media.MAX_SECONDS", 5)
     with pytest.raises(BadInput, match="too long"):
         engine.transcribe(SPEECH)
 
 
-def test_a_picture_is_no_recording(engine, photo):
+def test_a_picture_is_rejected_as_a_recording(engine, photo):
     with pytest.raises(BadInput, match="not a recording"):
         engine.transcribe(photo)
 
 
-def test_long_recordings_are_heard_in_parts_and_told_in_order(engine, tmp_path):
+def test_long_recordings_are_split_and_transcribed_in_order(engine, tmp_path):
     rate, samples = 16000, read_audio(SPEECH)
     pause = np.zeros(25 * rate, dtype=np.float32)
     whole = np.concatenate([samples, pause, samples])[:, None]
@@ -133,9 +133,9 @@ def test_long_recordings_are_heard_in_parts_and_told_in_order(engine, tmp_path):
     assert abs(second - first - (len(samples) + len(pause)) / rate) < 1
 
 
-def test_whisper_leaves_pytorch_its_threads():
+def test_loading_whisper_keeps_pytorchs_thread_count():
     threads = torch.get_num_threads()
-    torch.set_num_threads(3)  # tiny.en is given one
+    torch.set_num_threads(3)  # tiny.en uses one
     try:
         SpeechRecognizer(SMOL.speech).load()
         assert torch.get_num_threads() == 3
@@ -145,7 +145,7 @@ def test_whisper_leaves_pytorch_its_threads():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A small model of OpenAI's own class, stored as OpenAI stores it."""
+    """A small Whisper model in the checkpoint format of OpenAI's package."""
     from whisper.model import ModelDimensions, Whisper
 
     torch.manual_seed(0)
@@ -170,14 +170,14 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_openais_package_gives_the_same_kind_of_result(checkpoint, engine):
+def test_a_checkpoint_of_openais_package_gives_a_transcript(checkpoint, engine):
     found = SpeechRecognizer(find_speech_model(str(checkpoint))).transcribe(SPEECH)
     assert type(found) is Transcript is type(engine.transcribe(SPEECH))
-    assert found.language == "en" and found.segments  # its weights are random, so its words are, too
+    assert found.language == "en" and found.segments  # the weights are random, and so is the text
     assert all(part.end >= part.start >= 0 for part in found.segments)
 
 
-def test_no_voice_is_no_speech_for_a_checkpoint_either(checkpoint, tmp_path):
+def test_a_checkpoint_rejects_recordings_without_speech(checkpoint, tmp_path):
     noise = np.random.default_rng(0).normal(0, 0.01, (32000, 1)).clip(-1, 1)
     with pytest.raises(BadInput, match="no speech"):
         SpeechRecognizer(find_speech_model(str(checkpoint))).transcribe(write_wav(tmp_path / "n.wav", noise, 16000))

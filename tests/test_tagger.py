@@ -1,4 +1,4 @@
-"""The tagger: what it is fitted to, what it says, and that training and chat tell the language model of it."""
+"""The tagger: fitting, tags, and their place in the prompts of training and chat."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from mmchat.training.data.labels import Labeled
 from mmchat.training.data.packing import ConversationDataset
 from mmchat.training.tagging import TAGS_FILE, TrainingTags, Vocabulary, fit_tagger, read_classes
 
-CELLS, WIDTH = 4, 8
-SMALL = replace(EFFICIENTNET_LITE2, feature_count=CELLS + 1, width=WIDTH)
+CELLS, IMAGE_DIM = 4, 8
+SMALL = replace(EFFICIENTNET_LITE2, feature_count=CELLS + 1, image_dim=IMAGE_DIM)
 
 
 def features_of(kind: int, number: int) -> torch.Tensor:
-    """[CELLS + 1, WIDTH] with one of its numbers large, and noise."""
-    cells = 0.1 * torch.randn(CELLS, WIDTH, generator=torch.Generator().manual_seed(100 * kind + number))
+    """[CELLS + 1, IMAGE_DIM] with one large value, and noise."""
+    cells = 0.1 * torch.randn(CELLS, IMAGE_DIM, generator=torch.Generator().manual_seed(100 * kind + number))
     cells[:, kind] += 1
     return torch.cat([cells, cells.mean(dim=0, keepdim=True)])
 
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
-    """Features of dogs, kitchens and apples, and a tagger that was fitted to what is said of them."""
+    """Features of dogs, kitchens and apples, and a tagger fitted to their captions and labels."""
     features = {
         f"{kind}/{n}": features_of(i, n) for i, kind in enumerate(("dog", "kitchen", "apple")) for n in range(60)
     }
@@ -44,13 +44,13 @@ def fitted(tmp_path_factory):
     labeled = [Labeled(f"kitchen/{n}", scene="kitchen") for n in range(60)]
     labeled += [Labeled(f"apple/{n}", label="apple", fine="Pink Lady" if n % 2 else "") for n in range(60)]
     folder = tmp_path_factory.mktemp("tagger")
-    head = (torch.eye(2, WIDTH) * 9, torch.zeros(2))
+    head = (torch.eye(2, IMAGE_DIM) * 9, torch.zeros(2))
     vocabulary = Vocabulary(captioned, labeled)
     tagger = fit_tagger(SMALL, head, ["terrier", "stove"], vocabulary, features, folder)
     return folder, features, tagger, vocabulary
 
 
-def test_it_recognizes_what_people_said(fitted):
+def test_it_predicts_words_of_captions_and_labels(fitted):
     _, _, tagger, _ = fitted
     classes, words = tagger(features_of(0, 999))
     assert classes[0].name == "terrier" and classes[0].probability > 0.9
@@ -59,24 +59,24 @@ def test_it_recognizes_what_people_said(fitted):
     assert tagger(features_of(2, 999))[1][0].name == "apple"
 
 
-def test_tags_are_as_sure_as_people_agreed(fitted):
+def test_probabilities_match_the_share_of_captions(fitted):
     """Two of three captions say "brown dog"."""
     probabilities = {tag.name: tag.probability for tag in fitted[2](features_of(0, 999))[1]}
     assert probabilities["brown dog"] == pytest.approx(2 / 3, abs=0.1)
 
 
-def test_what_nobody_looked_for_counts_little(fitted):
+def test_unlabeled_words_have_a_small_weight(fitted):
     vocabulary = fitted[3]
     shares, weights = vocabulary.targets(["apple/0", "dog/0"])
     dog, apple, kitchen = (vocabulary.words.index(word) for word in ("dog", "apple", "kitchen"))
-    assert shares[0, apple] == weights[0, apple] == 1  # labeled so
-    assert weights[0, kitchen] == 1 and shares[0, kitchen] == 0  # no photo of a thing is one of a room
+    assert shares[0, apple] == weights[0, apple] == 1  # it has this label
+    assert weights[0, kitchen] == 1 and shares[0, kitchen] == 0  # a photo of an object does not show a room
     assert shares[0, dog] == 0 < weights[0, dog] < 1  # a dog may lie beside the apple
     assert weights[1, kitchen] == 1 > weights[1, apple]
 
 
-def test_tags_of_training_pictures_come_from_others(fitted):
-    """A classifier fitted to other pictures is not exactly as sure."""
+def test_tags_of_training_pictures_come_from_held_out_classifiers(fitted):
+    """A classifier fitted to other pictures gives other probabilities."""
     folder, features, tagger, _ = fitted
     tags = json.loads((folder / TAGS_FILE).read_text())
     assert tags.keys() == features.keys()
@@ -86,24 +86,24 @@ def test_tags_of_training_pictures_come_from_others(fitted):
     assert all("dog" in found for found in unseen) and unseen != seen
 
 
-def test_training_leaves_tags_out_now_and_then(fitted):
+def test_training_drops_tags_at_random(fitted):
     folder, features, tagger, _ = fitted
     tags = TrainingTags(tagger, folder, features, seed=0)
     texts = [tags(image) for image in features]
-    assert texts == [tags(image) for image in features]  # the same in every epoch, so that a resumed run is exact
+    assert texts == [tags(image) for image in features]  # the same in every epoch, so resuming is exact
     assert 3 < texts.count(tag_text([], [])) < 45
     assert any("dog" not in text for text in texts[:60]) and sum("dog" in text for text in texts[:60]) > 30
     other = {"new": features["dog/3"]}
-    assert "dog" in TrainingTags(tagger, folder, other, seed=1)("new")  # not fitted to: the tagger itself says
+    assert "dog" in TrainingTags(tagger, folder, other, seed=1)("new")  # a new picture: the tagger itself predicts
 
 
-def test_the_text_tells_classes_words_and_how_sure():
+def test_tag_text_has_classes_words_and_probabilities():
     assert (
         tag_text([Tag("espresso", 0.95)], [Tag("cup", 0.849), Tag("table", 1.0)]) == "Tags: espresso 9; cup 8, table 9"
     )
 
 
-def test_it_is_saved_and_read_again(fitted, tmp_path):
+def test_a_saved_tagger_loads_again(fitted, tmp_path):
     tagger = fitted[2]
     tagger.save(tmp_path)
     read = load_tagger(tmp_path, SMALL)
@@ -120,14 +120,14 @@ def test_it_is_saved_and_read_again(fitted, tmp_path):
 @pytest.mark.parametrize(
     "other",
     [
-        replace(SMALL, width=WIDTH + 1),
+        replace(SMALL, image_dim=IMAGE_DIM + 1),
         replace(SMALL, resolution=256),
         replace(SMALL, feature_count=10),
         replace(SMALL, name="efficientnet-lite0"),
     ],
-    ids=["width", "resolution", "cells", "name"],
+    ids=["image_dim", "resolution", "cells", "name"],
 )
-def test_a_tagger_of_another_encoder_is_refused(fitted, other, tmp_path):
+def test_a_tagger_of_another_encoder_is_rejected(fitted, other, tmp_path):
     fitted[2].save(tmp_path)
     says = f"tagger in .* was fitted to .*grid 5x8 at 288.*{other.name}, {other.feature_kind}"
     with pytest.raises(WeightsError, match=says) as caught:
@@ -135,25 +135,25 @@ def test_a_tagger_of_another_encoder_is_refused(fitted, other, tmp_path):
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_a_tagger_that_does_not_tell_its_encoder_is_checked_by_width(tmp_path):
-    Tagger(["terrier"], ["dog"], WIDTH).save(tmp_path)
+def test_a_tagger_without_a_recorded_encoder_is_checked_by_size(tmp_path):
+    Tagger(["terrier"], ["dog"], IMAGE_DIM).save(tmp_path)
     assert load_tagger(tmp_path, replace(SMALL, resolution=256)).classes == ["terrier"]
-    with pytest.raises(WeightsError, match="features of 8 numbers.*fit_tagger.py"):
-        load_tagger(tmp_path, replace(SMALL, width=WIDTH + 1))
+    with pytest.raises(WeightsError, match="features of size 8.*fit_tagger.py"):
+        load_tagger(tmp_path, replace(SMALL, image_dim=IMAGE_DIM + 1))
 
 
-def test_weights_with_a_tagger_of_another_encoder_are_refused(engine, tmp_path):
+def test_weights_with_a_tagger_of_another_encoder_are_rejected(engine, tmp_path):
     encoder = engine.preset.image_encoder
-    engine.model.save(tmp_path, engine.preset)
+    save_weights(engine.model, tmp_path, engine.preset)
     other = encoder_text(replace(encoder, resolution=256))
-    Tagger(["terrier"], ["dog"], encoder.width, other).save(tmp_path)
+    Tagger(["terrier"], ["dog"], encoder.image_dim, other).save(tmp_path)
     with pytest.raises(WeightsError, match="at 256 pixels.*at 288 pixels"):
         load_model(engine.preset, tmp_path, torch.float32)
 
 
-def test_training_with_another_encoder_leaves_the_tagger_behind(engine, tmp_path):
-    """As wide as the features are, they mean something else."""
-    engine.model.save(tmp_path, engine.preset)
+def test_training_with_another_encoder_drops_the_tagger(engine, tmp_path):
+    """The features have the same size but another meaning."""
+    save_weights(engine.model, tmp_path, engine.preset)
     other = replace(engine.preset, image_encoder=replace(EFFICIENTNET_LITE0, resolution=288))
     assert load_model(other, tmp_path, torch.float32, any_encoder=True)[0].tagger is None
     assert load_model(engine.preset, tmp_path, torch.float32, any_encoder=True)[0].tagger
@@ -182,7 +182,7 @@ def test_conversations_about_a_picture_share_its_tags(engine):
     assert engine.tokenizer.decode([token for token in row.token_ids if token >= 0]).count("cup 9") == 1
 
 
-def test_the_engine_tells_what_it_sees_and_the_model_is_told(engine, photo):
+def test_the_engine_and_the_prompt_show_the_tags(engine, photo):
     tags = engine.classes(photo.with_name("coffee.jpg"))
     assert tags[0].probability >= tags[-1].probability and "espresso" in [tag.name for tag in tags]
     encoded = engine.encode([Message("user", "What is this?", [photo.with_name("coffee.jpg")])])
@@ -191,28 +191,28 @@ def test_the_engine_tells_what_it_sees_and_the_model_is_told(engine, photo):
         engine.classes("nowhere.jpg")
 
 
-def test_weights_bring_their_tagger_along(engine, fitted, tmp_path):
+def test_saved_weights_include_the_tagger(engine, fitted, tmp_path):
     save_weights(engine.model, tmp_path / "one", engine.preset)
     assert (tmp_path / "one" / TAGGER_FILE).exists()
     model, _ = load_model(engine.preset, tmp_path / "one", torch.float32)
-    features = torch.rand(engine.preset.image_encoder.feature_count, engine.preset.image_encoder.width)
+    features = torch.rand(engine.preset.image_encoder.feature_count, engine.preset.image_encoder.image_dim)
     assert model.tags(features) == engine.model.tags(features)
     average_weights(tmp_path / "one", tmp_path / "one", 0.5, tmp_path / "average")
     assert (tmp_path / "average" / TAGGER_FILE).read_bytes() == (tmp_path / "one" / TAGGER_FILE).read_bytes()
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '[{"name": "cup"}]', '{"names": ["cup"]}'])
-def test_a_file_of_classes_that_is_none_is_refused(content, tmp_path):
+def test_an_invalid_file_of_classes_is_rejected(content, tmp_path):
     (tmp_path / "classes.json").write_text(content)
     with pytest.raises(BadInput, match="classes.json"):
         read_classes(tmp_path / "classes.json")
 
 
-def test_an_empty_vocabulary_is_refused():
+def test_an_empty_vocabulary_is_rejected():
     with pytest.raises(BadInput, match="too few"):
         Vocabulary([{"image": "a", "captions": ["A dog .", "The dog ."]}], [])
 
 
-def test_tagger_without_classes_has_none():
-    tagger = Tagger([], ["cup"], WIDTH)
-    assert tagger.text(torch.zeros(CELLS + 1, WIDTH)) == "Tags: ; cup 5"
+def test_a_tagger_without_classes():
+    tagger = Tagger([], ["cup"], IMAGE_DIM)
+    assert tagger.text(torch.zeros(CELLS + 1, IMAGE_DIM)) == "Tags: ; cup 5"

@@ -1,4 +1,4 @@
-"""python -m mmchat ask and batch."""
+"""The commands mmchat ask, batch and classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.conftest import ROOT, SPEECH
 
 @pytest.fixture(autouse=True)
 def loaded_engine(engine, monkeypatch):
-    """The real engine, loaded once for all these tests."""
+    """The real engine, loaded once for all tests."""
     monkeypatch.setattr("mmchat.engine.load", lambda preset, weights, quantization, speech: engine)
 
 
@@ -32,8 +32,8 @@ def test_help_does_not_wait_for_torch():
 
 
 @pytest.mark.slow
-def test_ask_as_a_person_runs_it():
-    """The whole way, in a process of its own: stdout is the answer and nothing else."""
+def test_ask_as_a_command():
+    """In a subprocess: stdout holds the answer and nothing else."""
     command = [sys.executable, "-m", "mmchat", "ask", "What is the capital of France?", "--temperature", "0"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout == "The capital of France is Paris.\n"
@@ -45,7 +45,7 @@ def test_ask_about_a_picture(photo, capsys):
     assert capsys.readouterr().out.strip()
 
 
-def test_classes_tell_what_the_encoder_sees(photo, capsys):
+def test_classes_lists_the_tags(photo, capsys):
     assert run("classes", photo.with_name("coffee.jpg")) == 0
     shown = capsys.readouterr().out
     assert "coffee.jpg: espresso " in shown and shown.rstrip().endswith("%")
@@ -62,7 +62,7 @@ def test_a_draft_is_rewritten(engine, capsys, tmp_path):
     assert line["draft"] == "The capital of France is Paris." and line["answer"] == captured.out.strip()
 
 
-def test_a_spoken_question_is_shown_and_answered(capsys):
+def test_a_spoken_question_is_transcribed_and_answered(capsys):
     assert run("ask", "--audio", SPEECH, "--max-new-tokens", 8) == 0
     captured = capsys.readouterr()
     assert "ask not what your country can do for you" in captured.err
@@ -75,7 +75,7 @@ def test_a_spoken_question_is_shown_and_answered(capsys):
         (["ask"], "Please type or speak a question."),
         (["ask", "What?", "--image", "nowhere.jpg"], "There is no picture 'nowhere.jpg'."),
         (["ask", "--audio", "nowhere.wav"], "There is no recording 'nowhere.wav'."),
-        (["ask", "Hi", "--temperature", "9"], "The temperature must lie between 0 and 5."),
+        (["ask", "Hi", "--temperature", "9"], "The temperature must be between 0 and 5."),
     ],
 )
 def test_errors_are_one_sentence(capsys, arguments, says):
@@ -104,7 +104,7 @@ class TestBatch:
     def answers(path):
         return [json.loads(line) for line in path.read_text().splitlines()]
 
-    def test_answers_in_order_and_bad_lines_are_skipped_aloud(self, questions, tmp_path, capsys):
+    def test_answers_are_in_order_and_bad_lines_are_skipped_with_a_message(self, questions, tmp_path, capsys):
         out = tmp_path / "answers.jsonl"
         assert self.batch(questions, out) == 0
         answers = self.answers(out)
@@ -116,7 +116,7 @@ class TestBatch:
         assert "Line 3 skipped: There is no picture 'nowhere.jpg'." in shown and "Line 5 skipped" in shown
         assert "5/5" in shown  # the progress bar
 
-    def test_an_interrupted_run_goes_on_where_it_stopped(self, questions, tmp_path, monkeypatch):
+    def test_an_interrupted_run_resumes_where_it_stopped(self, questions, tmp_path, monkeypatch):
         whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
         self.batch(questions, whole)
         first, second, *_ = whole.read_text().splitlines(keepends=True)
@@ -128,15 +128,13 @@ class TestBatch:
         assert len(asked) == 4 and "Describe" in asked[0]
 
     @pytest.mark.parametrize("lines", [1, 9])
-    def test_answers_to_other_questions_are_not_mixed_in(self, questions, tmp_path, capsys, lines):
+    def test_answers_to_other_questions_are_rejected(self, questions, tmp_path, capsys, lines):
         out = tmp_path / "answers.jsonl"
         out.write_text('{"image": null, "question": "Another?", "answer": "x"}\n' * lines)
         assert self.batch(questions, out) == 1
         assert "answers other questions" in capsys.readouterr().err and out.read_text().count("\n") == lines
 
-    def test_missing_weights_end_the_run_instead_of_spoiling_the_answers(
-        self, questions, tmp_path, monkeypatch, engine
-    ):
+    def test_missing_weights_end_the_run_and_keep_the_answers(self, questions, tmp_path, monkeypatch, engine):
         def missing(*_):
             raise AssetError("The image encoder is missing.")
 
@@ -145,7 +143,7 @@ class TestBatch:
         assert self.batch(questions, out) == 1
         assert out.read_text() == ""
 
-    def test_unusual_characters_and_blank_lines_keep_the_count(self, tmp_path, capsys):
+    def test_unusual_characters_and_blank_lines_do_not_shift_lines(self, tmp_path, capsys):
         path, out = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
         path.write_text('\ufeff{"image": null, "question": "One\u2028two?"}\n\nnot json\n', encoding="utf-8")
         self.batch(path, out)
@@ -160,7 +158,7 @@ class TestBatch:
         assert self.batch(questions, out) == 0
         assert "already" in capsys.readouterr().err and out.read_text() == before
 
-    def test_a_file_that_cannot_be_written_is_named(self, questions, tmp_path, capsys):
+    def test_an_unwritable_file_is_named(self, questions, tmp_path, capsys):
         assert self.batch(questions, tmp_path / "nowhere" / "answers.jsonl") == 1
         assert "cannot be written" in capsys.readouterr().err
 

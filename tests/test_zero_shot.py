@@ -1,4 +1,4 @@
-"""Names told by CLIP's text encoder: as transformers' own CLIPModel tells them, and only by a whole CLIP."""
+"""Zero-shot classification: as transformers' CLIPModel does it, and only with a complete CLIP."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from mmchat.presets import EFFICIENTNET_LITE2, PRESETS, HubRepository
 from tests.close import assert_close
 from tests.tiny import CLIP_WIDTHS
 
-NAMES = ("dog", "umbrella", "traffic light", "a name of more words than there is room for in the text encoder")
+NAMES = ("dog", "umbrella", "traffic light", "a name of more words than fit into the text encoder")
 
 
 @pytest.fixture(scope="module")
 def clip(tiny, tmp_path_factory):
-    """A small CLIP of both halves with random weights, as a repository holds it."""
+    """A small CLIP with both encoders and random weights, in the layout of a repository."""
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("whole-clip")
@@ -41,7 +41,7 @@ def clip(tiny, tmp_path_factory):
         "max_position_embeddings": 40,
         "bos_token_id": vocab["<|startoftext|>"],
         "eos_token_id": vocab["<|endoftext|>"],
-        "initializer_factor": 20.0,  # large, so that names differ
+        "initializer_factor": 20.0,  # large, so names differ
     }
     sizes = {key: CLIP_WIDTHS[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")}
     text |= {**sizes, "num_attention_heads": 2, "projection_dim": 20}
@@ -54,18 +54,18 @@ def clip(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["pooled", "patches"])
 def clip_engine(request, clip, tmp_path_factory):
-    """An engine whose preset takes the one embedding or the patches of that CLIP."""
+    """An engine whose preset takes the pooled embedding or the patches of that CLIP."""
     encoder = find_image_encoder(HubRepository(str(clip)), request.param)
     preset = replace(PRESETS[f"phi3-{request.param}"], image_encoder=encoder)
     language_model, _ = load_language_model(preset.language_model, torch.float32)
-    shape = ProjectorConfig("mlp", encoder.width, 8, language_model.config.hidden_size, encoder.feature_count)
+    shape = ProjectorConfig("mlp", encoder.image_dim, 8, language_model.config.hidden_size, encoder.feature_count)
     folder = tmp_path_factory.mktemp("weights")
     save_weights(MultimodalModel(language_model, build_projector(shape), shape), folder, preset)
     return LocalEngine(preset, folder)
 
 
 @pytest.mark.parametrize("features", ["pooled", "patches"])
-def test_probabilities_are_those_of_transformers(clip, small_picture, features):
+def test_probabilities_equal_those_of_transformers(clip, small_picture, features):
     from transformers import AutoTokenizer, CLIPModel
 
     encoder = load_image_encoder(find_image_encoder(HubRepository(str(clip)), features))
@@ -79,31 +79,31 @@ def test_probabilities_are_those_of_transformers(clip, small_picture, features):
     with torch.inference_mode():
         expected = CLIPModel.from_pretrained(clip)(**tokens, pixel_values=pixels).logits_per_image.softmax(dim=1)
     assert_close(found, expected)
-    assert expected.max() > 2 * expected.min()  # or any wrong embedding would do
+    assert expected.max() > 2 * expected.min()  # else any wrong embedding would pass
 
 
-def test_many_names_are_the_same_as_few_at_a_time(clip, small_picture, monkeypatch):
+def test_batching_names_does_not_change_probabilities(clip, small_picture, monkeypatch):
     encoder = load_image_encoder(find_image_encoder(HubRepository(str(clip))))
     embedding = encoder.embed([small_picture])
     together = load_zero_shot(NAMES, encoder.preset).probabilities(embedding)
-    monkeypatch.setattr("mmchat.models.zero_shot.BATCH", 1)
+    monkeypatch.setattr("mmchat.models.zero_shot.BATCH_SIZE", 1)
     load_zero_shot.cache_clear()
     assert_close(load_zero_shot(NAMES, encoder.preset).probabilities(embedding), together)
 
 
-def test_the_engine_tells_names_when_asked(clip_engine, small_picture):
+def test_the_engine_classifies_among_given_names(clip_engine, small_picture):
     assert clip_engine.classes(small_picture) == []
     found = clip_engine.classes(small_picture, [*NAMES, "dog", ""])
     assert {tag.name for tag in found} <= set(NAMES) and found[0].probability >= found[-1].probability >= 0.1
     assert clip_engine.classes(small_picture, ["dog"])[0].probability == pytest.approx(1)
-    assert clip_engine.model.tagger is None  # so the language model is told nothing that it did not learn from
+    assert clip_engine.model.tagger is None  # so the prompt has no tags, as in training
     with pytest.raises(BadInput, match="There are no names"):
         clip_engine.classes(small_picture, [" "])
     with pytest.raises(BadInput, match="There is no picture"):
         clip_engine.classes("nowhere.jpg", NAMES)
 
 
-def test_names_in_a_terminal(clip_engine, small_picture, tmp_path, capsys, monkeypatch):
+def test_the_classes_command_with_names(clip_engine, small_picture, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mmchat.engine.load", lambda preset, weights, quantization, speech: clip_engine)
     small_picture.save(tmp_path / "noise.png")
     (tmp_path / "names.txt").write_text("dog\n\n  umbrella \n")
@@ -115,9 +115,9 @@ def test_names_in_a_terminal(clip_engine, small_picture, tmp_path, capsys, monke
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(b" \n\n", "holds no names"), (b"\xff\xfe\x00d", "not a text file")], ids=["blank", "binary"]
+    ("content", "says"), [(b" \n\n", "has no names"), (b"\xff\xfe\x00d", "not a text file")], ids=["blank", "binary"]
 )
-def test_a_file_without_names_is_refused(content, says, tmp_path):
+def test_a_file_without_names_is_rejected(content, says, tmp_path):
     (tmp_path / "names.txt").write_bytes(content)
     with pytest.raises(BadInput, match=f"names.txt.*{says}"):
         read_names(tmp_path / "names.txt")
@@ -135,7 +135,7 @@ def without_tokenizer(folder):
 
 
 @pytest.mark.parametrize("damage", [without_text_weights, without_tokenizer])
-def test_a_clip_without_its_text_half_is_refused(clip, damage, tmp_path):
+def test_clip_without_its_text_encoder_is_rejected(clip, damage, tmp_path):
     shutil.copytree(clip, tmp_path / "half")
     encoder = find_image_encoder(HubRepository(str(tmp_path / "half")))
     damage(tmp_path / "half")
@@ -144,7 +144,7 @@ def test_a_clip_without_its_text_half_is_refused(clip, damage, tmp_path):
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_other_image_encoders_are_refused(tiny):
+def test_other_image_encoders_are_rejected(tiny):
     for encoder in (
         EFFICIENTNET_LITE2,
         PRESETS["phi3-pooled"].image_encoder,
@@ -154,7 +154,7 @@ def test_other_image_encoders_are_refused(tiny):
             load_zero_shot(NAMES, encoder)
 
 
-def test_clip_has_no_classifier_to_fit_a_tagger_with(tiny):
+def test_clip_has_no_classifier_for_a_tagger(tiny):
     encoder = load_image_encoder(PRESETS["phi3-pooled"].image_encoder)
-    with pytest.raises(WeightsError, match="tiny-clip was trained on no classes"):
+    with pytest.raises(WeightsError, match="tiny-clip has no classes"):
         _ = encoder.classifier

@@ -1,4 +1,4 @@
-"""Small models of the real classes, built from configs, and a preset of each: what runs on them runs on the real ones.
+"""Small models of the real classes, built from configs, with a preset for each. The real models run the same code.
 
 ``python -m tests.tiny FOLDER script.py …`` runs a training script that knows these presets.
 """
@@ -32,7 +32,7 @@ WIDTHS = {
     "bos_token_id": 0,
     "eos_token_id": 2,
     "pad_token_id": 0,
-    "initializer_range": 0.3,  # large, so that a frozen output head can tell tokens apart
+    "initializer_range": 0.3,  # large, so a frozen output head can tell tokens apart
 }
 CLIP_WIDTHS = {
     "hidden_size": 24,
@@ -90,7 +90,7 @@ def make(folder: Path) -> None:
 
 @torch.no_grad()
 def round_weights(model: nn.Module) -> None:
-    """Gives linear layers 16 levels in each block of 32 weights and the head 255, as a GGUF file of kind Q4_1 has."""
+    """Rounds linear layers to 16 levels per block of 32 weights and the head to 255, as in a GGUF file of type Q4_1."""
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
             blocks = layer.weight.view(len(layer.weight), -1, 32)
@@ -118,7 +118,7 @@ def make_data(folder: Path) -> None:
 
 
 def presets(folder: Path) -> dict:
-    """Presets on the models in ``folder``: each language model, with CLIP's patches or its pooled embedding."""
+    """Presets of the models in ``folder``: each language model with CLIP's patches or its pooled embedding."""
     found = {}
     encoders = {
         "patches": ImageEncoderPreset("tiny-clip", HubRepository(str(folder / "clip")), 32, "patches", 4, 24),

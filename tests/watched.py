@@ -1,4 +1,4 @@
-"""Runs a script and writes down every address that it looks up or connects to: python -m tests.watched LOG app.py …"""
+"""Runs a script and logs every address that it looks up or connects to: python -m tests.watched LOG app.py …"""
 
 from __future__ import annotations
 

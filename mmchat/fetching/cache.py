@@ -1,4 +1,4 @@
-"""The folder of everything that is fetched or converted: whoever finds a file in it finds all of it."""
+"""The cache folder of fetched and converted files. Every file in it is complete."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ MANIFEST = "files.json"  # beside converted weights: file name -> size in bytes
 
 
 def cache_folder() -> Path:
-    """The folder of everything fetched: ``MMCHAT_CACHE``, or ``~/.cache/mmchat``."""
+    """The cache folder: ``MMCHAT_CACHE``, or ``~/.cache/mmchat``."""
     return Path(os.environ.get("MMCHAT_CACHE") or Path.home() / ".cache" / "mmchat").expanduser()
 
 
 def convert_once(name: str, convert: Callable[[Path], None]) -> Path:
-    """A folder ``name`` of the cache, filled by ``convert(folder)`` the first time it is asked for.
+    """Returns the folder ``name`` of the cache, filled by ``convert(folder)`` the first time.
 
-    The conversion writes into a temporary folder that is renamed when it is complete.
+    The conversion writes into a temporary folder, which is renamed when it is complete.
     """
     folder = cache_folder() / name
     if _is_converted(folder):
         return folder
     with locked(folder) as unfinished:
-        if not _is_converted(folder):  # another process may have done it while this one waited
+        if not _is_converted(folder):  # another process may have converted it while this one waited
             convert(unfinished)
             files = [path for path in unfinished.rglob("*") if path.is_file()]
             sizes = {path.relative_to(unfinished).as_posix(): path.stat().st_size for path in files}
@@ -39,8 +39,8 @@ def convert_once(name: str, convert: Callable[[Path], None]) -> Path:
     return folder
 
 
-def is_whole(path: Path, size: int) -> bool:
-    """Whether a file is there, and of its full size."""
+def is_complete(path: Path, size: int) -> bool:
+    """Whether a file exists and has its full size."""
     return path.is_file() and path.stat().st_size == size
 
 
@@ -49,14 +49,17 @@ def _is_converted(folder: Path) -> bool:
         sizes = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
         return False
-    return all(is_whole(folder / name, size) for name, size in sizes.items())
+    return all(is_complete(folder / name, size) for name, size in sizes.items())
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[Path]:
-    """Lets one process at a time fill ``folder``, by way of an empty folder beside it, which is removed at the end.
+    """Locks ``folder`` for one process and yields an empty temporary folder beside it, removed at the end.
 
-    The same name each time, so that what a killed process left is removed by the next.
+    The temporary name is always the same, so the next process removes what a killed one left behind.
+
+    Raises:
+        AssetError: the cache folder cannot be written.
     """
     from filelock import FileLock
 
@@ -83,5 +86,5 @@ def locked(folder: Path) -> Iterator[Path]:
 def _unusable_cache(error: OSError) -> AssetError:
     return AssetError(
         f"The cache folder {cache_folder()} cannot be used ({error.strerror}). "
-        "Set MMCHAT_CACHE to a folder that can be written and has 1 GB of room."
+        "Set MMCHAT_CACHE to a writable folder with 1 GB of free space."
     )

@@ -1,4 +1,4 @@
-"""Weights on the Hugging Face Hub: fetched once, then found on disk, with or without a network."""
+"""Downloads from the Hugging Face Hub: fetched once, then read from disk without a network."""
 
 from __future__ import annotations
 
@@ -8,97 +8,98 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import AssetError
-from .cache import cache_folder
+from .cache import cache_folder, is_complete
 from .sources import HubRepository
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")
-WITHOUT_HUB = "The preset 'smol' needs no Hub: MMCHAT_PRESET=smol, or --preset smol."
+WITHOUT_HUB = "The preset 'smol' works without the Hub: --preset smol, or MMCHAT_PRESET=smol."
 
 
 def fetch_repository(repository: HubRepository, files: Sequence[str] | None = None) -> Path:
-    """The folder with a repository's weights, tokenizer and configuration.
+    """Returns the folder with a repository's weights, tokenizer and config.
 
-    What was fetched completely is not asked for again, so the next start needs no network.
+    A complete download is never checked again, so the next start needs no network.
 
     Args:
-        repository: whose name may also be a folder on disk, which is taken as it is.
-        files: what to fetch in place of what transformers reads.
+        repository: a repository, or a local folder as its name, which is returned unchanged.
+        files: the files to fetch instead of those that transformers reads.
 
     Raises:
-        AssetError: it cannot be had; the sentence says why and what to do.
+        AssetError: the repository is not available; the message says why and what to do.
     """
     if Path(repository.name).is_dir():
         return Path(repository.name)
-    return _noted(_note(repository)) or _download(repository, files)
+    return _downloaded(_record(repository)) or _download(repository, files)
 
 
 def is_repository_here(repository: HubRepository) -> bool:
-    """Whether it has been fetched."""
-    return Path(repository.name).is_dir() or _noted(_note(repository)) is not None
+    """Whether the repository is on this machine."""
+    return Path(repository.name).is_dir() or _downloaded(_record(repository)) is not None
 
 
 def can_fetch(repository: HubRepository) -> bool:
-    """Whether it is here already, or the Hub answers that it is there."""
+    """Whether the repository is on this machine, or available on the Hub."""
     if is_repository_here(repository):
         return True
     from huggingface_hub import HfApi
 
     try:
         HfApi().model_info(repository.name, revision=repository.revision, timeout=5)
-    except Exception as error:  # whatever is wrong, it cannot be had now
+    except Exception as error:  # any error means that it is not available now
         logger.debug("%s", repository.name, exc_info=error)
         return False
     return True
 
 
-def _note(repository: HubRepository) -> Path:
-    """The file that tells what was fetched, and where it lies."""
+def _record(repository: HubRepository) -> Path:
+    """The file that records a download: its folder, and the size of each file."""
     return cache_folder() / "hub" / f"{repository.name.replace('/', '--')}@{repository.revision}.json"
 
 
-def _noted(note: Path) -> Path | None:
-    """The folder of an earlier download, if every file of it is still there and whole."""
+def _downloaded(record: Path) -> Path | None:
+    """The folder of an earlier download, if all its files are still complete."""
     try:
-        content = json.loads(note.read_text())
+        content = json.loads(record.read_text())
         folder, sizes = Path(content["folder"]), content["files"]
     except (OSError, ValueError, KeyError):
         return None
-    is_whole = all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
-    return folder if is_whole else None
+    return folder if all(is_complete(folder / name, size) for name, size in sizes.items()) else None
 
 
 def _download(repository: HubRepository, files: Sequence[str] | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     name = repository.name
-    logger.info("Fetching %s from the Hugging Face Hub; it is kept for the next start", name)
+    logger.info("Fetching %s from the Hugging Face Hub; this happens once", name)
     try:
         info = HfApi().model_info(name, revision=repository.revision)
     except Exception as error:
-        raise _in_words(repository, error) from error
-    there = [sibling.rfilename for sibling in info.siblings or []]
-    files = files or _wanted(there)
-    missing = [file for file in files if file not in there]
+        raise _explained(repository, error) from error
+    available = [sibling.rfilename for sibling in info.siblings or []]
+    files = files or _needed(available)
+    missing = [file for file in files if file not in available]
     if missing or not any(file.endswith(WEIGHTS) for file in files):
-        raise AssetError(f"{name} on the Hub lacks {missing[0] if missing else 'weights that I can read'}.")
+        raise AssetError(
+            f"{name} on the Hub lacks {missing[0] if missing else 'weights in a known format'}. Name another."
+        )
     try:
         folder = Path(snapshot_download(name, revision=info.sha, allow_patterns=files))
         sizes = {file: (folder / file).stat().st_size for file in files}
     except Exception as error:
-        raise _in_words(repository, error) from error
-    note = _note(repository)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps({"folder": str(folder), "files": sizes}, indent=1))
+        raise _explained(repository, error) from error
+    record = _record(repository)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps({"folder": str(folder), "files": sizes}, indent=1))
     return folder
 
 
-def _wanted(files: list[str]) -> list[str]:
-    """Configuration, tokenizer and weights at the top of a repository; pickled weights only where there are no others.
+def _needed(files: list[str]) -> list[str]:
+    """Config, tokenizer and weights in the root of a repository; pickled weights only if there is no safetensors file.
 
-    transformers reads those with ``weights_only=True``.
+    transformers loads pickles with ``weights_only=True``.
     """
     top = [file for file in files if "/" not in file]
     weights = [file for file in top if file.endswith(".safetensors")]
@@ -106,29 +107,29 @@ def _wanted(files: list[str]) -> list[str]:
     return weights + [file for file in top if file.endswith(SMALL_FILES)]
 
 
-def _in_words(repository: HubRepository, error: Exception) -> AssetError:
-    """What went wrong, and what to do; the Hub's client raises errors of several libraries."""
+def _explained(repository: HubRepository, error: Exception) -> AssetError:
+    """An error of the Hub's client as a sentence: what is wrong and what to do."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     logger.debug("%s", repository.name, exc_info=error)
     name = repository.name
     if isinstance(error, GatedRepoError):
         return AssetError(
-            f"{name} is gated: ask for access at https://huggingface.co/{name}, then log in with 'hf auth login' or "
+            f"{name} is gated: request access at https://huggingface.co/{name}, then log in with 'hf auth login' or "
             "set HF_TOKEN."
         )
     if isinstance(error, RepositoryNotFoundError):
-        return AssetError(f"The Hub has no model '{name}' that you may read. Check the name, or set HF_TOKEN.")
+        return AssetError(f"The Hub has no model '{name}' that you can access. Check the name, or set HF_TOKEN.")
     if isinstance(error, RevisionNotFoundError):
-        return AssetError(f"{name} has no revision '{repository.revision}' on the Hub.")
+        return AssetError(f"{name} has no revision '{repository.revision}' on the Hub. Check the revision.")
     return AssetError(
-        f"{name} could not be fetched from the Hugging Face Hub ({_reason(error)}). Start again to go on where it "
-        f"stopped. {WITHOUT_HUB}"
+        f"{name} could not be fetched from the Hugging Face Hub ({_reason(error)}). Try again to resume the download. "
+        f"{WITHOUT_HUB}"
     )
 
 
 def _reason(error: Exception) -> str:
-    """A few words on what went wrong, without addresses or paths."""
+    """What went wrong in a few words, without addresses or paths."""
     kind = type(error).__name__
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status:
@@ -137,4 +138,4 @@ def _reason(error: Exception) -> str:
         return "it did not answer in time"
     if "Connect" in kind or isinstance(error, ConnectionError):
         return "it cannot be reached"
-    return getattr(error, "strerror", None) or "the transfer broke off"
+    return getattr(error, "strerror", None) or "the download was interrupted"

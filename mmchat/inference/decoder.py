@@ -1,7 +1,6 @@
-"""Embeddings in, logits out: PyTorch, or on a CPU something faster.
+"""Decoders: embeddings → logits, with a KV cache. On a CPU, ONNX Runtime is faster than PyTorch.
 
-A decoder makes caches for keys and values. A cache belongs to one conversation, and says whether the adapter takes part
-in what is computed for it.
+Each conversation has its own cache. The cache is made for the model with the adapter or without it.
 """
 
 from __future__ import annotations
@@ -16,49 +15,49 @@ from .onnx_decoder import load_onnx_decoder
 
 
 class Cache(Protocol):
-    """Keys and values of the tokens that a decoder has read."""
+    """KV cache: keys and values of the tokens so far."""
 
     @property
     def length(self) -> int:
-        """In tokens."""
+        """Number of tokens."""
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Number of bytes."""
 
     def crop(self, length: int) -> None:
-        """Forgets what comes after the first tokens."""
+        """Keeps only the first ``length`` tokens."""
 
     def prefix(self, length: int) -> Cache:
-        """A copy of the first tokens' keys and values."""
+        """A copy of the first ``length`` tokens."""
 
 
 class Decoder(Protocol):
-    """What reads a prompt and writes token by token."""
+    """Runs the language model on a prompt, then token by token."""
 
-    model: nn.Module  # the language model, for its embeddings and its configuration
+    model: nn.Module  # the language model, for its token embeddings and config
 
     def new_cache(self, with_adapter: bool = True) -> Any:
-        """An empty cache, for a conversation with the adapter or without; a model that has none ignores it."""
+        """An empty cache, with the adapter on or off; a model without an adapter ignores the flag."""
 
     def prefill(self, embeddings: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Reads embeddings, [1, tokens, hidden_size], behind what the cache holds → logits, [1, vocabulary]."""
+        """Appends embeddings, [1, tokens, hidden_size], to the cache → logits of the last, [1, vocabulary]."""
 
     def step(self, token: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Reads one token's id, [1, 1] → logits, [1, vocabulary]."""
+        """Appends one token id, [1, 1], to the cache → logits, [1, vocabulary]."""
 
 
 def load_decoder(model: nn.Module) -> Decoder:
-    """The fastest decoder that a language model has on this machine.
+    """The fastest decoder for a language model on this machine.
 
     Args:
-        model: with or without a LoRA adapter.
+        model: the language model, with or without a LoRA adapter.
     """
     return load_onnx_decoder(model) or TorchDecoder(model)
 
 
 class TorchDecoder:
-    """A language model as transformers runs it."""
+    """A ``Decoder`` on PyTorch, through transformers."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -77,7 +76,7 @@ class TorchDecoder:
 
 
 class TorchCache:
-    """Keys and values, as transformers keeps them."""
+    """A ``Cache`` around transformers' DynamicCache."""
 
     def __init__(self, config: Any, with_adapter: bool):
         from transformers import DynamicCache
@@ -97,7 +96,7 @@ class TorchCache:
     def crop(self, length: int) -> None:
         beyond = self.length - length
         if beyond > 0:
-            self.layers.crop(-beyond)  # takes as many off the end
+            self.layers.crop(-beyond)  # a negative number is cut off the end
 
     def prefix(self, length: int) -> TorchCache:
         copy = TorchCache(self._config, self.with_adapter)

@@ -1,4 +1,4 @@
-"""A lock whose waiters come before whoever holds it now."""
+"""A fair lock: waiting threads come first."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from threading import Lock, RLock
 
 
 class FairLock:
-    """Two threads that take turns without a pause in between get one turn each, by turns.
+    """A lock that alternates between threads that keep asking for it.
 
-    A waiter queues on ``_next``, so the thread that has just released the lock cannot grab it again at once. A thread
-    that holds it must not enter it again; it may enter ``reentrant``.
+    A waiter queues on ``_next``, so the thread that releases the lock cannot grab it again at once. A thread that holds
+    the lock must not enter it again; it may enter ``reentrant``.
     """
 
     def __init__(self) -> None:
@@ -26,6 +26,6 @@ class FairLock:
 
     @contextmanager
     def reentrant(self) -> Iterator[None]:
-        """The lock for a thread that may hold it already, ahead of those who wait."""
+        """The lock for a thread that may hold it already; skips the queue."""
         with self._current:
             yield

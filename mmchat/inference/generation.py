@@ -1,4 +1,4 @@
-"""Embeddings → text, token by token."""
+"""Text generation: sampling and streaming token by token, greedy and beam search in batches."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .decoder import Cache, Decoder
 
 
 def stop_token_ids(model: nn.Module) -> set[int]:
-    """Every token that ends an answer, as ``load_language_model`` set them."""
+    """The stop tokens that ``load_language_model`` set."""
     return set(model.generation_config.eos_token_id)
 
 
 def stream_text(
     decoder: Decoder, tokenizer: Any, embeddings: torch.Tensor, options: SamplingOptions, cache: Cache | None = None
 ) -> Iterator[str]:
-    """The answer in pieces that are whole characters.
+    """Streams the answer in pieces of whole characters.
 
-    Closing the iterator ends the work: nothing is computed before the next piece is asked for.
+    Each piece is computed when it is requested, so closing the iterator stops generation.
 
     Args:
-        embeddings: [1, length, hidden_size], the prompt, or its end behind what the cache holds.
-        cache: grows; an empty one, with the adapter, if None.
-        options: of which ``beams`` do not count; they are ``generate_texts``'s business.
+        embeddings: [1, length, hidden_size], the prompt, or the part of it that the cache lacks.
+        options: ``beams`` is ignored; see ``generate_texts``.
+        cache: is extended; a new one, with the adapter, if None.
     """
     from tokenizers.decoders import DecodeStream
 
@@ -45,7 +45,7 @@ def stream_text(
 def stream_token_ids(
     decoder: Decoder, embeddings: torch.Tensor, options: SamplingOptions, stop_ids: set[int], cache: Cache | None = None
 ) -> Iterator[int]:
-    """Token ids one by one, without the one that ends the answer."""
+    """Streams token ids, without the stop token."""
     process = _logits_processors(options)
     generator = torch.Generator(embeddings.device)
     generator.manual_seed(options.seed) if options.seed is not None else generator.seed()
@@ -53,7 +53,7 @@ def stream_token_ids(
     written = torch.empty(1, 0, dtype=torch.long, device=embeddings.device)  # [1, tokens of the answer]
     logits = decoder.prefill(embeddings, cache)  # [1, vocabulary]
     while True:
-        token = _choose(process(written, logits.float()), options.temperature, generator)  # [1, 1]
+        token = _sample(process(written, logits.float()), options.temperature, generator)  # [1, 1]
         token_id = token.item()
         if token_id in stop_ids:
             return
@@ -74,24 +74,25 @@ def generate_texts(
     prefixes: Sequence[Hashable] = (),
     prefix_length: int = 0,
 ) -> list[str]:
-    """The answers to several prompts at once, each as it would be by itself: greedily, or by beam search.
+    """Answers a batch of prompts by greedy or beam search. Batching does not change the answers.
 
     Args:
-        prompts: [length, hidden_size] each; they may differ in length.
-        options: of which temperature, top_p and seed do not count.
-        prefixes: one key for each prompt; prompts with equal keys begin alike, and their prefix is computed once.
-        prefix_length: how many tokens of each prompt are its prefix; 0 shares nothing.
+        prompts: [length, hidden_size] each; lengths may differ.
+        options: temperature, top_p and seed are ignored.
+        prefixes: one key per prompt; prompts with equal keys share a prefix, which is prefilled once.
+        prefix_length: number of tokens in each prefix; 0 shares nothing.
     """
     longest, width = max(len(prompt) for prompt in prompts), prompts[0].shape[1]
     gaps = [longest - len(prompt) for prompt in prompts]
-    # Padded behind the prefix, so that every answer begins at the right end of its row.
+    # The padding follows the prefix, so all answers start in the same column.
     parts = [
         (prompt[:prefix_length], prompt.new_zeros(gap, width), prompt[prefix_length:])
         for prompt, gap in zip(prompts, gaps, strict=True)
     ]
     embeddings = torch.stack([torch.cat(part) for part in parts])  # [prompts, longest, hidden_size]
-    place = torch.arange(longest)  # [longest]
-    is_token = (place < prefix_length) | (place >= prefix_length + torch.tensor(gaps)[:, None])  # [prompts, longest]
+    position = torch.arange(longest)  # [longest]
+    # [prompts, longest]
+    is_token = (position < prefix_length) | (position >= prefix_length + torch.tensor(gaps)[:, None])
     stop_ids = stop_token_ids(model)
     cache = _prefill(model, embeddings, prefixes, prefix_length, options.beams) if prefix_length else None
     token_ids = model.generate(
@@ -99,23 +100,23 @@ def generate_texts(
         attention_mask=is_token.long().to(embeddings.device),
         generation_config=_beam_settings(options, stop_ids),
         past_key_values=cache,
-    )  # [prompts, tokens]: what is new only
+    )  # [prompts, new tokens]
     written = [list(takewhile(lambda token_id: token_id not in stop_ids, row)) for row in token_ids.tolist()]
     return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
 def _prefill(model: nn.Module, embeddings: torch.Tensor, prefixes: Sequence[Hashable], length: int, beams: int) -> Any:
-    """The keys and values of each prompt's prefix, from one pass over the different ones."""
+    """KV cache of each prompt's prefix; every distinct prefix is computed once."""
     from transformers import DynamicCache
 
-    first = {}
+    first: dict[Hashable, int] = {}  # prefix -> the first row that has it
     for row, prefix in enumerate(prefixes):
         first.setdefault(prefix, row)
-    number = {prefix: index for index, prefix in enumerate(first)}
+    indices = {prefix: index for index, prefix in enumerate(first)}
     cache = DynamicCache(config=model.config)
-    different = embeddings[list(first.values()), :length]  # [prefixes, length, hidden_size]
-    model(inputs_embeds=different, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    cache.batch_select_indices(torch.tensor([number[prefix] for prefix in prefixes], device=embeddings.device))
+    distinct = embeddings[list(first.values()), :length]  # [prefixes, length, hidden_size]
+    model(inputs_embeds=distinct, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache.batch_select_indices(torch.tensor([indices[prefix] for prefix in prefixes], device=embeddings.device))
     if beams > 1:
         cache.batch_repeat_interleave(beams)
     return cache
@@ -130,7 +131,7 @@ def _beam_settings(options: SamplingOptions, stop_ids: set[int]) -> Any:
         max_new_tokens=options.max_new_tokens,
         repetition_penalty=options.repetition_penalty or 1.0,
         eos_token_id=sorted(stop_ids),
-        pad_token_id=next(token_id for token_id in count() if token_id not in stop_ids),  # behind a finished answer
+        pad_token_id=next(token_id for token_id in count() if token_id not in stop_ids),  # any token; it is cut off
     )
 
 
@@ -152,7 +153,7 @@ def _logits_processors(options: SamplingOptions):
     return process
 
 
-def _choose(scores: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
+def _sample(scores: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
     if temperature == 0:
         return scores.argmax(dim=-1, keepdim=True)
     return torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)

@@ -1,9 +1,9 @@
-"""A Llama model on ONNX Runtime, multiplying with its weights as they came, in 4 bits: what reads and writes on a CPU.
+"""A Llama decoder on ONNX Runtime with 4-bit weights, for the CPU.
 
-To write one token every weight is read once, so the fewer bytes they take, the faster it goes; and PyTorch spends as
-long on starting each of its many small operations as on computing. A model that came as a GGUF file of kind Q4_1 has 16
-levels in each block of 32 weights, and 256 in its embeddings: they are kept like that, so nothing is rounded, and the
-logits are those of PyTorch. The model's own weights, in 32 bits, stay on the disk.
+Decoding reads every weight once per token, so it is bound by memory bandwidth: smaller weights are faster. PyTorch also
+spends as long on launching its many small operations as on computing. In a GGUF file of type Q4_1, a block of 32
+weights has 16 levels (embeddings: 256). Packing keeps these levels, so it is lossless and the logits equal PyTorch's.
+The fp32 weights stay memory-mapped on disk.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from .onnx_graph import BLOCK, CORRECTION_FILE, PARTS, base_layers, build_decode
 
 logger = logging.getLogger(__name__)
 
-SPARE_TOKENS = 64  # a cache grows by no less
+MIN_SPARE_TOKENS = 64  # a cache grows by at least this
 
 
 def load_onnx_decoder(model: nn.Module) -> OnnxDecoder | None:
-    """The decoder of a language model, built the first time; None where there can be none.
+    """The ONNX decoder of a language model, built on first use; None if the model is not supported.
 
-    It can be refused: with MMCHAT_DECODER=torch in the environment.
+    MMCHAT_DECODER=torch in the environment disables it.
 
     Args:
-        model: with or without a LoRA adapter.
+        model: the language model, with or without a LoRA adapter.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if os.environ.get("MMCHAT_DECODER") == "torch" or not _is_fit(base):
+    if os.environ.get("MMCHAT_DECODER") == "torch" or not _is_supported(base):
         return None
     try:
-        # "5" is the version of what build_decoder() writes: raise it when that changes
-        folder = convert_once(f"decoder-5-{_digest(base)}", lambda target: build_decoder(base, target))
+        # "6" is the version of build_decoder: raise it when its output changes
+        folder = convert_once(f"decoder-6-{_digest(base)}", lambda target: build_decoder(base, target))
         decoder = OnnxDecoder(folder / "decoder.onnx", model)
-    except Exception as error:  # onnxruntime's own come in many kinds; whatever it is, PyTorch can do the work
-        logger.warning("Answers are written by PyTorch, which is slower: %s", error)
+    except Exception as error:  # onnxruntime raises many types; PyTorch is the fallback for all of them
+        logger.warning("ONNX Runtime cannot run this model; decoding with PyTorch, which is slower: %s", error)
         return None
-    logger.info("Answers are written by ONNX Runtime, with the weights as they came, in 4 bits")
+    logger.info("Decoding with ONNX Runtime and 4-bit weights")
     return decoder
 
 
 def _digest(model: nn.Module) -> str:
-    """Tells base models apart: by their settings, and by a few numbers of every weight, since all would take long."""
+    """Digest of a base model: its config and the first values of every weight, since hashing all would be slow."""
     digest = hashlib.blake2b(model.config.to_json_string().encode(), digest_size=6)
     for name, weight in model.named_parameters():
         if "lora_" not in name:
@@ -61,8 +61,8 @@ def _digest(model: nn.Module) -> str:
 
 
 @torch.inference_mode()
-def _is_fit(model: nn.Module) -> bool:
-    """Whether it is a plain Llama whose weights have few levels, as far as a look at some of them tells."""
+def _is_supported(model: nn.Module) -> bool:
+    """Whether the model is a plain Llama whose weights pack losslessly; checks a sample of them."""
     config = model.config
     return (
         config.model_type == "llama"
@@ -81,8 +81,8 @@ class OnnxDecoder:
     """A ``Decoder`` on ONNX Runtime.
 
     Args:
-        path: what ``build_decoder`` wrote.
-        model: the language model, whose adapter is used in caches with it.
+        path: the graph that ``build_decoder`` wrote.
+        model: the language model; caches made with the adapter use its LoRA weights.
     """
 
     def __init__(self, path: Path, model: nn.Module):
@@ -90,10 +90,10 @@ class OnnxDecoder:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # between tokens PyTorch has the cores
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # frees the cores between tokens
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.model, self.path = model, path
-        self._corrections: dict[bool, dict[str, Any]] = {}  # with the adapter, and without
+        self._corrections: dict[bool, dict[str, Any]] = {}  # with the adapter -> graph inputs
 
     def new_cache(self, with_adapter: bool = True) -> OnnxCache:
         if with_adapter not in self._corrections:
@@ -102,42 +102,42 @@ class OnnxDecoder:
         return OnnxCache(self._session, self._corrections[with_adapter])
 
     def prefill(self, embeddings: torch.Tensor, cache: OnnxCache) -> torch.Tensor:
-        return torch.from_numpy(cache.read(embeddings.numpy()))
+        return torch.from_numpy(cache.append(embeddings.numpy()))
 
     def step(self, token: torch.Tensor, cache: OnnxCache) -> torch.Tensor:
         return self.prefill(self.model.get_input_embeddings()(token), cache)
 
 
 class OnnxCache:
-    """Keys and values, kept where ONNX Runtime adds to them in place."""
+    """A ``Cache`` whose arrays ONNX Runtime extends in place."""
 
     def __init__(self, session: Any, corrections: dict[str, Any]):
         self._session, self._corrections = session, corrections
         self._capacity = 0  # tokens
-        self._kept: dict[str, np.ndarray] = {}  # [1, heads, capacity, head size] each
-        self.length = 0  # tokens read
+        self._arrays: dict[str, np.ndarray] = {}  # [1, heads, capacity, head size] each
+        self.length = 0  # tokens
 
     @property
     def size(self) -> int:
-        return sum(array.nbytes for array in self._kept.values())
+        return sum(array.nbytes for array in self._arrays.values())
 
     def crop(self, length: int) -> None:
-        """Forgets what comes after the first tokens, and gives memory back, if it is much."""
+        """Keeps only the first ``length`` tokens, and frees memory if much of it is unused."""
         self.length = min(self.length, length)
-        if self._capacity > 2 * _roomy(self.length):
-            self._allocate(_roomy(self.length), self._kept)
+        if self._capacity > 2 * _capacity_for(self.length):
+            self._allocate(_capacity_for(self.length), self._arrays)
 
     def prefix(self, length: int) -> OnnxCache:
         copy = OnnxCache(self._session, self._corrections)
-        copy._allocate(length, self._kept)
+        copy._allocate(length, self._arrays)
         copy.length = length
         return copy
 
-    def read(self, embeddings: np.ndarray) -> np.ndarray:
-        """[1, tokens, hidden_size] → logits, [1, vocabulary]."""
+    def append(self, embeddings: np.ndarray) -> np.ndarray:
+        """Runs the graph on embeddings, [1, tokens, hidden_size] → logits of the last token, [1, vocabulary]."""
         end = self.length + embeddings.shape[1]
         if end > self._capacity:
-            self._allocate(_roomy(end), self._kept)
+            self._allocate(_capacity_for(end), self._arrays)
         self._binding.bind_cpu_input("embeddings", embeddings)
         self._binding.bind_cpu_input("last", np.array([end - 1], dtype=np.int32))
         self._binding.bind_cpu_input("length", np.array([end], dtype=np.int32))
@@ -145,50 +145,50 @@ class OnnxCache:
         self.length = end
         return self._binding.get_outputs()[-1].numpy()[:, 0]
 
-    def _allocate(self, capacity: int, kept: dict[str, np.ndarray]) -> None:
-        """Takes arrays for so many tokens, and copies into them what is kept, as far as it fits."""
+    def _allocate(self, capacity: int, source: dict[str, np.ndarray]) -> None:
+        """Allocates arrays for ``capacity`` tokens and copies as many from ``source`` as fit."""
         from onnxruntime import OrtValue
 
-        self._capacity, self._kept, self._binding = capacity, {}, self._session.io_binding()
+        self._capacity, self._arrays, self._binding = capacity, {}, self._session.io_binding()
         for name, value in self._corrections.items():
             self._binding.bind_ortvalue_input(name, value)
         for value in self._session.get_inputs():
             if value.name.startswith("past."):
-                _, heads, _, width = value.shape
-                array = self._kept[value.name] = _pages((1, heads, capacity, width))
-                before = kept.get(value.name, array)
-                fitting = min(capacity, before.shape[2])
-                array[:, :, :fitting] = before[:, :, :fitting]
-                # Read and written in the same place: only the new tokens' are added.
-                place = OrtValue.ortvalue_from_numpy(array)
-                self._binding.bind_ortvalue_input(value.name, place)
-                self._binding.bind_ortvalue_output(value.name.replace("past.", "present."), place)
+                _, heads, _, head_size = value.shape
+                array = self._arrays[value.name] = _mapped_zeros((1, heads, capacity, head_size))
+                old = source.get(value.name, array)
+                fitting = min(capacity, old.shape[2])
+                array[:, :, :fitting] = old[:, :, :fitting]
+                # Input and output share one buffer, so ONNX Runtime writes only the new tokens.
+                buffer = OrtValue.ortvalue_from_numpy(array)
+                self._binding.bind_ortvalue_input(value.name, buffer)
+                self._binding.bind_ortvalue_output(value.name.replace("past.", "present."), buffer)
         self._binding.bind_output("logits")
 
 
-def _pages(shape: tuple[int, ...]) -> np.ndarray:
-    """Zeros in memory of their own, which goes back to the system with them.
+def _mapped_zeros(shape: tuple[int, ...]) -> np.ndarray:
+    """Zeros in a memory mapping of their own, which the system gets back when the array is freed.
 
-    Taken from the common heap, where threads allocate by turns, it would not: a crowd would make the app grow.
+    On the heap, allocations of many threads would fragment it, and the process would grow with every crowd.
     """
     return np.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=np.float32).reshape(shape)
 
 
-def _roomy(length: int) -> int:
-    """A capacity for some tokens and for a few more, so that it need not grow with each."""
-    return length + max(SPARE_TOKENS, length // 4)
+def _capacity_for(length: int) -> int:
+    """A capacity with spare tokens, so the cache does not grow at every step."""
+    return length + max(MIN_SPARE_TOKENS, length // 4)
 
 
 def _correction_inputs(model: nn.Module, path: Path, with_adapter: bool) -> Iterator[tuple[str, Any]]:
-    """What is added to the product of each part, [inputs, rank] and [rank, outputs]: see CORRECTION_FILE."""
+    """Zero-point correction and LoRA weights of each part as a (down, up) pair, [inputs, rank] and [rank, outputs]."""
     from onnxruntime import OrtValue
     from safetensors.torch import load_file
 
     blocks = load_file(path)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for number, layer in enumerate(base.get_decoder().layers):
+    for index, layer in enumerate(base.get_decoder().layers):
         for part, names in PARTS.items():
-            correction = blocks[f"{number}.{part}"]  # [blocks, outputs]
+            correction = blocks[f"{index}.{part}"]  # [blocks, outputs]
             down, up = [torch.eye(len(correction)).repeat_interleave(BLOCK, dim=0)], []
             for linear in map(layer.get_submodule, names):
                 if with_adapter and hasattr(linear, "lora_A"):
@@ -198,4 +198,4 @@ def _correction_inputs(model: nn.Module, path: Path, with_adapter: bool) -> Iter
                     up.append(torch.zeros(0, linear.weight.shape[0]))
             matrices = {"down": torch.cat(down, dim=1), "up": torch.cat([correction, torch.block_diag(*up)])}
             for kind, matrix in matrices.items():
-                yield f"rest.{number}.{part}.{kind}", OrtValue.ortvalue_from_numpy(matrix.detach().numpy().copy())
+                yield f"correction.{index}.{part}.{kind}", OrtValue.ortvalue_from_numpy(matrix.detach().numpy().copy())

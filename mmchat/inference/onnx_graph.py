@@ -1,6 +1,6 @@
-"""Networks as ONNX graphs, which ONNX Runtime computes faster on a CPU than PyTorch does.
+"""Networks as ONNX graphs, which run faster on a CPU than in PyTorch.
 
-A Llama model's weights are packed as they came, in 4 bits, those of its head in 8; an EfficientNet-Lite's stay in 32.
+A Llama model gets 4-bit weights and an 8-bit output head, both lossless; an EfficientNet-Lite stays in fp32.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ..models.efficientnet import Block, ConvNorm, EfficientNet
 
 logger = logging.getLogger(__name__)
 
-FLOAT, INT32 = 1, 6  # as ONNX numbers them
+FLOAT, INT32 = 1, 6  # onnx.TensorProto's numbers
 BLOCK = 32  # weights that share a scale
 # Zero-point correction: MatMulNBits assumes zero point 8; ours differs per block. The missing term is low-rank, like
-# LoRA, so both enter the graph as one (down, up) pair, whose inputs are called "rest". This file beside the graph has
-# the missing term, [blocks, outputs] of each part.
-CORRECTION_FILE = "rest.safetensors"
-PARTS = {  # what is multiplied at once -> the layers in it
+# LoRA, so both enter the graph as one (down, up) pair, the "correction" inputs. This file beside the graph holds the
+# missing term of each part, [blocks, outputs].
+CORRECTION_FILE = "zero_point_correction.safetensors"
+PARTS = {  # one matrix product -> the linear layers fused in it
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
@@ -33,7 +33,7 @@ PARTS = {  # what is multiplied at once -> the layers in it
 
 
 def base_layers(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers of a transformer layer, those under an adapter too, by their part."""
+    """The linear layers of a transformer layer, unwrapped from any adapter, with their part."""
     for part, names in PARTS.items():
         for name in names:
             linear = layer.get_submodule(name)
@@ -42,7 +42,7 @@ def base_layers(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @torch.inference_mode()
 def build_decoder(model: nn.Module, folder: Path) -> None:
-    """Writes a Llama model, less any adapter, as an ONNX graph with its weights beside it."""
+    """Writes a Llama model without its adapter as an ONNX graph, with the weights in a file beside it."""
     import onnx
     from safetensors.torch import save_file
 
@@ -60,32 +60,32 @@ def build_decoder(model: nn.Module, folder: Path) -> None:
 
 @torch.inference_mode()
 def build_image_encoder(network: EfficientNet, resolution: int) -> bytes:
-    """An EfficientNet-Lite whose batch norms are folded away: "pixels", [batch, 3, resolution, resolution] → "maps"."""
+    """Exports an EfficientNet-Lite with folded batch norms: "pixels", [batch, 3, resolution, resolution] → "maps"."""
     return _EfficientNet(network, resolution).finish().SerializeToString()
 
 
 class _Graph:
-    """An ONNX graph, operation by operation; a value is named by the operation that makes it."""
+    """Builds an ONNX graph node by node. Each method adds nodes and returns the name of its output."""
 
     def __init__(self):
         self.nodes, self.weights, self.inputs, self.outputs = [], [], [], []
 
     def finish(self) -> Any:
-        """The model."""
+        """The graph as an ONNX model."""
         from onnx import helper
 
-        def described(values):
+        def infos(values):
             return [helper.make_tensor_value_info(name, kind, shape) for name, kind, shape in values]
 
-        graph = helper.make_graph(self.nodes, "network", described(self.inputs), described(self.outputs), self.weights)
+        graph = helper.make_graph(self.nodes, "network", infos(self.inputs), infos(self.outputs), self.weights)
         versions = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
         return helper.make_model(graph, opset_imports=versions, ir_version=10)
 
     def _node(self, operation: str, inputs: list[str], outputs: list[str], **attributes: Any) -> str:
         from onnx import helper
 
-        own = ("GroupQueryAttention", "MatMulNBits", "SkipSimplifiedLayerNormalization", "QuickGelu")
-        domain = "com.microsoft" if operation in own else ""
+        contrib = ("GroupQueryAttention", "MatMulNBits", "SkipSimplifiedLayerNormalization", "QuickGelu")
+        domain = "com.microsoft" if operation in contrib else ""
         self.nodes.append(helper.make_node(operation, inputs, outputs, domain=domain, **attributes))
         return outputs[0]
 
@@ -106,15 +106,15 @@ class _EfficientNet(_Graph):
         self.limits = [self._weight("lowest", torch.tensor(0.0)), self._weight("highest", torch.tensor(6.0))]  # ReLU6
         maps = self._input("pixels", FLOAT, ["batch", 3, resolution, resolution])
         maps = self._convolution(maps, network.stem, "stem")
-        for number, block in enumerate(network.blocks):
-            maps = self._block(maps, block, f"block.{number}")
+        for index, block in enumerate(network.blocks):
+            maps = self._block(maps, block, f"block.{index}")
         self._node("Identity", [self._convolution(maps, network.head, "head")], ["maps"])
         self.outputs.append(("maps", FLOAT, ["batch", network.head.convolution.out_channels, "height", "width"]))
 
     def _block(self, maps: str, block: Block, name: str) -> str:
-        wide = self._convolution(maps, block.expand, f"{name}.wide") if hasattr(block, "expand") else maps
-        mixed = self._convolution(wide, block.depthwise, f"{name}.mixed")
-        narrow = self._convolution(mixed, block.project, f"{name}.narrow")
+        wide = self._convolution(maps, block.expand, f"{name}.expand") if hasattr(block, "expand") else maps
+        mixed = self._convolution(wide, block.depthwise, f"{name}.depthwise")
+        narrow = self._convolution(mixed, block.project, f"{name}.project")
         return self._node("Add", [narrow, maps], [f"{name}.sum"]) if block.is_residual else narrow
 
     def _convolution(self, maps: str, layer: ConvNorm, name: str) -> str:
@@ -134,83 +134,83 @@ class _Decoder(_Graph):
         self._input("embeddings", FLOAT, [1, "tokens", self.config.hidden_size])
         self._input("last", INT32, [1])
         self._input("length", INT32, [1])
-        self._rotations(decoder)
-        stream, normed = "embeddings", self._norm("embeddings", decoder.layers[0].input_layernorm, "first")
-        after = [layer.input_layernorm for layer in decoder.layers[1:]] + [decoder.norm]
-        for number, (layer, next_norm) in enumerate(zip(decoder.layers, after, strict=True)):
-            attended = self._attention(normed, layer, number)
-            stream, normed = self._add_and_norm(stream, attended, layer.post_attention_layernorm, f"{number}.middle")
-            widened = self._mlp(normed, layer, number)
-            stream, normed = self._add_and_norm(stream, widened, next_norm, f"{number}.end")
+        self._rotary_tables(decoder)
+        residual, normed = "embeddings", self._norm("embeddings", decoder.layers[0].input_layernorm, "first")
+        next_norms = [layer.input_layernorm for layer in decoder.layers[1:]] + [decoder.norm]
+        for index, (layer, next_norm) in enumerate(zip(decoder.layers, next_norms, strict=True)):
+            attended = self._attention(normed, layer, index)
+            residual, normed = self._add_and_norm(residual, attended, layer.post_attention_layernorm, f"{index}.middle")
+            transformed = self._mlp(normed, layer, index)
+            residual, normed = self._add_and_norm(residual, transformed, next_norm, f"{index}.end")
         last = self._node("Gather", [normed, self._weight("end", torch.tensor([-1]))], ["last.normed"], axis=1)
         logits = self._head(last, model.get_output_embeddings().weight)
         self._node("Identity", [logits], ["logits"])
         self.outputs.append(("logits", FLOAT, [1, 1, self.config.vocab_size]))
 
-    def _attention(self, normed: str, layer: nn.Module, number: int) -> str:
+    def _attention(self, normed: str, layer: nn.Module, index: int) -> str:
         heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
-        past, present = ([f"{when}.{number}.{kind}" for kind in ("key", "value")] for when in ("past", "present"))
+        past, present = ([f"{when}.{index}.{kind}" for kind in ("key", "value")] for when in ("past", "present"))
         for name in past:
-            self._input(name, FLOAT, [1, groups, "room", layer.self_attn.head_dim])
-        self.outputs += [(name, FLOAT, [1, groups, "room", layer.self_attn.head_dim]) for name in present]
+            self._input(name, FLOAT, [1, groups, "capacity", layer.self_attn.head_dim])
+        self.outputs += [(name, FLOAT, [1, groups, "capacity", layer.self_attn.head_dim]) for name in present]
         attended = self._node(
             "GroupQueryAttention",
-            [self._part(normed, layer, number, "qkv"), "", "", *past, "last", "length", "cosines", "sines"],
-            [f"{number}.attention", *present],
+            [self._part(normed, layer, index, "qkv"), "", "", *past, "last", "length", "cosines", "sines"],
+            [f"{index}.attention", *present],
             num_heads=heads,
             kv_num_heads=groups,
             do_rotary=1,
         )
-        return self._part(attended, layer, number, "o")
+        return self._part(attended, layer, index, "o")
 
-    def _mlp(self, normed: str, layer: nn.Module, number: int) -> str:
-        gate, up = f"{number}.gate", f"{number}.up"
-        self._node("Split", [self._part(normed, layer, number, "gate_up")], [gate, up], axis=2, num_outputs=2)
-        opened = self._node("QuickGelu", [gate], [f"{number}.open"], alpha=1.0)  # x sigmoid(x), that is SiLU
-        product = self._node("Mul", [opened, up], [f"{number}.product"])
-        return self._part(product, layer, number, "down")
+    def _mlp(self, normed: str, layer: nn.Module, index: int) -> str:
+        gate, up = f"{index}.gate", f"{index}.up"
+        self._node("Split", [self._part(normed, layer, index, "gate_up")], [gate, up], axis=2, num_outputs=2)
+        activated = self._node("QuickGelu", [gate], [f"{index}.silu"], alpha=1.0)  # x · sigmoid(x), which is SiLU
+        product = self._node("Mul", [activated, up], [f"{index}.product"])
+        return self._part(product, layer, index, "down")
 
-    def _part(self, x: str, layer: nn.Module, number: int, part: str) -> str:
-        """Linear layers at once: x times their weights of 4 bits, plus the correction and the adapter."""
+    def _part(self, x: str, layer: nn.Module, index: int, part: str) -> str:
+        """Fused linear layers: 4-bit matrix product, plus the zero-point correction and the adapter."""
         weight = torch.cat([linear.weight for kind, linear in base_layers(layer) if kind == part])
-        name = f"{number}.{part}"
-        codes, scale, lowest = _not_lost(pack_4bit(weight), name)
-        product = self._packed(x, codes, scale, name, weight.shape, bits=4, accuracy_level=1)  # multiplies in 32 bits
+        name = f"{index}.{part}"
+        codes, scale, lowest = _require_lossless(pack_4bit(weight), name)
+        product = self._packed(x, codes, scale, name, weight.shape, bits=4, accuracy_level=1)  # computes in fp32
         self.correction[name] = (lowest + 8 * scale).T.contiguous()  # [blocks, outputs]
-        down, up = f"rest.{name}.down", f"rest.{name}.up"
+        down, up = f"correction.{name}.down", f"correction.{name}.up"
         self._input(down, FLOAT, [weight.shape[1], f"rank.{name}"])
         self._input(up, FLOAT, [f"rank.{name}", weight.shape[0]])
         narrow = self._node("MatMul", [x, down], [f"{name}.narrow"])
-        correction = self._node("MatMul", [narrow, up], [f"{name}.rest"])
+        correction = self._node("MatMul", [narrow, up], [f"{name}.correction"])
         return self._node("Add", [product, correction], [f"{name}.sum"])
 
     def _head(self, x: str, weight: torch.Tensor) -> str:
-        """x times weights of 8 bits: of one token, [1, 1, width] → [1, 1, vocabulary].
+        """The output head with 8-bit weights, for one token: [1, 1, hidden_size] → [1, 1, vocabulary].
 
-        ONNX Runtime is fast at that with inputs of 8 bits only. So x is made of two of these: itself, rounded, and what
-        rounding took from it, rounded.
+        ONNX Runtime's fast kernel takes 8-bit inputs. So x enters twice, as its value rounded to 8 bits and as the
+        rounding error, rounded in turn; the two products are summed.
         """
-        codes, scale = _not_lost(pack_8bit(weight), "the output head")
+        codes, scale = _require_lossless(pack_8bit(weight), "the output head")
         self._weight("head.as_blocks", torch.tensor([-1, BLOCK]))
-        self._weight("head.as_two", torch.tensor([1, 2, weight.shape[1]]))
+        self._weight("head.as_pair", torch.tensor([1, 2, weight.shape[1]]))
         self._weight("head.axis", torch.tensor([1]))
         self._weight("head.127", torch.tensor([127.0]))
         self._weight("head.tiny", torch.tensor([1e-12]))
         for operation, inputs, output, attributes in (
             ("Reshape", [x, "head.as_blocks"], "blocks", {}),
-            ("Abs", ["head.blocks"], "sizes", {}),
-            ("ReduceMax", ["head.sizes", "head.axis"], "largest", {"keepdims": 1}),
-            ("Max", ["head.largest", "head.tiny"], "above_0", {}),
-            ("Div", ["head.above_0", "head.127"], "unit", {}),
-            ("Div", ["head.blocks", "head.unit"], "in_units", {}),
-            ("Round", ["head.in_units"], "rounded_units", {}),
-            ("Mul", ["head.rounded_units", "head.unit"], "rounded", {}),
-            ("Sub", ["head.blocks", "head.rounded"], "taken", {}),
-            ("Concat", ["head.rounded", "head.taken"], "one_after_the_other", {"axis": 0}),
-            ("Reshape", ["head.one_after_the_other", "head.as_two"], "two", {}),
+            ("Abs", ["head.blocks"], "magnitudes", {}),
+            ("ReduceMax", ["head.magnitudes", "head.axis"], "max", {"keepdims": 1}),
+            ("Max", ["head.max", "head.tiny"], "positive_max", {}),
+            ("Div", ["head.positive_max", "head.127"], "scale_of_x", {}),
+            ("Div", ["head.blocks", "head.scale_of_x"], "scaled", {}),
+            ("Round", ["head.scaled"], "codes_of_x", {}),
+            ("Mul", ["head.codes_of_x", "head.scale_of_x"], "rounded", {}),
+            ("Sub", ["head.blocks", "head.rounded"], "rounding_error", {}),
+            ("Concat", ["head.rounded", "head.rounding_error"], "concatenated", {"axis": 0}),
+            ("Reshape", ["head.concatenated", "head.as_pair"], "pair", {}),
         ):
             self._node(operation, inputs, [f"head.{output}"], **attributes)
-        both = self._packed("head.two", codes, scale, "head", weight.shape, bits=8, accuracy_level=4)
+        both = self._packed("head.pair", codes, scale, "head", weight.shape, bits=8, accuracy_level=4)
         return self._node("ReduceSum", [both, "head.axis"], ["head.sum"], keepdims=1)
 
     def _packed(
@@ -218,7 +218,7 @@ class _Decoder(_Graph):
     ) -> str:
         return self._node(
             "MatMulNBits",
-            [x, self._weight(f"{name}.levels", codes), self._weight(f"{name}.step", scale)],
+            [x, self._weight(f"{name}.codes", codes), self._weight(f"{name}.scale", scale)],
             [f"{name}.product"],
             N=shape[0],
             K=shape[1],
@@ -231,27 +231,28 @@ class _Decoder(_Graph):
         node = {"epsilon": norm.variance_epsilon, "axis": -1, "stash_type": 1}
         return self._node("SimplifiedLayerNormalization", [x, weight], [f"{name}.normed"], **node)
 
-    def _add_and_norm(self, stream: str, x: str, norm: nn.Module, name: str) -> tuple[str, str]:
-        outputs = [f"{name}.normed", "", "", f"{name}.stream"]
+    def _add_and_norm(self, residual: str, x: str, norm: nn.Module, name: str) -> tuple[str, str]:
+        """The residual stream plus x, and its RMSNorm."""
+        outputs = [f"{name}.normed", "", "", f"{name}.residual"]
         weight = self._weight(f"{name}.norm", norm.weight)
-        self._node("SkipSimplifiedLayerNormalization", [stream, x, weight], outputs, epsilon=norm.variance_epsilon)
+        self._node("SkipSimplifiedLayerNormalization", [residual, x, weight], outputs, epsilon=norm.variance_epsilon)
         return outputs[3], outputs[0]
 
-    def _rotations(self, decoder: nn.Module) -> None:
+    def _rotary_tables(self, decoder: nn.Module) -> None:
         position = torch.arange(self.config.max_position_embeddings).float()
-        angles = torch.outer(position, decoder.rotary_emb.inv_freq)  # [positions, head width / 2]
+        angles = torch.outer(position, decoder.rotary_emb.inv_freq)  # [positions, head size / 2]
         self._weight("cosines", angles.cos())
         self._weight("sines", angles.sin())
 
 
 def pack_4bit(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Each block of weights as 16 values, lowest + code · scale. None if anything would be lost.
+    """Packs weights as lowest + code · scale per block, with codes 0 to 15. None if that is not lossless.
 
     Args:
         weight: [outputs, inputs].
 
     Returns:
-        Codes, two in a byte, [outputs, blocks, BLOCK / 2] uint8; scales and lowest values, [outputs, blocks].
+        Codes, two per byte, [outputs, blocks, BLOCK / 2] uint8; scales and lowest values, [outputs, blocks].
     """
     if weight.shape[1] % BLOCK:
         return None
@@ -259,14 +260,14 @@ def pack_4bit(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     lowest, highest = blocks.aminmax(dim=2, keepdim=True)
     scale = ((highest - lowest) / 15).clamp(min=1e-12)
     codes = ((blocks - lowest) / scale).round()
-    if not _is_same(lowest + codes * scale, blocks):
+    if not _is_lossless(lowest + codes * scale, blocks):
         return None
     packed = codes[:, :, 0::2] + 16 * codes[:, :, 1::2]
     return packed.to(torch.uint8), scale[:, :, 0], lowest[:, :, 0]
 
 
 def pack_8bit(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Each block of weights as 255 values, of which code 128 is 0. None if anything would be lost.
+    """Packs weights as (code - 128) · scale per block, with codes 1 to 255. None if that is not lossless.
 
     Returns:
         Codes, [outputs, blocks, BLOCK] uint8; scales, [outputs, blocks].
@@ -276,15 +277,15 @@ def pack_8bit(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     blocks = weight.view(len(weight), -1, BLOCK)
     scale = (blocks.abs().amax(dim=2, keepdim=True) / 127).clamp(min=1e-12)
     codes = (blocks / scale).round()
-    return ((codes + 128).to(torch.uint8), scale[:, :, 0]) if _is_same(codes * scale, blocks) else None
+    return ((codes + 128).to(torch.uint8), scale[:, :, 0]) if _is_lossless(codes * scale, blocks) else None
 
 
-def _is_same(near: torch.Tensor, exact: torch.Tensor) -> bool:
-    """Whether two tensors differ by no more than rounding to 32 bits does."""
-    return torch.allclose(near, exact, rtol=1e-5, atol=1e-6 * exact.abs().max().item())
+def _is_lossless(unpacked: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Whether two tensors are equal up to fp32 rounding."""
+    return torch.allclose(unpacked, exact, rtol=1e-5, atol=1e-6 * exact.abs().max().item())
 
 
-def _not_lost(quantized: Any, name: str) -> Any:
-    if quantized is None:
-        raise AssetError(f"The weights of {name} have too many levels.")
-    return quantized
+def _require_lossless(packed: Any, name: str) -> Any:
+    if packed is None:
+        raise AssetError(f"The weights of {name} have too many levels for lossless packing.")
+    return packed

@@ -1,8 +1,8 @@
 """Prefix cache: keys and values kept between turns, so a follow-up question prefills only its new tokens.
 
-A conversation is always prefilled in the same pieces, each up to where an answer begins. What is kept is therefore what
-would be computed anew, to the bit; it makes no difference to an answer whether the conversation is remembered. Answers
-are prefilled as part of the next piece.
+A conversation is always prefilled in the same pieces, each of which ends where an answer begins. Cached keys and values
+are therefore bitwise equal to recomputed ones, and the cache never changes an answer. An answer is prefilled as part of
+the next piece.
 """
 
 from __future__ import annotations
@@ -17,74 +17,74 @@ TokenKeys = list[Hashable]  # a token's id, or (digest of a picture, index of it
 
 @dataclass
 class CachedPrefix:
-    """The beginning of a conversation, and the keys and values that a decoder computed for it."""
+    """The beginning of a conversation, with its KV cache."""
 
-    with_adapter: bool  # the adapter changes what is computed, so on and off do not mix
+    with_adapter: bool  # keys and values with and without the adapter differ
     cache: Cache
     tokens: TokenKeys = field(default_factory=list)
 
     def crop(self, tokens: TokenKeys) -> None:
-        """Forgets what comes after these tokens, with which it begins."""
+        """Shortens the prefix to these tokens, with which it begins."""
         self.cache.crop(len(tokens))
         self.tokens = tokens
 
 
 class PrefixCache:
-    """The prefixes of the latest conversations, as many as fit.
+    """The prefixes of the most recent conversations, as many as fit.
 
     Args:
-        decoder: makes the caches.
-        budget: bytes that all of them together may take.
+        decoder: makes the KV caches.
+        budget_bytes: limit on the size of all of them together.
     """
 
-    def __init__(self, decoder: Decoder, budget: float):
-        self.decoder, self.budget = decoder, budget
-        self._kept: list[CachedPrefix] = []  # the latest last
+    def __init__(self, decoder: Decoder, budget_bytes: float):
+        self.decoder, self.budget_bytes = decoder, budget_bytes
+        self._prefixes: list[CachedPrefix] = []  # most recent last
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._prefixes)
 
     @property
     def size(self) -> int:
-        """Bytes of all keys and values."""
-        return sum(prefix.cache.size for prefix in self._kept)
+        """Bytes of all KV caches."""
+        return sum(prefix.cache.size for prefix in self._prefixes)
 
     def take(self, tokens: TokenKeys, ends: Sequence[int], with_adapter: bool) -> CachedPrefix:
-        """The longest prefix of a conversation; an empty one if no conversation began like it.
+        """The longest cached prefix of a conversation; an empty one if there is none.
 
-        The last piece is always left to prefill, since its logits are wanted. A conversation that goes on takes its
-        prefix along; one that only begins like another leaves that one its own.
+        The last piece is never part of it, because its logits are needed. A prefix that mostly matches is taken out of
+        the cache; from one that matches less than half, as when two conversations begin alike, the beginning is copied.
 
         Args:
-            ends: where the pieces end in which the conversation is prefilled; the last is its own end.
+            ends: the ends of the pieces in which the conversation is prefilled; the last one is its length.
         """
-        alike = [prefix for prefix in self._kept if prefix.with_adapter == with_adapter]
-        best = max(alike, key=lambda prefix: _common(prefix.tokens, tokens), default=None)
+        candidates = [prefix for prefix in self._prefixes if prefix.with_adapter == with_adapter]
+        best = max(candidates, key=lambda prefix: _common(prefix.tokens, tokens), default=None)
         common = _common(best.tokens, tokens) if best else 0
         length = max((end for end in ends[:-1] if end <= common), default=0)
         if not length:
             return CachedPrefix(with_adapter, self.decoder.new_cache(with_adapter))
         if length < len(best.tokens) // 2:
             return CachedPrefix(with_adapter, best.cache.prefix(length), tokens[:length])
-        self._kept.remove(best)
+        self._prefixes.remove(best)
         best.crop(tokens[:length])
         return best
 
     def keep(self, prefix: CachedPrefix) -> None:
-        """Puts a prefix back, and drops the oldest that do not fit."""
-        self._kept.append(prefix)
-        while len(self._kept) > 1 and self.size > self.budget:
-            self._kept.pop(0)
-        if prefix.cache.size > self.budget:
+        """Adds a prefix and evicts the oldest ones that no longer fit."""
+        self._prefixes.append(prefix)
+        while len(self._prefixes) > 1 and self.size > self.budget_bytes:
+            self._prefixes.pop(0)
+        if prefix.cache.size > self.budget_bytes:
             self.clear()
 
     def clear(self) -> None:
         """Forgets every conversation."""
-        self._kept.clear()
+        self._prefixes.clear()
 
 
 def _common(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
-    """How many items two sequences have in common at their beginning."""
+    """Length of the common prefix of two sequences."""
     return next(
         (index for index, (one, other) in enumerate(zip(first, second, strict=False)) if one != other),
         min(len(first), len(second)),

@@ -1,1 +1,1 @@
-"""The story, one file per part: prompt, image encoder, projector, language model, and all of them as one."""
+"""The networks, one file each: image encoder, projector, language model, speech, and the model that joins them."""

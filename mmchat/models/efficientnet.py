@@ -1,7 +1,7 @@
 """EfficientNet-Lite (Tan & Le 2019, arXiv 1905.11946): inverted residual blocks with ReLU6, no squeeze and excitation.
 
-Each size is the smallest one made wider and deeper. The published weights come from TensorFlow, so every convolution
-pads as TensorFlow does.
+Larger sizes scale the width and depth of the smallest one. The published weights come from TensorFlow, so every
+convolution uses TensorFlow's SAME padding.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 STEM_CHANNELS, HEAD_CHANNELS, CLASSES = 32, 1280, 1000  # the same in every size
-CHANNEL_MULTIPLE = 8  # channels are rounded to it
-DROP_PATH = 0.2  # in training, of the last block; earlier blocks are dropped less often
+CHANNEL_MULTIPLE = 8  # channel counts are rounded to a multiple of this
+DROP_PATH = 0.2  # drop rate of the last block in training; it grows linearly from 0 at the first
 NORM = {"eps": 1e-3, "momentum": 0.01}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks of one output size; the first of them has the stride."""
+    """Blocks of one output resolution; only the first one applies the stride."""
 
     repeats: int
     kernel: int
@@ -43,14 +43,14 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Scale:
-    """How a size differs from the smallest one."""
+    """Compound scaling relative to the smallest size."""
 
     width: float
     depth: float
     resolution: int  # pixels of the pictures it was trained on
 
     def channels(self, count: int) -> int:
-        """The scaled number, rounded to the nearest multiple, at least nine tenths of it."""
+        """The scaled channel count, rounded to CHANNEL_MULTIPLE but never below 90% of it."""
         scaled = count * self.width
         rounded = int(scaled + CHANNEL_MULTIPLE / 2) // CHANNEL_MULTIPLE * CHANNEL_MULTIPLE
         return rounded if rounded >= 0.9 * scaled else rounded + CHANNEL_MULTIPLE
@@ -60,14 +60,14 @@ SCALES = {"efficientnet-lite0": Scale(1.0, 1.0, 224), "efficientnet-lite2": Scal
 
 
 class SameConv2d(nn.Conv2d):
-    """A convolution padded as TensorFlow's SAME pads at the resolution of training: more on the right and below.
+    """A convolution with TensorFlow's SAME padding, which pads more on the right and at the bottom.
 
-    Pictures of another resolution are padded alike, since that is what the weights know.
+    The padding is fixed for the training resolution, because the weights were trained with it.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, size: int, stride: int = 1, groups: int = 1):
         super().__init__(inputs, outputs, kernel, stride, groups=groups, bias=False)
-        missing = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)  # pixels, in both directions
+        missing = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)  # pixels in total, left and right
         self.before, self.after = missing // 2, missing - missing // 2
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ class SameConv2d(nn.Conv2d):
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm, and ReLU6 unless it is the last of a block."""
+    """Convolution and batch norm, then ReLU6 unless it ends a block."""
 
     def __init__(self, convolution: SameConv2d, is_clipped: bool = True):
         super().__init__()
@@ -88,12 +88,12 @@ class ConvNorm(nn.Module):
         return nn.functional.relu6(maps) if self.is_clipped else maps
 
     def fold(self) -> None:
-        """Folds the batch norm into the convolution: the same sums, in two thirds of the time on a CPU."""
+        """Folds the batch norm into the convolution: the same output in two thirds of the time on a CPU."""
         self.convolution, self.norm = fuse_conv_bn_eval(self.convolution, self.norm), nn.Identity()
 
 
 class Block(nn.Module):
-    """Wide, each channel by itself, narrow again (MobileNetV2, Sandler et al. 2018, arXiv 1801.04381)."""
+    """Inverted residual: expand, depthwise, project (MobileNetV2, Sandler et al. 2018, arXiv 1801.04381)."""
 
     def __init__(self, inputs: int, outputs: int, stage: Stage, stride: int, size: int, drop_path: float):
         super().__init__()
@@ -118,7 +118,7 @@ class Block(nn.Module):
 class EfficientNet(nn.Module):
     """Pixels [batch, 3, height, width] → maps [batch, HEAD_CHANNELS, height / 32, width / 32].
 
-    ``classifier`` tells ImageNet's classes from the average map; the maps do not pass through it.
+    ``classifier`` is ImageNet's head on the average-pooled maps; ``forward`` does not apply it.
 
     Args:
         name: a key of ``SCALES``.
@@ -140,26 +140,26 @@ class EfficientNet(nn.Module):
         return self.head(maps)
 
     def fold_norms(self) -> None:
-        """Folds every batch norm into the convolution before it; only in evaluation mode."""
+        """Folds every batch norm into the convolution before it. Requires evaluation mode."""
         for module in list(self.modules()):
             if isinstance(module, ConvNorm):
                 module.fold()
 
     def load_published(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Loads weights under the names that they are published with.
+        """Loads weights with the tensor names of the published checkpoints.
 
         Raises:
-            RuntimeError: a tensor is missing, unknown or of another shape.
+            RuntimeError: a tensor is missing, unexpected or has another shape.
         """
         ours = {published_name(name): name for name in self.state_dict()}
         self.load_state_dict({ours.get(name, name): tensor for name, tensor in tensors.items()})
 
     def published_state(self) -> dict[str, torch.Tensor]:
-        """The weights under the names that ``load_published`` reads."""
+        """The weights with the tensor names that ``load_published`` reads."""
         return {published_name(name): tensor for name, tensor in self.state_dict().items()}
 
 
-# Our name -> the published one, whose norms are counted within a block.
+# Our name -> the published one, which numbers the norms of a block.
 _PUBLISHED = {
     "stem.convolution": "_conv_stem",
     "stem.norm": "_bn0",
@@ -176,14 +176,14 @@ _PUBLISHED = {
 
 
 def published_name(name: str) -> str:
-    """The name of a tensor in published checkpoints: "blocks.3.expand.norm.bias" → "_blocks.3._bn0.bias"."""
+    """Name of a tensor in published checkpoints: "blocks.3.expand.norm.bias" → "_blocks.3._bn0.bias"."""
     block, _, rest = name.removeprefix("blocks.").partition(".") if name.startswith("blocks.") else ("", "", name)
     part, _, kind = rest.rpartition(".")
     return (f"_blocks.{block}." if block else "") + f"{_PUBLISHED[part]}.{kind}"
 
 
 def _blocks(scale: Scale) -> list[Block]:
-    # The first and the last stage keep their single block whatever the depth.
+    # Depth scaling leaves out the first and the last stage.
     repeats = [math.ceil(stage.repeats * scale.depth) for stage in STAGES]
     repeats[0], repeats[-1] = STAGES[0].repeats, STAGES[-1].repeats
     blocks: list[Block] = []
@@ -199,7 +199,7 @@ def _blocks(scale: Scale) -> list[Block]:
 
 
 def _drop_path(maps: torch.Tensor, probability: float) -> torch.Tensor:
-    """Leaves a block out for some pictures (stochastic depth, Huang et al. 2016, arXiv 1603.09382)."""
+    """Drops the residual branch for random pictures (stochastic depth, Huang et al. 2016, arXiv 1603.09382)."""
     keep = 1 - probability
     is_kept = (keep + torch.rand(len(maps), 1, 1, 1, dtype=maps.dtype, device=maps.device)).floor()
     return maps / keep * is_kept

@@ -1,4 +1,4 @@
-"""The tokenizer and the causal language model of a preset, and the LoRA adapter on it."""
+"""The causal language model of a preset, its tokenizer, and the LoRA adapter on it."""
 
 from __future__ import annotations
 
@@ -30,17 +30,20 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 def load_language_model(
     preset: LanguageModelPreset, dtype: torch.dtype, quantization: str = "none"
 ) -> tuple[nn.Module, Any]:
-    """The frozen base model in evaluation mode, and its tokenizer.
+    """Loads the frozen base model in evaluation mode, and its tokenizer.
 
     Args:
-        quantization: a kind of ``device.QUANTIZATIONS`` but "auto". "4bit" is NF4 (Dettmers et al. 2023, QLoRA,
-            arXiv 2305.14314), computed with in ``dtype``; "4bit-double" quantises its scales, too; "8bit" is LLM.int8
-            (arXiv 2208.07339).
+        quantization: one of ``device.QUANTIZATIONS`` except "auto". "4bit" is NF4 with ``dtype`` as the compute dtype
+            (QLoRA, Dettmers et al. 2023, arXiv 2305.14314); "4bit-double" quantizes the scales, too; "8bit" is
+            LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339).
+
+    Raises:
+        AssetError: the weights, or the packages that quantize them, are not available.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # it would run for a tenth of a second
+    disable_progress_bar()  # loading takes a tenth of a second
     folder = _model_folder(preset)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     options = {} if quantization == "none" else _quantized(quantization, dtype)
@@ -52,16 +55,16 @@ def load_language_model(
         if quantization == "none":
             raise
         raise AssetError(
-            f"Weights in {quantization} need two more packages: pip install accelerate bitsandbytes"
+            f"{quantization} weights need two more packages: pip install accelerate bitsandbytes"
         ) from error
-    # What ends an answer is the chat format's business: generation_config.json lists too little or too much.
+    # The chat format knows the stop tokens; generation_config.json lists too few or too many.
     stops = CHAT_FORMATS[preset.chat_format].stops
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(stops))
     return model.requires_grad_(False).eval(), tokenizer
 
 
 def empty_language_model(preset: LanguageModelPreset) -> nn.Module:
-    """The base model without its weights, on the meta device: its layers and their shapes, in no memory."""
+    """The base model on the meta device: layers and shapes without weights, in no memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(_model_folder(preset))
@@ -72,12 +75,12 @@ def empty_language_model(preset: LanguageModelPreset) -> nn.Module:
 def _model_folder(preset: LanguageModelPreset) -> Path:
     if not preset.source.name.endswith(".gguf"):
         return fetch(preset.source)
-    # "-1" is the version of the conversion below: raise it when what it writes changes
+    # "-1" is the version of _convert_gguf: raise it when its output changes
     return convert_once(f"{preset.name}-1", lambda target: _convert_gguf(preset, target))
 
 
 def _quantized(kind: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What makes transformers quantise weights as it loads them; on a GPU, if there is one."""
+    """Options that make transformers quantize weights on loading, on a GPU if there is one."""
     from transformers import BitsAndBytesConfig
 
     if kind == "8bit":
@@ -91,12 +94,12 @@ def _quantized(kind: str, dtype: torch.dtype) -> dict[str, Any]:
         )
     if not torch.cuda.is_available():
         return {"quantization_config": config}
-    own = int(os.environ.get("LOCAL_RANK", 0))  # of several processes each has its own GPU
-    return {"quantization_config": config, "device_map": {"": own}}
+    gpu = int(os.environ.get("LOCAL_RANK", 0))  # with DDP, each process has its own GPU
+    return {"quantization_config": config, "device_map": {"": gpu}}
 
 
 def _convert_gguf(preset: LanguageModelPreset, target: Path) -> None:
-    """GGUF → safetensors and tokenizer.json: read once in 20 s, then mapped into memory in a fraction of a second."""
+    """GGUF → safetensors and tokenizer.json: takes 20 s once; the result is memory-mapped in a fraction of a second."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source = fetch(preset.source)
@@ -120,10 +123,11 @@ def add_adapter(
     base_name: str,
     target_modules: str | list[str] = "all-linear",
 ) -> nn.Module:
-    """A fresh LoRA adapter (Hu et al. 2021, arXiv 2106.09685).
+    """Adds a LoRA adapter with fresh weights (Hu et al. 2021, arXiv 2106.09685).
 
     Args:
-        target_modules: names of layers; if not told, every linear layer but the output head.
+        base_name: name of the base model, for the adapter's config.
+        target_modules: names of the adapted layers; by default every linear layer except the output head.
     """
     from peft import LoraConfig
 
@@ -131,20 +135,20 @@ def add_adapter(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
     )
     adapted = _attach(model, config)
-    config.base_model_name_or_path = base_name  # PEFT put the path of a cache folder there
+    config.base_model_name_or_path = base_name  # PEFT set the path of a cache folder
     return adapted
 
 
 def _attach(model: nn.Module, config: Any) -> nn.Module:
     from peft import get_peft_model
 
-    with warnings.catch_warnings():  # PEFT calls a property that transformers has renamed
+    with warnings.catch_warnings():  # PEFT uses a property that transformers renamed
         warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, config)
 
 
 def adapter_is_on(model: nn.Module) -> bool:
-    """Whether a LoRA adapter takes part in what a language model computes; False if it has none."""
+    """Whether the LoRA adapter of a language model is enabled; False if there is none."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
@@ -152,20 +156,20 @@ def adapter_is_on(model: nn.Module) -> bool:
 
 
 def switch_adapter(model: nn.Module, on: bool) -> None:
-    """Switches the LoRA adapter of a language model on or off, if it has one and it is not so already."""
+    """Enables or disables the LoRA adapter of a language model, if it has one."""
     if hasattr(model, "peft_config") and on != adapter_is_on(model):
         model.base_model.enable_adapter_layers() if on else model.base_model.disable_adapter_layers()
 
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's tensors, under the names that PEFT's own files have."""
+    """The adapter's tensors with the names that PEFT's files use."""
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
 def save_adapter_config(model: nn.Module, folder: Path) -> None:
-    """Writes what the adapter is built from, as PEFT does."""
+    """Writes adapter_config.json, as PEFT does."""
     config = model.peft_config["default"].to_dict()
     config["inference_mode"] = True
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, default=_jsonable, sort_keys=True))
@@ -176,10 +180,10 @@ def _jsonable(value: Any) -> Any:
 
 
 def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> nn.Module:
-    """Puts a saved adapter on the model; it stays separate from the base weights, so it can be switched off.
+    """Adds a saved adapter to the model. It stays separate from the base weights, so it can be disabled.
 
     Raises:
-        WeightsError: the adapter is missing or was made for a model of another shape.
+        WeightsError: the adapter is missing, damaged, or has another shape.
     """
     adapted = attach_adapter(model, folder, trainable=trainable)
     load_adapter_weights(adapted, folder)
@@ -187,10 +191,10 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
 
 
 def attach_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> nn.Module:
-    """The model with an adapter of a saved one's shape, but with fresh weights.
+    """Adds an adapter with the config of a saved one but fresh weights.
 
     Raises:
-        WeightsError: the folder does not describe an adapter.
+        WeightsError: the folder has no readable adapter config.
     """
     from peft import LoraConfig
 
@@ -199,17 +203,17 @@ def attach_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -
     except (OSError, ValueError) as error:
         raise WeightsError(f"The adapter in '{folder.name}' is missing or cannot be read.") from error
     config.inference_mode = not trainable
-    base_name, config.base_model_name_or_path = config.base_model_name_or_path, None  # nothing for PEFT to compare
+    base_name, config.base_model_name_or_path = config.base_model_name_or_path, None  # so PEFT skips its check
     adapted = _attach(model, config)
     config.base_model_name_or_path = base_name
     return adapted
 
 
 def load_adapter_weights(model: nn.Module, folder: Path) -> None:
-    """Puts saved weights into the adapter a model already has.
+    """Loads saved weights into the adapter of a model.
 
     Raises:
-        WeightsError: they are missing, damaged, or of another shape.
+        WeightsError: the weights are missing, damaged, or have another shape.
     """
     try:
         tensors = load_file(folder / ADAPTER_WEIGHTS)
@@ -219,27 +223,27 @@ def load_adapter_weights(model: nn.Module, folder: Path) -> None:
 
 
 def set_adapter_weights(model: nn.Module, tensors: dict[str, torch.Tensor], name: str) -> None:
-    """Puts weights, under the names of PEFT's files, into the adapter a model already has.
+    """Loads tensors, named as in PEFT's files, into the adapter of a model.
 
     Args:
-        name: of where they come from, for messages.
+        name: name of their source, for error messages.
 
     Raises:
-        WeightsError: they are not all there, or of another shape.
+        WeightsError: tensors are missing, unexpected, or have another shape.
     """
     from peft import set_peft_model_state_dict
 
     try:
-        if next(model.parameters()).is_meta:  # nothing to copy into, so the tensors take the place of its own
+        if next(model.parameters()).is_meta:  # meta tensors cannot be copied into, so replace them
             named = {name.replace(".weight", ".default.weight"): tensor.clone() for name, tensor in tensors.items()}
             result = model.load_state_dict(named, strict=False, assign=True)
         else:
             result = set_peft_model_state_dict(model, tensors)
     except RuntimeError as error:
-        raise WeightsError(f"The adapter in '{name}' was made for a model of another shape.") from error
+        raise WeightsError(f"The adapter in '{name}' was trained for a model of another shape.") from error
     missing = [key for key in result.missing_keys if "lora_" in key]
     if missing or result.unexpected_keys:
         raise WeightsError(
             f"The adapter in '{name}' does not fit: {len(missing)} tensors are missing and "
-            f"{len(result.unexpected_keys)} have no place."
+            f"{len(result.unexpected_keys)} are unexpected."
         )

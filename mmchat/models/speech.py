@@ -16,90 +16,90 @@ from ..fetching import fetch
 from ..media import SAMPLE_RATE, read_audio
 from ..presets import HubRepository, SpeechPreset
 
-# Sizes of Whisper whose repository has another name than the rule of ``_repository``.
+# Whisper sizes whose repository does not follow the naming rule of _repository.
 REPOSITORIES = {
     "large": "Systran/faster-whisper-large-v3",
     "large-v3-turbo": "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
     "turbo": "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
     "distil-large-v3.5": "distil-whisper/distil-large-v3.5-ct2",
 }
-WINDOW = 30  # seconds that Whisper hears at once
-MOST_PARTS = 4  # of a recording, heard side by side
+WINDOW = 30  # seconds; Whisper's input length
+MAX_WORKERS = 4  # parts of a recording transcribed in parallel
 MIN_SECONDS = 0.1
-SILENT_LEVEL = 1e-3  # peak of a full scale of 1; a quiet voice peaks fifty times higher
+SILENT_LEVEL = 1e-3  # peak amplitude, full scale 1; a quiet voice peaks fifty times higher
 
 
 class SpeechRecognizer:
-    """A Whisper model on the CPU, loaded when it is first needed."""
+    """A Whisper model on the CPU, loaded on first use."""
 
     def __init__(self, preset: SpeechPreset):
         self.preset = preset
         self._loading = Lock()
-        self._hear: Callable[[np.ndarray], Transcript] | None = None
+        self._transcribe: Callable[[np.ndarray], Transcript] | None = None
 
     def load(self) -> None:
-        """Loads the model, unless that is done.
+        """Loads the model if it is not loaded yet.
 
         Raises:
-            AssetError: it cannot be had.
-            WeightsError: a checkpoint is damaged.
+            AssetError: the model or a package it needs is not available.
+            WeightsError: the checkpoint is damaged.
         """
         with self._loading:
-            if self._hear is None:
+            if self._transcribe is None:
                 path = fetch(self.preset.source)
-                read = _openai_whisper if path.suffix == ".pt" else _faster_whisper
-                self._hear = read(self.preset, path)
+                load = _openai_whisper if path.suffix == ".pt" else _faster_whisper
+                self._transcribe = load(self.preset, path)
 
     def transcribe(self, path: str | Path) -> Transcript:
-        """What is said in a recording.
+        """Transcribes a recording.
 
         Raises:
-            BadInput: it cannot be read, is too long, or there is no speech in it.
+            BadInput: the recording cannot be read, is too long, or has no speech in it.
         """
         samples = read_audio(path)
         if len(samples) < MIN_SECONDS * SAMPLE_RATE or np.abs(samples).max() < SILENT_LEVEL:
             raise _no_speech()
         self.load()
-        transcript = self._hear(samples)
+        transcript = self._transcribe(samples)
         if not any(character.isalnum() for character in transcript.text):
             raise _no_speech()
         return transcript
 
 
 def _faster_whisper(preset: SpeechPreset, folder: Path) -> Callable[[np.ndarray], Transcript]:
-    """A model in CTranslate2's format, with 8-bit weights."""
+    """Loads a model in CTranslate2's format with int8 weights."""
     import torch
     from faster_whisper import WhisperModel
 
     options = {"compute_type": "int8", "cpu_threads": preset.threads, "local_files_only": True}
     cores = torch.get_num_threads()
-    # A model that one core is enough for hears several parts at once; each takes some memory of its own.
-    workers = min(cores, MOST_PARTS) if preset.threads == 1 else 1
+    # A single-threaded model transcribes several parts in parallel; each worker takes extra memory.
+    workers = min(cores, MAX_WORKERS) if preset.threads == 1 else 1
     model = WhisperModel(str(folder), device="cpu", num_workers=workers, **options)
-    torch.set_num_threads(cores)  # CTranslate2 sets its own number for whoever loads it, too
+    torch.set_num_threads(cores)  # loading CTranslate2 changes it
 
-    def hear(samples: np.ndarray) -> Transcript:
+    def transcribe(samples: np.ndarray) -> Transcript:
         parts = _parts(samples)
         language = preset.language or "en"
         if not preset.language and model.model.is_multilingual and parts:
             language, *_ = model.detect_language(samples[parts[0]])
 
-        def hear_part(part: slice) -> list[tuple[float, float, str]]:
-            # The voice filter drops silence first: on silence Whisper makes words up.
+        def transcribe_part(part: slice) -> list[tuple[float, float, str]]:
+            # The VAD filter drops silence, on which Whisper hallucinates.
             found, _ = model.transcribe(
                 samples[part], language=language, vad_filter=True, condition_on_previous_text=False
             )
             start = part.start / SAMPLE_RATE
-            return [(start + spoken.start, start + spoken.end, spoken.text) for spoken in found]
+            return [(start + segment.start, start + segment.end, segment.text) for segment in found]
 
         with ThreadPoolExecutor(workers) as pool:
-            return _transcript(chain.from_iterable(pool.map(hear_part, parts)), language)
+            return _transcript(chain.from_iterable(pool.map(transcribe_part, parts)), language)
 
-    return hear
+    return transcribe
 
 
 def _parts(samples: np.ndarray) -> list[slice]:
-    """A recording in parts that Whisper hears at once: a short one whole, of a long one the speech, cut in pauses."""
+    """Splits a recording into parts of at most WINDOW seconds: a long one at pauses, without its silence."""
     from faster_whisper.vad import VadOptions, get_speech_timestamps
 
     if len(samples) <= WINDOW * SAMPLE_RATE:
@@ -114,7 +114,7 @@ def _parts(samples: np.ndarray) -> list[slice]:
 
 
 def _openai_whisper(preset: SpeechPreset, path: Path) -> Callable[[np.ndarray], Transcript]:
-    """A checkpoint as OpenAI's own package writes it, perhaps fine-tuned."""
+    """Loads a .pt checkpoint of OpenAI's package, original or fine-tuned."""
     import torch
 
     try:
@@ -122,14 +122,14 @@ def _openai_whisper(preset: SpeechPreset, path: Path) -> Callable[[np.ndarray], 
     except ImportError as error:
         raise AssetError("A Whisper checkpoint needs one more package: pip install openai-whisper") from error
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs nothing that is in it
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # unpickles tensors only, runs no code
         model = Whisper(ModelDimensions(**checkpoint["dims"]))
         model.load_state_dict(checkpoint["model_state_dict"])
     except Exception as error:  # torch.load raises almost anything
-        raise WeightsError(f"{path.name} is no Whisper checkpoint, or is damaged.") from error
+        raise WeightsError(f"{path.name} is not a Whisper checkpoint, or is damaged. Name another file.") from error
     model.eval()
 
-    def hear(samples: np.ndarray) -> Transcript:
+    def transcribe(samples: np.ndarray) -> Transcript:
         from faster_whisper.vad import get_speech_timestamps
 
         if not get_speech_timestamps(samples):
@@ -139,19 +139,22 @@ def _openai_whisper(preset: SpeechPreset, path: Path) -> Callable[[np.ndarray], 
         segments = [(part["start"], part["end"], part["text"]) for part in result["segments"]]
         return _transcript(segments, result["language"])
 
-    return hear
+    return transcribe
 
 
 def _transcript(parts: Iterable[tuple[float, float, str]], language: str) -> Transcript:
-    spoken = tuple(SpeechSegment(start, end, text.strip()) for start, end, text in parts)
-    return Transcript(" ".join(part.text for part in spoken).strip(), language, spoken)
+    segments = tuple(SpeechSegment(start, end, text.strip()) for start, end, text in parts)
+    return Transcript(" ".join(segment.text for segment in segments).strip(), language, segments)
 
 
 def find_speech_model(name: str) -> SpeechPreset:
-    """Any Whisper model: a size ("base.en"), a repository or folder in CTranslate2's format, or OpenAI's .pt file.
+    """Finds a Whisper model by name.
+
+    Args:
+        name: a size such as "base.en", a repository or folder in CTranslate2's format, or OpenAI's .pt file.
 
     Raises:
-        BadInput: there is none of that name.
+        BadInput: there is no such model.
     """
     from faster_whisper import available_models
 

@@ -1,8 +1,7 @@
-"""Image tags: what two linear classifiers recognize in a picture's features, told to the language model in words.
+"""Image tags: two linear classifiers name what is in a picture, and the language model reads the names as text.
 
 Object tags beside image features help a language model name what it sees (Oscar, Li et al. 2020, arXiv 2004.06165).
-One classifier is the head that the image encoder was trained with on ImageNet, the other knows words of captions and
-labels.
+One classifier is the image encoder's own ImageNet head; the other predicts words of captions and labels.
 """
 
 from __future__ import annotations
@@ -21,36 +20,36 @@ from ..errors import WeightsError
 from ..presets import ImageEncoderPreset
 
 TAGGER_FILE = "tagger.safetensors"  # in a weights folder
-MOST_CLASSES, MOST_WORDS = 2, 7  # shown to the language model: each costs it two or three tokens
-LEAST_CLASS, LEAST_WORD = 0.1, 0.2  # the probability from which on a tag is shown
+MAX_CLASSES, MAX_WORDS = 2, 7  # tags per picture in the prompt; each takes two or three tokens
+MIN_CLASS_PROBABILITY, MIN_WORD_PROBABILITY = 0.1, 0.2  # less likely tags are not shown
 
 
 @dataclass(frozen=True)
 class Tag:
-    """A name for something in a picture, and how likely it is there, 0 to 1."""
+    """A name for something in a picture, and its probability, 0 to 1."""
 
     name: str
     probability: float
 
 
 class Tagger(nn.Module):
-    """Linear classifiers on the features that an EfficientNet-Lite gives of a picture.
+    """Linear classifiers on the features of an EfficientNet-Lite.
 
-    Its tensors are buffers: whatever is trained beside it, the tagger stays as it was fitted.
+    The tensors are buffers, so training the model leaves the tagger unchanged.
 
     Args:
-        classes: ImageNet's 1,000, of which one is the main thing.
-        words: of captions and labels, each there or not.
-        width: numbers in a feature.
-        fitted_to: whose features these are, as ``encoder_text`` tells it; empty where that is not known.
+        classes: ImageNet's 1,000 class names; exactly one applies (softmax).
+        words: words of captions and labels; any number apply (sigmoid).
+        image_dim: size of one feature vector.
+        fitted_to: the ``encoder_text`` of the encoder whose features it reads; empty if unknown.
     """
 
-    def __init__(self, classes: list[str], words: list[str], width: int, fitted_to: str = ""):
+    def __init__(self, classes: list[str], words: list[str], image_dim: int, fitted_to: str = ""):
         super().__init__()
         self.classes, self.words, self.fitted_to = classes, words, fitted_to
-        self.register_buffer("class_weight", torch.zeros(len(classes), width))
+        self.register_buffer("class_weight", torch.zeros(len(classes), image_dim))
         self.register_buffer("class_bias", torch.zeros(len(classes)))
-        self.register_buffer("word_weight", torch.zeros(len(words), 2 * width))
+        self.register_buffer("word_weight", torch.zeros(len(words), 2 * image_dim))
         self.register_buffer("word_bias", torch.zeros(len(words)))
 
     @torch.inference_mode()
@@ -58,14 +57,14 @@ class Tagger(nn.Module):
         """The likeliest classes and words, likeliest first.
 
         Args:
-            features: [features, width] of one picture, that of the whole picture last.
+            features: [features, image_dim] of one picture; the global average is last.
         """
         features = features.to(self.class_weight)
         classes = (self.class_weight @ features[-1] + self.class_bias).softmax(dim=0)  # [classes]
         words = (self.word_weight @ pooled(features[None])[0] + self.word_bias).sigmoid()  # [words]
         return (
-            likeliest(self.classes, classes, MOST_CLASSES, LEAST_CLASS),
-            likeliest(self.words, words, MOST_WORDS, LEAST_WORD),
+            top_tags(self.classes, classes, MAX_CLASSES, MIN_CLASS_PROBABILITY),
+            top_tags(self.words, words, MAX_WORDS, MIN_WORD_PROBABILITY),
         )
 
     def text(self, features: torch.Tensor) -> str:
@@ -73,7 +72,7 @@ class Tagger(nn.Module):
         return tag_text(*self(features))
 
     def save(self, folder: str | Path) -> None:
-        """Writes TAGGER_FILE, in half precision."""
+        """Writes TAGGER_FILE in half precision."""
         names = {"classes": json.dumps(self.classes), "words": json.dumps(self.words)}
         names |= {"fitted_to": json.dumps(self.fitted_to)} if self.fitted_to else {}
         tensors = {name: tensor.half().contiguous() for name, tensor in self.state_dict().items()}
@@ -81,13 +80,13 @@ class Tagger(nn.Module):
 
 
 def load_tagger(folder: str | Path, encoder: ImageEncoderPreset) -> Tagger | None:
-    """The tagger of a weights folder; None if it has none.
+    """Loads the tagger of a weights folder; None if the folder has none.
 
     Args:
-        encoder: whose features it is to read.
+        encoder: the image encoder whose features it will read.
 
     Raises:
-        WeightsError: it is damaged, or was fitted to other features.
+        WeightsError: the tagger is damaged, or was fitted to other features.
     """
     path = Path(folder) / TAGGER_FILE
     if not path.exists():
@@ -95,7 +94,7 @@ def load_tagger(folder: str | Path, encoder: ImageEncoderPreset) -> Tagger | Non
     try:
         with safe_open(path, "pt") as file:
             names = {key: json.loads(value) for key, value in file.metadata().items()}
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a dict)
         tagger = Tagger(names["classes"], names["words"], tensors["class_weight"].shape[1], names.get("fitted_to", ""))
         tagger.load_state_dict(tensors)
     except (OSError, KeyError, AttributeError, ValueError, RuntimeError, SafetensorError) as error:
@@ -105,44 +104,46 @@ def load_tagger(folder: str | Path, encoder: ImageEncoderPreset) -> Tagger | Non
 
 
 def encoder_text(encoder: ImageEncoderPreset) -> str:
-    """The name of an image encoder and how its features are taken: taggers of another text do not fit it."""
+    """An image encoder and its features as text; a tagger fits only the encoder with the same text."""
     return f"{encoder.title}, {encoder.feature_kind}"
 
 
 def _check_fits(tagger: Tagger, encoder: ImageEncoderPreset, folder: str) -> None:
-    width = tagger.class_weight.shape[1]
+    image_dim = tagger.class_weight.shape[1]
     if tagger.fitted_to:
         fits, fitted_to = tagger.fitted_to == encoder_text(encoder), tagger.fitted_to
-    else:  # early files do not tell
-        fits, fitted_to = width == encoder.width, f"features of {width} numbers"
+    else:  # older files do not record it
+        fits, fitted_to = image_dim == encoder.image_dim, f"features of size {image_dim}"
     if not fits:
         raise WeightsError(
             f"The tagger in '{folder}' was fitted to {fitted_to}, but the image encoder here is "
-            f"{encoder_text(encoder)}; fit another one with fit_tagger.py."
+            f"{encoder_text(encoder)}. Fit another one with fit_tagger.py."
         )
 
 
 def pooled(features: torch.Tensor) -> torch.Tensor:
-    """What words are recognized by: the mean and the largest over a picture.
+    """Mean and max pooling over the cells of a picture: the input of the word classifier.
 
     Args:
-        features: [pictures, cells + 1, width].
+        features: [pictures, cells + 1, image_dim].
 
     Returns:
-        [pictures, 2 · width].
+        [pictures, 2 · image_dim].
     """
     return torch.cat([features[:, -1], features[:, :-1].amax(dim=1)], dim=1)
 
 
 def tag_text(classes: Iterable[Tag], words: Iterable[Tag]) -> str:
-    """Tags as the language model reads them, with their probability in tenths: "Tags: espresso 9; cup 8, table 3"."""
+    """Tags as the language model reads them, with probabilities in tenths: "Tags: espresso 9; cup 8, table 3"."""
     parts = [", ".join(f"{tag.name} {min(int(10 * tag.probability), 9)}" for tag in tags) for tags in (classes, words)]
     return f"Tags: {'; '.join(parts)}"
 
 
-def likeliest(names: list[str], probabilities: torch.Tensor, most: int, least: float) -> list[Tag]:
-    """At most so many tags, likeliest first, of at least that probability; ``probabilities`` is [names]."""
-    values, order = probabilities.topk(min(most, len(names)))
+def top_tags(names: list[str], probabilities: torch.Tensor, limit: int, threshold: float) -> list[Tag]:
+    """At most ``limit`` tags of at least ``threshold``, likeliest first; ``probabilities`` is [names]."""
+    values, order = probabilities.topk(min(limit, len(names)))
     return [
-        Tag(names[index], value) for value, index in zip(values.tolist(), order.tolist(), strict=True) if value >= least
+        Tag(names[index], value)
+        for value, index in zip(values.tolist(), order.tolist(), strict=True)
+        if value >= threshold
     ]

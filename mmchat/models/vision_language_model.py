@@ -1,4 +1,4 @@
-"""The multimodal model: a language model that reads projected picture features among its tokens."""
+"""The multimodal model: a language model that reads picture tokens among its text tokens."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .projector import ProjectorConfig
 from .prompt import IMAGE_TOKEN_ID
 from .tagger import Tagger
 
-IGNORE_INDEX = -100  # the label that transformers' losses leave out
+IGNORE_INDEX = -100  # PyTorch's default: no loss at this label
 
 
 class MultimodalModel(nn.Module):
     """A causal language model, a LoRA adapter on it, and a projector beside it.
 
-    The projector is a plain module outside PEFT, which freezes what it does not know.
+    The projector is a plain module outside PEFT, because PEFT freezes modules that it does not know.
     """
 
     accepts_loss_kwargs = True  # tells transformers' Trainer to pass num_items_in_batch
@@ -39,7 +39,7 @@ class MultimodalModel(nn.Module):
 
     @property
     def tokens_per_image(self) -> int:
-        """How many tokens a picture takes in a row."""
+        """Number of tokens that one picture takes."""
         return self.projector_config.tokens_per_image
 
     @property
@@ -47,22 +47,21 @@ class MultimodalModel(nn.Module):
         return next(self.projector.parameters()).device
 
     def tags(self, image_features: torch.Tensor) -> str:
-        """What the language model is told of a picture in words, from its features, [features, image_width]."""
+        """The tags of a picture as text, from its features, [features, image_dim]; empty without a tagger."""
         return self.tagger.text(image_features) if self.tagger else ""
 
     def splice(self, token_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
-        """Token ids with pictures in their places → input embeddings.
+        """Embeds token ids and replaces each IMAGE_TOKEN_ID with a projected picture token.
 
         Args:
-            token_ids: [batch, length], IMAGE_TOKEN_ID where a picture's feature goes.
-            image_features: [images, features, image_width] in reading order, or None where there is no picture; a
-                projector with a marker makes one token more than there are features.
+            token_ids: [batch, length], with ``tokens_per_image`` IMAGE_TOKEN_IDs for every picture.
+            image_features: [images, features, image_dim] in reading order; None without pictures.
 
         Returns:
-            [batch, length, token_width] in the language model's number format.
+            Input embeddings [batch, length, hidden_size], in the language model's dtype.
 
         Raises:
-            ValueError: the number of places and the number of features differ.
+            ValueError: the number of IMAGE_TOKEN_IDs differs from the number of picture tokens.
         """
         is_image = token_ids == IMAGE_TOKEN_ID  # [batch, length]
         embeddings = self.language_model.get_input_embeddings()(token_ids.masked_fill(is_image, 0))
@@ -70,10 +69,10 @@ class MultimodalModel(nn.Module):
             image_tokens = embeddings.new_empty(0, 0, embeddings.shape[-1])
         else:
             projector_dtype = next(self.projector.parameters()).dtype
-            image_tokens = self.projector(image_features.to(projector_dtype))  # [images, tokens, token_width]
+            image_tokens = self.projector(image_features.to(projector_dtype))  # [images, tokens, hidden_size]
         count = image_tokens.shape[0] * image_tokens.shape[1]
         if int(is_image.sum()) != count:
-            raise ValueError(f"{int(is_image.sum())} places for picture tokens, but {count} tokens")
+            raise ValueError(f"{int(is_image.sum())} IMAGE_TOKEN_IDs, but {count} picture tokens")
         return embeddings.masked_scatter(is_image.unsqueeze(-1), image_tokens.to(embeddings.dtype))
 
     def forward(
@@ -82,12 +81,12 @@ class MultimodalModel(nn.Module):
         label_weights: torch.Tensor | None = None,
         **batch: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """The training loss: cross-entropy of each labelled token, predicted from the token before it.
+        """The training loss: next-token cross-entropy over the labeled tokens.
 
         Args:
-            num_items_in_batch: what the sum of losses is divided by; the number of labels if None.
-            label_weights: [labels], what each label's loss is multiplied by; below 0 it becomes less likely.
-            batch: as ``label_logits`` takes it.
+            num_items_in_batch: divisor of the summed loss; the number of labels if None.
+            label_weights: [labels], a factor for the loss of each label; a negative one makes its token less likely.
+            batch: the arguments of ``label_logits``.
         """
         logits, expected = self.label_logits(**batch)
         losses = nn.functional.cross_entropy(logits.float(), expected, reduction="none")  # [labels]
@@ -105,25 +104,25 @@ class MultimodalModel(nn.Module):
         parent: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is predicted where a label stands, [labels, vocabulary], and the labels, [labels].
+        """The logits that predict the labels, [labels, vocabulary], and the labels, [labels].
 
-        Logits are the costliest part of a small model, so no others are computed.
+        The output head is the costliest part of a small model, so it runs only where there is a label.
 
         Args:
-            input_ids, labels: [batch, length]; a label stands where its token stands, IGNORE_INDEX elsewhere.
-            attention_mask: [batch, length], 1 for tokens; or [batch, 1, length, length], true where the row's token
-                reads the column's.
+            input_ids, labels: [batch, length]; a label has the same position as its token, IGNORE_INDEX elsewhere.
+            attention_mask: [batch, length], 1 for tokens and 0 for padding; or [batch, 1, length, length], true where
+                the row's token attends to the column's.
             position_ids: [batch, length]; 0, 1, 2, … if None.
-            parent: [batch, length], the index of the token before each one; one to the left if None.
-            image_features: [images, features, image_width], or None.
+            parent: [batch, length], the position of the token that precedes each one; the left neighbor if None.
+            image_features: [images, features, image_dim], or None.
         """
         decoder = self.causal_language_model.get_decoder()
         hidden = decoder(
             inputs_embeds=self.splice(input_ids, image_features),
-            attention_mask=self._readable(attention_mask),
+            attention_mask=self._as_attention_mask(attention_mask),
             position_ids=position_ids,
             use_cache=False,
-        ).last_hidden_state  # [batch, length, token_width]
+        ).last_hidden_state  # [batch, length, hidden_size]
         if parent is None:
             parent = torch.arange(-1, labels.shape[1] - 1, device=labels.device).expand_as(labels)
         row, column = (labels != IGNORE_INDEX).nonzero(as_tuple=True)  # [labels] each
@@ -132,12 +131,12 @@ class MultimodalModel(nn.Module):
 
     @property
     def causal_language_model(self) -> nn.Module:
-        """The language model with its adapter, without PEFT's wrapper."""
+        """The language model with its adapter layers, without PEFT's wrapper."""
         model = self.language_model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    def _readable(self, attention_mask: torch.Tensor) -> torch.Tensor:
-        """A mask of four dimensions as the attention function wants it: truth values for sdpa, else addends."""
+    def _as_attention_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        """A 4D mask in the form that the attention kernel takes: boolean for sdpa, additive for the others."""
         if attention_mask.dim() == 2 or self.causal_language_model.config._attn_implementation == "sdpa":
             return attention_mask
         dtype = self.causal_language_model.dtype

@@ -1,7 +1,7 @@
-"""Zero-shot classification: which of any names a picture is most like, by CLIP (Radford et al. 2021, arXiv 2103.00020).
+"""Zero-shot classification with CLIP (Radford et al. 2021, arXiv 2103.00020): any names, no training.
 
-CLIP's two halves map pictures and texts into one space. Each name goes into a sentence for the text half; the nearer
-its embedding is to that of a picture, the likelier the name.
+CLIP embeds pictures and texts in one space. Each name becomes a sentence for the text encoder; the more similar its
+embedding is to that of the picture, the likelier the name.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import torch
 from ..errors import BadInput
 from ..fetching import fetch
 from ..presets import HubRepository, ImageEncoderPreset
-from .tagger import LEAST_CLASS, Tag, likeliest
+from .tagger import MIN_CLASS_PROBABILITY, Tag, top_tags
 
-PROMPT = "a photo of a {}."  # whatever the name: the paper's prompt, which CLIP knows from its training
-BATCH = 64  # names
-TOKENIZERS = ("tokenizer.json", "vocab.json")  # without one of them, transformers makes an empty tokenizer
+PROMPT = "a photo of a {}."  # the paper's prompt, for every name
+BATCH_SIZE = 64  # names
+TOKENIZERS = ("tokenizer.json", "vocab.json")  # without either, transformers makes an empty tokenizer
 
 
 class ZeroShotClassifier:
-    """Tells which of some names CLIP's embedding of a picture is nearest to.
+    """A linear classifier on CLIP's image embeddings, with one row per name.
 
     Args:
-        names: what there may be in a picture, of which one is the main thing.
-        weight: [names, width], the direction in which each name lies, times CLIP's own scale.
+        names: the candidates; exactly one applies (softmax).
+        weight: [names, projection], normalized text embeddings times CLIP's logit scale.
     """
 
     def __init__(self, names: Sequence[str], weight: torch.Tensor):
@@ -35,70 +35,71 @@ class ZeroShotClassifier:
 
     @torch.inference_mode()
     def probabilities(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """[pictures, names], each row with the sum 1.
+        """Probabilities [pictures, names]; each row sums to 1.
 
         Args:
-            embeddings: [pictures, width], as ``Clip.embed`` gives them.
+            embeddings: [pictures, projection], from ``Clip.embed``.
         """
         directions = torch.nn.functional.normalize(embeddings.to(self.weight), dim=1)
         return (directions @ self.weight.T).softmax(dim=1)
 
     def __call__(self, embedding: torch.Tensor) -> list[Tag]:
-        """The likely names of a picture, likeliest first, from its embedding, [width]."""
-        return likeliest(self.names, self.probabilities(embedding[None])[0], len(self.names), LEAST_CLASS)
+        """The likely names of a picture, likeliest first, from its embedding, [projection]."""
+        return top_tags(self.names, self.probabilities(embedding[None])[0], len(self.names), MIN_CLASS_PROBABILITY)
 
 
 @lru_cache(maxsize=8)
 @torch.inference_mode()
 def load_zero_shot(names: tuple[str, ...], encoder: ImageEncoderPreset) -> ZeroShotClassifier:
-    """A classifier of these names for the pictures of a CLIP encoder, made by the text half of the same model.
+    """Builds a classifier of these names for a CLIP encoder, with the text encoder of the same model.
 
     Raises:
-        AssetError: the model cannot be had.
-        BadInput: there are no names, or the encoder is no CLIP with its text half.
+        AssetError: the model is not available.
+        BadInput: there are no names, or the image encoder is not CLIP or lacks its text encoder.
     """
     names = tuple(dict.fromkeys(filter(None, map(str.strip, names))))
     if not names:
-        raise BadInput("There are no names to look for.")
-    model, tokenizer = _whole_clip(encoder)
-    length = model.config.text_config.max_position_embeddings  # tokens; longer names are cut off
+        raise BadInput("There are no names to look for. Give at least one.")
+    model, tokenizer = _load_clip(encoder)
+    length = model.config.text_config.max_position_embeddings  # tokens; longer prompts are truncated
     embeddings = []
-    for start in range(0, len(names), BATCH):
-        texts = [PROMPT.format(name) for name in names[start : start + BATCH]]
+    for start in range(0, len(names), BATCH_SIZE):
+        texts = [PROMPT.format(name) for name in names[start : start + BATCH_SIZE]]
         tokens = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        embeddings.append(model.get_text_features(**tokens).pooler_output)  # [batch, width]
-    directions = torch.nn.functional.normalize(torch.cat(embeddings), dim=1)  # [names, width]
+        embeddings.append(model.get_text_features(**tokens).pooler_output)  # [batch, projection]
+    directions = torch.nn.functional.normalize(torch.cat(embeddings), dim=1)  # [names, projection]
     return ZeroShotClassifier(names, directions * model.logit_scale.exp())
 
 
-def _whole_clip(encoder: ImageEncoderPreset) -> tuple:
-    """CLIP with its text half, in evaluation mode, and its tokenizer."""
+def _load_clip(encoder: ImageEncoderPreset) -> tuple:
+    """CLIP with both encoders, in evaluation mode, and its tokenizer."""
     from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
-    no_text_half = BadInput(
-        f"The image encoder {encoder.title} cannot look for names of yours: that takes CLIP with its text encoder."
+    no_text_encoder = BadInput(
+        f"The image encoder {encoder.title} cannot look for names: that needs CLIP with its text encoder. Choose a "
+        "preset with CLIP, such as phi-3.5."
     )
     if not isinstance(encoder.source, HubRepository):
-        raise no_text_half
+        raise no_text_encoder
     folder = fetch(encoder.source)
-    is_whole = AutoConfig.from_pretrained(folder).model_type == "clip"  # the vision half is a "clip_vision_model"
-    if not is_whole or not any((folder / file).is_file() for file in TOKENIZERS):
-        raise no_text_half
+    has_text = AutoConfig.from_pretrained(folder).model_type == "clip"  # vision alone is a "clip_vision_model"
+    if not has_text or not any((folder / file).is_file() for file in TOKENIZERS):
+        raise no_text_encoder
     try:
         model, loading = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise no_text_half from error
-    if loading["missing_keys"]:  # transformers would fill them with random numbers
-        raise no_text_half
+        raise no_text_encoder from error
+    if loading["missing_keys"]:  # transformers initializes them randomly
+        raise no_text_encoder
     return model.eval(), tokenizer
 
 
 def read_names(path: str | Path) -> list[str]:
-    """The names in a text file, one a line.
+    """Reads names from a text file, one per line.
 
     Raises:
-        BadInput: it cannot be read, or holds none.
+        BadInput: the file cannot be read, or has no names.
     """
     path = Path(path)
     try:
@@ -108,5 +109,5 @@ def read_names(path: str | Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise BadInput(f"{path.name} is not a text file.") from error
     if not names:
-        raise BadInput(f"{path.name} holds no names; write one on each line.")
+        raise BadInput(f"{path.name} has no names. Write one per line.")
     return names

@@ -1,1 +1,1 @@
-"""What people and programs talk to: the page, the model server's client, a Space."""
+"""The page and what surrounds it: uploads, rate limit, model servers, ZeroGPU, Spaces, doctor."""

@@ -1,4 +1,4 @@
-"""A look at this machine: what mmchat finds, what is missing, and what to do about it."""
+"""Checks this machine: what mmchat finds, what is missing, and how to fix it."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from ..fetching.cache import cache_folder
 from ..fetching.sources import Source
 from ..presets import PRESETS, Preset
 
-NEEDED = ("gradio", "torch", "transformers", "peft", "faster-whisper", "pillow", "safetensors")
+REQUIRED = ("gradio", "torch", "transformers", "peft", "faster-whisper", "pillow", "safetensors")
 OPTIONAL = {
     "accelerate": "training",
-    "bitsandbytes": "quantised weights",
+    "bitsandbytes": "quantized weights",
     "openai": "a model server",
     "openai-whisper": "Whisper's .pt files",
 }
-MIN_FREE_DISK = 1e9  # bytes that fetching and unpacking `smol` takes
+MIN_FREE_DISK = 1e9  # bytes to fetch and unpack `smol`
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     text: str
-    advice: str = ""  # what to do; nothing if all is well
-    is_here: bool = True  # False of what can be done without
+    advice: str = ""  # how to fix it; empty if nothing is wrong
+    is_here: bool = True  # False for an optional part that is missing
 
     @property
     def mark(self) -> str:
-        """✗ something has to be done; – it is not here; ✓ all is well."""
+        """✗ needs a fix; – optional and missing; ✓ fine."""
         return "✗" if self.advice else "✓" if self.is_here else "–"
 
 
 def examine() -> Iterator[Finding]:
-    """Looks at one thing after the other; the last is an answer of the model."""
+    """Runs one check after the other. The last one lets the model answer a question."""
     yield _python()
-    yield from (_package(name) for name in NEEDED)
+    yield from (_package(name) for name in REQUIRED)
     yield from (_package(name, purpose) for name, purpose in OPTIONAL.items())
     yield _device()
     yield _cache()
@@ -61,7 +61,7 @@ def _package(name: str, purpose: str = "") -> Finding:
         return Finding(name, version(name))
     except PackageNotFoundError:
         if purpose:
-            return Finding(name, f"not installed; it is for {purpose} only", is_here=False)
+            return Finding(name, f"not installed; needed only for {purpose}", is_here=False)
         return Finding(name, "not installed", f"pip install {name}")
 
 
@@ -73,14 +73,14 @@ def _device() -> Finding:
     except ImportError as error:
         return Finding("device", "unknown", f"A package is missing ({error.name}): install mmchat again.")
     preset, reason = choose_preset()
-    return Finding("device", f"{device.type}: {device.reason}; the preset auto means {preset.name}: {reason}")
+    return Finding("device", f"{device.type}: {device.reason}. The preset auto means {preset.name}: {reason}")
 
 
 def _cache() -> Finding:
     folder = cache_folder()
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
-    advice = "" if free > MIN_FREE_DISK else "Make 1 GB of room, or set MMCHAT_CACHE to a folder on another disk."
+    advice = "" if free > MIN_FREE_DISK else "Free 1 GB of disk space, or set MMCHAT_CACHE to a folder on another disk."
     return Finding("cache", f"{folder}, {free / 1e9:.0f} GB free", advice)
 
 
@@ -92,9 +92,9 @@ def _preset(preset: Preset) -> Finding:
         "weights": preset.weights,
     }
     missing = [name for name, source in parts.items() if not is_here(source)]
-    text = f"{', '.join(missing)} not here yet, fetched when first used" if missing else "everything is here"
+    text = f"{', '.join(missing)} not here yet; fetched on first use" if missing else "everything is here"
     if "weights" in missing and isinstance(preset.weights, Path):
-        text += "; no weights come with it: train or import some"
+        text += "; it ships without weights: train or import some"
     return Finding(f"preset {preset.name}", text, is_here=not missing)
 
 
@@ -112,5 +112,5 @@ def _answer() -> Finding:
         return Finding("answer", "none", f"A package is missing or broken ({error.name}): install mmchat again.")
     first = text.strip().splitlines()[0] if text.strip() else ""
     return Finding(
-        "answer", first or "none", "" if first else "The model said nothing; remove the cache and try again."
+        "answer", first or "none", "" if first else "The model gave an empty answer. Delete the cache and try again."
     )

@@ -1,4 +1,4 @@
-"""Models that load behind the page, which opens at once; the first question waits for them."""
+"""Loads models in the background: the page opens at once, and the first question waits for the models."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ PATIENCE = "The models are still being loaded. Your answer comes as soon as they
 
 
 class LoadingEngine:
-    """Stands in for an engine while that is loaded, and passes on what it is asked.
+    """Stands in for an engine while it loads, and forwards every call to it.
 
     Args:
-        load: gives the engine; it runs in a thread of its own.
-        notify: is told to be patient, when something is asked before the engine is there.
+        load: returns the engine; runs in its own thread.
+        notify: called with a sentence when a request has to wait for the engine.
     """
 
     def __init__(self, load: Callable[[], Engine], notify: Callable[[str], None]):
@@ -25,14 +25,14 @@ class LoadingEngine:
         self._loaded: Future = Future()
 
     def start(self) -> None:
-        """Begins to load."""
+        """Starts loading."""
         Thread(target=self._run, daemon=True).start()
 
     def wait(self) -> Engine:
-        """The engine, once it is there.
+        """Waits for the engine and returns it.
 
         Raises:
-            MmchatError: what went wrong in loading it.
+            MmchatError: loading failed.
         """
         return self._loaded.result()
 

@@ -1,4 +1,4 @@
-"""The page: what a person sees and does. Plain data goes to the engine, text comes back."""
+"""The web page. It sends plain data to the engine and gets text back."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .rate_limit import RateLimit
 from .uploads import KEEP_UPLOADS, MAX_UPLOAD, SafeImage, is_uploaded, shown_error
 
 MAX_QUESTION = 4000  # characters
-AT_ONCE = 4  # answers that are written at the same time, by turns: a short one need not wait for a long one
-MAX_WAITING = 16  # questions in the queue; the next one is told to come back later
+MAX_CONCURRENT = 4  # answers generated at the same time; they take turns, so a short one does not wait for a long one
+MAX_WAITING = 16  # questions in the queue; the next one is turned away
 
-# Markdown in an answer may name a picture anywhere on the web; the browser must not fetch it.
+# Markdown in an answer may link pictures anywhere on the web; the browser must not fetch them.
 CONTENT_SECURITY = (
     "<meta http-equiv=\"Content-Security-Policy\" content=\"img-src 'self' data: blob:; media-src 'self' data: blob:\">"
 )
@@ -39,14 +39,14 @@ SAVE_SCRIPT = """(history) => {
 }"""
 
 History = list[dict[str, Any]]
-DRAFT = "Draft"  # the title of an answer that was rewritten: the page folds it up, and the model does not read it again
+DRAFT = "Draft"  # title of an answer that was rewritten; the page collapses it, and the model does not see it again
 
 
 def to_messages(history: History) -> list[Message]:
-    """The page's conversation → the engine's.
+    """Converts the page's conversation to messages.
 
-    Roles and parts that are not ours are left out, since a browser sent them, and so are pictures whose time is up, and
-    drafts.
+    The browser sends it, so unknown roles and parts are dropped, as are files that are not uploads. Drafts and deleted
+    pictures are dropped, too.
     """
     messages = []
     for turn in history:
@@ -62,13 +62,13 @@ def to_messages(history: History) -> list[Message]:
 
 
 def user_turn(text: str, image: str | None) -> dict[str, Any]:
-    """A question as the page shows it: the picture above the words."""
+    """A question as the page shows it: the picture above the text."""
     picture = [{"path": image, "alt_text": "Uploaded picture"}] if image else []
     return {"role": "user", "content": [*picture, *([text] if text else [])]}
 
 
 def checked_question(text: str | None, image: str | None) -> str:
-    """A typed question without the space around it; none is needed with a picture."""
+    """Strips and checks a typed question. It may be empty if there is a picture."""
     text = (text or "").strip()
     if not text and not image:
         raise gr.Error("Please type a question first.", print_exception=False)
@@ -77,41 +77,41 @@ def checked_question(text: str | None, image: str | None) -> str:
     return text
 
 
-NO_REQUEST = -1  # the number of no request: a reply to it writes nothing
+NO_REQUEST = -1  # a request id that never matches, so its reply writes nothing
 
 
 class Visit:
-    """One person's visit to the page. Each request gets a number, and only the latest may write into the page.
+    """One visit to the page. Each request gets an id, and only the latest request may write to the page.
 
-    That ends a reply on Stop, Clear, Undo and a new question alike. Gradio's own ``cancels`` would let the old reply
-    overwrite the new question, and forgets how to cancel after a cancelled reply is followed by another.
+    This is how Stop, Clear, Undo and a new question end a reply. With gradio's own ``cancels``, the old reply would
+    overwrite the new question, and cancelling works only once.
     """
 
     def __init__(self):
         self.latest = 0
 
     def request(self) -> int:
-        """Begins a request, which ends the one before it."""
+        """Starts a request, which ends the previous one."""
         self.latest += 1
         return self.latest
 
 
 class Page:
-    """The handlers of the page's events, around one engine."""
+    """Event handlers of the page, for one engine."""
 
     def __init__(self, engine: Engine, limit: RateLimit | None = None):
         self.engine = engine
         self.limit = limit or RateLimit(0)
 
     def admit(self, request: gr.Request | None) -> None:
-        """Counts a question of an address; too many are refused."""
+        """Counts a question against the rate limit of its address."""
         try:
             self.limit.count(request.client.host if request and request.client else "")
         except BadInput as error:
             raise shown_error(error) from error
 
     def add_text(self, text: str, image: str | None, history: History, visit: Visit, request: gr.Request | None = None):
-        """Moves a typed question and its picture into the conversation, and empties both inputs."""
+        """Moves a typed question and its picture into the conversation and clears both inputs."""
         question = checked_question(text, image)
         self.admit(request)
         return "", None, [*history, user_turn(question, image)], visit.request()
@@ -124,45 +124,45 @@ class Page:
         visit: Visit,
         request: gr.Request | None = None,
     ):
-        """Moves what was said, in writing, into the conversation."""
+        """Transcribes a recording and moves it into the conversation as text."""
         if not recording:
             raise gr.Error("Please record or upload a question first.", print_exception=False)
         self.admit(request)
-        number = visit.request()  # before the work: what is being written would overwrite this question
+        request_id = visit.request()  # before the work: a running reply would overwrite this question
         try:
             question = self.engine.transcribe(recording).text
         except Exception as error:
             raise shown_error(error) from error
-        if visit.latest != number:  # the person went on while this was being heard
+        if visit.latest != request_id:  # another request came during transcription
             return gr.skip(), gr.skip(), gr.skip(), NO_REQUEST
-        return None, None, [*history, user_turn(question, image)], number
+        return None, None, [*history, user_turn(question, image)], request_id
 
     def drop_reply(
         self, history: History, visit: Visit, event: gr.RetryData, request: gr.Request | None = None
     ) -> tuple[History, int]:
-        """Retry: the conversation up to the question that is asked again."""
+        """Retry: cuts the conversation after the question that is asked again."""
         self.admit(request)
         return history[: event.index + 1], visit.request()
 
     def reply(
-        self, history: History, visit: Visit, asked: int, temperature: float, max_new_tokens: float, rewrite: bool
+        self, history: History, visit: Visit, request_id: int, temperature: float, max_new_tokens: float, rewrite: bool
     ) -> Iterator[History]:
         """Streams the answer to the last question into the conversation, until another request comes."""
-        if visit.latest == asked:  # else it came while this one waited for its turn
+        if visit.latest == request_id:  # else another request came while this one waited in the queue
             options = {"temperature": temperature, "max_new_tokens": max_new_tokens, "rewrite": rewrite}
             with closing(self.answer(to_messages(history), **options)) as turns:
                 for turn in turns:
-                    if visit.latest != asked:
+                    if visit.latest != request_id:
                         break
                     yield [*history, *turn]
-        yield gr.skip()  # gradio sends the last value once more at the end, when the page may have moved on
+        yield gr.skip()  # gradio repeats the last value at the end, which could overwrite a newer page
 
     def ask(
         self, question: str, image: str | None = None, rewrite: bool = False, request: gr.Request | None = None
     ) -> Iterator[str]:
-        """Answers one question, about a picture if there is one; each piece is the answer so far.
+        """Answers one question, with or without a picture. Yields the answer so far.
 
-        With ``rewrite``, the draft is replaced by its better English as that is written.
+        With ``rewrite``, the rewritten answer replaces the draft as it streams in.
         """
         question = checked_question(question, image)
         self.admit(request)
@@ -177,7 +177,7 @@ class Page:
         max_new_tokens: float | None = None,
         rewrite: bool = False,
     ) -> Iterator[History]:
-        """The engine's answer as it grows, as the page shows it: one turn, or the draft and the turn in its place."""
+        """Streams the engine's answer as turns of the page: the answer so far, or the draft and its rewrite so far."""
         try:
             given = {"temperature": temperature, "max_new_tokens": max_new_tokens and int(max_new_tokens)}
             options = SamplingOptions(**{name: value for name, value in given.items() if value is not None})
@@ -200,10 +200,10 @@ def said(text: str) -> dict[str, Any]:
 
 
 def grow(pieces: Iterator[str]) -> Iterator[str]:
-    """Pieces of a text → the text so far. Closing it closes the pieces.
+    """Pieces of text → the text so far. Closing it closes the pieces.
 
     Raises:
-        BadInput: there were none.
+        BadInput: there are no pieces.
     """
     text = ""
     with closing(pieces):
@@ -211,29 +211,29 @@ def grow(pieces: Iterator[str]) -> Iterator[str]:
             text += piece
             yield text
     if not text:
-        raise BadInput("I have no answer to that. Please ask in other words.")
+        raise BadInput("I have no answer to that. Please rephrase your question.")
 
 
 def undo(history: History, visit: Visit, event: gr.UndoData) -> tuple[History, str, str | None]:
-    """Undo: the last question goes back into the inputs, its picture with it."""
+    """Undo: moves the last question and its picture back into the inputs."""
     visit.request()
     (question,) = to_messages(history[event.index : event.index + 1]) or [Message("user", "")]
     return history[: event.index], question.text, str(question.images[0]) if question.images else None
 
 
 def stop_reply(visit: Visit) -> None:
-    """Stop: a request for nothing, which ends the reply."""
+    """Stop: an empty request, which ends the reply."""
     visit.request()
 
 
-def empty(visit: Visit) -> tuple[str, None, None, History]:
-    """Clear: text, picture, recording and conversation as on arrival."""
+def clear_all(visit: Visit) -> tuple[str, None, None, History]:
+    """Clear: resets text, picture, recording and conversation."""
     visit.request()
     return "", None, None, []
 
 
 def read_examples(folder: Path) -> list[list[str]]:
-    """Pairs of question and picture from ``examples.csv``; none if the folder is not there."""
+    """Pairs of question and picture from ``examples.csv``; empty if there is no such file."""
     import csv
 
     table = folder / "examples.csv"
@@ -244,11 +244,11 @@ def read_examples(folder: Path) -> list[list[str]]:
 
 
 def build(engine: Engine, examples: Path, limit: RateLimit | None = None) -> gr.Blocks:
-    """The page around an engine.
+    """Builds the page for an engine.
 
     Args:
         examples: a folder with examples.csv and its pictures.
-        limit: how often one address may ask; any number of times if None.
+        limit: rate limit per address; none if None.
     """
     page = Page(engine, limit)
     defaults = SamplingOptions()
@@ -310,38 +310,37 @@ def build(engine: Engine, examples: Path, limit: RateLimit | None = None) -> gr.
                     gr.Examples(rows, inputs=[text, image], label="Examples")
         about = gr.Markdown(elem_id="about")
 
-        # The Stop button takes the place of the conversation as the thing that shows progress and errors: an error
-        # there would cover the whole conversation.
+        # Progress and errors are shown on the Stop button; shown on the conversation, an error would cover all of it.
         private = {"api_visibility": "private", "show_progress_on": stop}
         quick = {**private, "show_progress": "hidden"}
         demo.load(lambda: engine.about, None, about, queue=False, show_progress="hidden", api_visibility="private")
         visit = gr.State(Visit())
-        asked = gr.Number(visible=False)  # in the browser, so that a reply knows which request it belongs to
+        request_id = gr.Number(visible=False)  # lives in the browser and tells a reply its request
         run = {
             "fn": page.reply,
-            "inputs": [chat, visit, asked, temperature, max_new_tokens, rewrite],
+            "inputs": [chat, visit, request_id, temperature, max_new_tokens, rewrite],
             "outputs": chat,
             "concurrency_id": "engine",
-            "concurrency_limit": AT_ONCE,
-            "trigger_mode": "multiple",  # a new question does not wait for the reply it ends
+            "concurrency_limit": MAX_CONCURRENT,
+            "trigger_mode": "multiple",  # a new question does not wait for the reply that it ends
             "show_progress": "minimal",
             **private,
         }
         typed, spoken = [text, image, chat, visit], [recording, image, chat, visit]
-        text.submit(page.add_text, typed, [text, image, chat, asked], **quick).success(**run)
-        send_recording.click(page.add_voice, spoken, [recording, image, chat, asked], **quick).success(**run)
-        chat.retry(page.drop_reply, [chat, visit], [chat, asked], **quick).success(**run)
+        text.submit(page.add_text, typed, [text, image, chat, request_id], **quick).success(**run)
+        send_recording.click(page.add_voice, spoken, [recording, image, chat, request_id], **quick).success(**run)
+        chat.retry(page.drop_reply, [chat, visit], [chat, request_id], **quick).success(**run)
         chat.undo(undo, [chat, visit], [chat, text, image], queue=False, **quick)
         stop.click(stop_reply, visit, None, queue=False, **quick)
         everything = [text, image, recording, chat]
-        gr.on([clear.click, chat.clear], empty, visit, everything, queue=False, **quick)
+        gr.on([clear.click, chat.clear], clear_all, visit, everything, queue=False, **quick)
         save.click(None, chat, None, js=SAVE_SCRIPT, queue=False, **quick)
         _add_endpoint(page)
     return demo.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
 
 
 def _add_endpoint(page: Page) -> None:
-    """The public API: ``ask(question, image) -> answer``, streamed. Hidden components check what is uploaded."""
+    """The public API: ``ask(question, image, rewrite) -> answer``, streamed. Hidden components check uploads."""
     with gr.Group(visible=False):
         question, picture = gr.Textbox(label="question"), SafeImage(type="filepath", label="image")
         rewrite, answer = gr.Checkbox(label="rewrite"), gr.Textbox(label="answer")
@@ -351,12 +350,12 @@ def _add_endpoint(page: Page) -> None:
             answer,
             api_name="ask",
             concurrency_id="engine",
-            concurrency_limit=AT_ONCE,
+            concurrency_limit=MAX_CONCURRENT,
         )
 
 
 def launch(demo: gr.Blocks, **options: Any):
-    """Serves the page; ``options`` go to gradio's launch, as server_name and server_port."""
+    """Serves the page. ``options`` are passed to gradio's launch, such as server_name and server_port."""
     return demo.launch(
         theme=gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"]),
         css=STYLE,

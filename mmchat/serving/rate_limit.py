@@ -1,4 +1,4 @@
-"""How often one address may ask."""
+"""Rate limit: questions per minute from one address."""
 
 from __future__ import annotations
 
@@ -10,53 +10,55 @@ from threading import Lock
 from ..errors import BadInput
 
 MINUTE = 60  # seconds
-REMEMBERED = 10_000  # addresses; the ones heard of longest ago are forgotten
+MAX_ADDRESSES = 10_000  # the least recently seen ones are forgotten
 
 
 def questions_per_minute(text: str) -> int:
-    """What --rate-limit or MMCHAT_RATE_LIMIT says.
+    """Parses --rate-limit or MMCHAT_RATE_LIMIT.
 
     Raises:
-        BadInput: it is not a whole number, or below 0.
+        BadInput: the text is not a whole number, or is negative.
     """
     try:
         count = int(text)
     except ValueError:
         count = -1
     if count < 0:
-        raise BadInput(f"The rate limit is a whole number of questions per minute, or 0 for no limit, not '{text}'.")
+        raise BadInput(
+            f"The rate limit must be a whole number of questions per minute, or 0 for no limit, not '{text}'."
+        )
     return count
 
 
 class RateLimit:
-    """At most so many questions of one address within any minute.
+    """A sliding-window limit on the questions from one address.
 
     Args:
-        per_minute: how many; 0 for any number.
-        clock: tells seconds.
+        per_minute: questions within any minute; 0 for no limit.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic):
         self.per_minute, self._clock = per_minute, clock
-        self._asked: OrderedDict[str, deque[float]] = OrderedDict()  # address -> when it asked, in the last minute
+        self._asked: OrderedDict[str, deque[float]] = OrderedDict()  # address -> times of its last questions
         self._lock = Lock()
 
     def count(self, address: str) -> None:
         """Counts a question.
 
         Raises:
-            BadInput: there were too many, and this one does not count.
+            BadInput: the address is over its limit; the question is not counted.
         """
         if not self.per_minute:
             return
         with self._lock:
             now, times = self._clock(), self._asked.setdefault(address, deque())
             self._asked.move_to_end(address)
-            if len(self._asked) > REMEMBERED:
+            if len(self._asked) > MAX_ADDRESSES:
                 self._asked.popitem(last=False)
             while times and times[0] <= now - MINUTE:
                 times.popleft()
             if len(times) >= self.per_minute:
                 wait = int(times[0] + MINUTE - now) + 1
-                raise BadInput(f"That is more than {self.per_minute} questions a minute. Please wait {wait} seconds.")
+                raise BadInput(f"That is more than {self.per_minute} questions per minute. Please wait {wait} seconds.")
             times.append(now)

@@ -1,4 +1,4 @@
-"""An engine elsewhere: any server that speaks OpenAI's chat API and reads pictures, as vLLM does."""
+"""An engine on a model server: any that speaks OpenAI's chat API with pictures, such as vLLM."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from ..presets import SMOL
 
 logger = logging.getLogger(__name__)
 
-LONGEST_SIDE = 1024  # pixels of a picture that is sent; models of this kind see less
+MAX_SIDE = 1024  # pixels; pictures are scaled down before sending, since models see less
 
 
 class RemoteEngine:
-    """Holds conversations by way of a server; speech is still understood here.
+    """Answers through a model server. Speech is transcribed locally.
 
     Args:
-        address: of the server's API, as http://localhost:8000/v1.
-        model: its name there; the server's first if None.
-        key: what the server asks for; OPENAI_API_KEY if None.
+        address: base URL of the server's API, such as http://localhost:8000/v1.
+        model: name of the model on the server; the first one listed if None.
+        key: API key; OPENAI_API_KEY if None.
 
     Raises:
-        MmchatError: the openai package is missing, or the server cannot be reached.
+        MmchatError: the openai package is missing, the server cannot be reached, or it has no model.
     """
 
     def __init__(self, address: str, model: str | None = None, key: str | None = None):
@@ -43,15 +43,15 @@ class RemoteEngine:
         self.client = openai.OpenAI(base_url=address, api_key=key, max_retries=1, timeout=120)
         self.speech_recognizer = SpeechRecognizer(SMOL.speech)
         if not model:
-            with _said_in_words():
+            with _explained_errors():
                 model = next((found.id for found in self.client.models.list()), None)
             if not model:
-                raise MmchatError("The model server offers no model. Name one with MMCHAT_MODEL.")
+                raise MmchatError("The model server lists no model. Name one with MMCHAT_MODEL.")
         self.model = model
 
     @property
     def about(self) -> str:
-        """What answers here."""
+        """Which model answers."""
         return f"Answers come from {Path(self.model).name} on a model server."
 
     def warm_up(self) -> None:
@@ -59,7 +59,7 @@ class RemoteEngine:
         self.speech_recognizer.load()
 
     def transcribe(self, path: str | Path) -> Transcript:
-        """What is said in a recording, as ``Engine.transcribe`` tells it."""
+        """Transcribes a recording, see ``Engine.transcribe``."""
         return self.speech_recognizer.transcribe(path)
 
     def reply(
@@ -68,20 +68,20 @@ class RemoteEngine:
         options: SamplingOptions | None = None,
         notify: Callable[[str], None] = logger.warning,
     ) -> Iterator[str]:
-        """The answer to a conversation, in pieces as the server writes them. Closing the iterator ends the request.
+        """Streams the answer to a conversation from the server. Closing the iterator ends the request.
 
         Args:
-            messages, options: as ``Engine.reply`` takes them; beams are up to the server.
-            notify: not called: a server says nothing of turns it leaves out.
+            messages, options: see ``Engine.reply``; beams and repetition_penalty are not sent.
+            notify: never called, because a server does not report dropped turns.
 
         Raises:
             BadInput: there is no question, or a picture cannot be read.
-            MmchatError: the server failed; the sentence says how.
+            MmchatError: the server failed; the message says how.
         """
         options = options or SamplingOptions()
         settings = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
-        sent = [_as_sent(message) for message in with_question(messages)]
-        with _said_in_words():
+        sent = [_to_openai(message) for message in with_question(messages)]
+        with _explained_errors():
             stream = self.client.chat.completions.create(
                 model=self.model,
                 messages=sent,
@@ -96,12 +96,12 @@ class RemoteEngine:
                         yield piece
 
     def rewrite(self, question: str, draft: str, options: SamplingOptions | None = None) -> Iterator[str]:
-        """A draft answer in better English, as ``Engine.rewrite`` gives it; here its adapter is part of the model."""
+        """Streams a draft answer in better English, see ``Engine.rewrite``; the same served model writes it."""
         return self.reply([rewrite_request(question, draft)], options)
 
 
-def _as_sent(message: Message) -> dict[str, Any]:
-    """A message in OpenAI's form, its pictures as data URLs."""
+def _to_openai(message: Message) -> dict[str, Any]:
+    """A message in OpenAI's format, with pictures as data URLs."""
     if not message.images:
         return {"role": message.role, "content": message.text}
     pictures = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in message.images]
@@ -110,7 +110,7 @@ def _as_sent(message: Message) -> dict[str, Any]:
 
 def _data_url(source: Any) -> str:
     image = decode_image(source)
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
     data = io.BytesIO()
     image.save(data, "PNG" if max(image.size) <= 64 else "JPEG", quality=95)
     return (
@@ -119,8 +119,8 @@ def _data_url(source: Any) -> str:
 
 
 @contextmanager
-def _said_in_words() -> Iterator[None]:
-    """Turns the openai package's errors into sentences."""
+def _explained_errors() -> Iterator[None]:
+    """Turns errors of the openai package into sentences."""
     import openai
 
     try:
@@ -138,11 +138,13 @@ def _sentence(error: Exception) -> MmchatError:
     if isinstance(error, openai.APIConnectionError):
         return MmchatError("The model server cannot be reached. Please try again later.")
     if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
-        return MmchatError("The model server wants another key: set OPENAI_API_KEY.")
+        return MmchatError("The model server rejected the API key. Set OPENAI_API_KEY.")
     if isinstance(error, openai.RateLimitError):
         return MmchatError("The model server is busy. Please try again in a moment.")
     if isinstance(error, openai.NotFoundError):
         return MmchatError("The model server does not have that model. Name another with MMCHAT_MODEL.")
     if isinstance(error, (openai.BadRequestError, openai.UnprocessableEntityError)):
-        return BadInput("The model server could not read that; perhaps the conversation is too long for it.")
+        return BadInput(
+            "The model server rejected the request. The conversation may be too long for it; please start a new one."
+        )
     return MmchatError("The model server failed. Please try again.")

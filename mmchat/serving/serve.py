@@ -1,4 +1,4 @@
-"""mmchat serve: loads an engine behind the page and serves both."""
+"""mmchat serve: serves the page while the engine loads in the background."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from .rate_limit import RateLimit, questions_per_minute
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Serves the page until it is stopped; ``options`` are the flags of `mmchat serve`.
+    """Serves the page until it is stopped.
+
+    Args:
+        options: the flags of `mmchat serve`.
 
     Raises:
-        MmchatError: a flag is wrong, the models cannot be loaded, or the address is taken.
+        MmchatError: a flag is wrong, the models cannot be loaded, or the address or port is not available.
     """
     limit = RateLimit(questions_per_minute(options.rate_limit))
-    for client in ("httpx", "httpx2"):  # a line for each request to the Hub, and from gradio to itself
+    for client in ("httpx", "httpx2"):  # one line per request to the Hub, and from gradio to itself
         logging.getLogger(client).setLevel(logging.WARNING)
     if os.environ.get("SPACES_ZERO_GPU"):
-        import spaces  # noqa: F401 (it has to come before torch, which it changes)
+        import spaces  # noqa: F401 (must be imported before torch, which it patches)
     import gradio
 
     from ..device import on_zero_gpu
@@ -32,8 +35,8 @@ def serve(options: argparse.Namespace) -> int:
 
     engine = LoadingEngine(lambda: load_engine(options), notify=gradio.Info)
     if options.preset != AUTO:
-        get_preset(options.preset)  # a wrong name is reported before a page is shown
-    if on_zero_gpu():  # models have to be there before the page is
+        get_preset(options.preset)  # report a wrong name before the page opens
+    if on_zero_gpu():  # models must load before the page starts
         engine.start()
         engine.wait()
     demo = page.build(engine, bundled("examples"), limit)
@@ -42,9 +45,7 @@ def serve(options: argparse.Namespace) -> int:
         page.launch(demo, **address, auth=sign_in(), prevent_thread_lock=True)
     except OSError as error:
         logging.debug("launch", exc_info=error)
-        raise MmchatError(
-            "That address or port cannot be used, perhaps because it is taken. Name another with --port."
-        ) from error
+        raise MmchatError("That address or port is not available. Choose another with --host or --port.") from error
     if not on_zero_gpu():
         engine.start()
     engine.wait()
@@ -54,22 +55,24 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def sign_in() -> tuple[str, str] | None:
-    """The name and password that MMCHAT_SIGN_IN asks visitors for, as "name:password"; it is no flag, which others see.
+    """The name and password that visitors need, from MMCHAT_SIGN_IN="name:password"; None if it is not set.
+
+    It is not a flag, because other users of the machine can see the flags of a process.
 
     Raises:
-        BadInput: it is not of that form.
+        BadInput: MMCHAT_SIGN_IN does not have this form.
     """
-    asked = os.environ.get("MMCHAT_SIGN_IN")
-    if not asked:
+    credentials = os.environ.get("MMCHAT_SIGN_IN")
+    if not credentials:
         return None
-    name, _, password = asked.partition(":")
+    name, _, password = credentials.partition(":")
     if not name or not password:
-        raise BadInput("MMCHAT_SIGN_IN has to be a name and a password with a colon between them.")
+        raise BadInput("MMCHAT_SIGN_IN must be a name and a password with a colon between them.")
     return name, password
 
 
 def load_engine(options: argparse.Namespace) -> Any:
-    """What answers: models here, or a server that has them."""
+    """Loads local models, or connects to a model server."""
     if options.server:
         from .remote import RemoteEngine
 

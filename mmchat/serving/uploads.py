@@ -1,4 +1,4 @@
-"""What visitors send: pictures of theirs are taken, other files of the server are not; what they read if one is bad."""
+"""Uploads: accepts uploaded pictures only, no other file of the server, and turns errors into sentences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KEEP_UPLOADS = 3600  # seconds
 
 
 def shown_error(error: Exception) -> gr.Error:
-    """What a person reads when something went wrong: our own sentence, never a stack trace."""
+    """The error that a visitor sees: a sentence, never a stack trace."""
     if isinstance(error, MmchatError):
         return gr.Error(str(error), print_exception=False)
     logger.exception("A request failed", exc_info=error)
@@ -26,19 +26,19 @@ def shown_error(error: Exception) -> gr.Error:
 
 
 class SafeImage(gr.Image):
-    """An image input that hands over uploaded pictures only.
+    """An image input that accepts uploaded pictures only.
 
-    gr.Image takes any path of the server from a raw request that leaves out ``meta``, and passes damaged files on.
+    From a raw request without ``meta``, gr.Image accepts any path of the server, and it passes damaged files on.
     """
 
-    is_template = True  # or the browser would look for a component of this class's name
+    is_template = True  # else the browser looks for a component with this class's name
 
     def preprocess(self, payload):
         if payload is None:
             return None
         path = Path(payload.path or "").resolve()
         if not is_uploaded(path):
-            raise gr.Error("I do not know that picture. Please upload it.", print_exception=False)
+            raise gr.Error("That picture was not uploaded here. Please upload it.", print_exception=False)
         try:
             open_image(path)
         except BadInput as error:
@@ -47,5 +47,5 @@ class SafeImage(gr.Image):
 
 
 def is_uploaded(path: Path) -> bool:
-    """Whether a file lies where uploads go; the path has to be resolved."""
+    """Whether a resolved path is inside the upload folder."""
     return path.is_relative_to(Path(get_upload_folder()).resolve())

@@ -1,4 +1,4 @@
-"""Answers on ZeroGPU, where a Space borrows a GPU for each call of a decorated function."""
+"""Replies on ZeroGPU, which lends a Space a GPU for each call of a decorated function."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..device import on_zero_gpu
 
 logger = logging.getLogger(__name__)
 
-START, TOKENS_PER_SECOND = 10, 10  # seconds before the first token; a cautious speed after it
+START_SECONDS, TOKENS_PER_SECOND = 10, 10  # time to the first token, and a conservative speed after it
 
 
 def seconds_needed(messages: Sequence[Message], options: SamplingOptions) -> int:
-    """How long the GPU is asked for: shorter requests wait less, and use up less of a visitor's quota."""
-    return START + options.max_new_tokens // TOKENS_PER_SECOND
+    """Seconds of GPU time to request: shorter requests wait less and use less of a visitor's quota."""
+    return START_SECONDS + options.max_new_tokens // TOKENS_PER_SECOND
 
 
 class ZeroGpuEngine:
@@ -27,7 +27,7 @@ class ZeroGpuEngine:
         import spaces
 
         self._engine = engine
-        self._borrow = spaces.GPU(duration=seconds_needed)(self._reply_there)
+        self._borrow = spaces.GPU(duration=seconds_needed)(self._reply_on_gpu)
 
     @property
     def about(self) -> str:
@@ -55,8 +55,8 @@ class ZeroGpuEngine:
     def rewrite(self, question: str, draft: str, options: SamplingOptions | None = None) -> Iterator[str]:
         return self.reply([rewrite_request(question, draft)], options)
 
-    def _reply_there(self, messages: Sequence[Message], options: SamplingOptions) -> Iterator[tuple[str, str]]:
-        """Runs in a process of its own: what comes out is pickled, so notices travel with the text."""
+    def _reply_on_gpu(self, messages: Sequence[Message], options: SamplingOptions) -> Iterator[tuple[str, str]]:
+        """Runs in another process. Its output is pickled, so notices travel in the stream with the text."""
         notices: list[str] = []
         with closing(self._engine.reply(messages, options, notices.append)) as pieces:
             for piece in pieces:
@@ -65,5 +65,5 @@ class ZeroGpuEngine:
 
 
 def lend_gpu(engine: Engine) -> Engine:
-    """The engine, whose replies borrow a GPU where this is a Space on ZeroGPU; elsewhere just the engine."""
+    """Wraps the engine on ZeroGPU; elsewhere returns it unchanged."""
     return ZeroGpuEngine(engine) if on_zero_gpu() else engine

@@ -155,7 +155,7 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
         language_model, tokenizer = load_language_model(preset.language_model, dtype, quantization)
         config = ProjectorConfig(
             kind=recipe.projector or preset.projector.kind,
-            image_width=preset.image_encoder.width,
+            image_width=preset.image_encoder.image_dim,
             hidden_width=recipe.hidden_width or preset.projector.hidden_width,
             token_width=language_model.config.hidden_size,
             feature_count=preset.image_encoder.feature_count,

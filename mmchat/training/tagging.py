@@ -184,7 +184,7 @@ def fit_tagger(
 
     def tagger_of(chosen: torch.Tensor) -> Tagger:
         layer = fit_words(x[chosen], shares[chosen], weights[chosen], seed)
-        tagger = Tagger(classes, vocabulary.words, encoder.width, encoder_text(encoder))
+        tagger = Tagger(classes, vocabulary.words, encoder.image_dim, encoder_text(encoder))
         layers = (*head, layer.weight.detach(), layer.bias.detach())
         tagger.load_state_dict(dict(zip(tagger.state_dict(), layers, strict=True)))
         return tagger

@@ -141,7 +141,7 @@ def tune_image_encoder(
     start = {name: weight.clone() for name, weight in encoder.network.published_state().items()}
     dataset = PicturesWithWords(pictures, folder, encoder)
     logger.info("%d pictures and %d words to learn from", len(dataset), len(dataset.words))
-    model = WordPredictor(encoder.network, encoder.preset.width, dataset.shares)
+    model = WordPredictor(encoder.network, encoder.preset.image_dim, dataset.shares)
     convolutions = [weight for module in model.tuned for weight in module.parameters()]
     optimizer = torch.optim.AdamW(
         [{"params": convolutions, "lr": lr}, {"params": model.head.parameters(), "lr": HEAD_RATE}], weight_decay=0.02
