@@ -35,8 +35,8 @@ EMPTY = set(
     "view background foreground picture photo image shot look looks looking".split()
 )
 # Captions contradict each other if one uses the first word of a pair and the other the second.
-CONTRADICTORY = (("man", "woman"), ("boy", "girl"), ("man", "boy"), ("woman", "girl"), ("man", "girl"), ("woman", "boy"))
-CONTRADICTORY += (("dog", "cat"), ("bicycle", "motorcycle"), ("car", "truck"), ("snow", "sand"), ("beach", "field"))
+CONFLICTING = (("man", "woman"), ("boy", "girl"), ("man", "boy"), ("woman", "girl"), ("man", "girl"), ("woman", "boy"))
+CONFLICTING += (("dog", "cat"), ("bicycle", "motorcycle"), ("car", "truck"), ("snow", "sand"), ("beach", "field"))
 
 
 def detailed(picture: dict) -> str | None:
@@ -116,7 +116,7 @@ def contradict(one: str, other: str) -> bool:
             if first[noun][fact] and second[noun][fact] and first[noun][fact] != second[noun][fact]:
                 return True
     kinds = [{SINGULARS.get(word, word) for word in words_of(caption)} for caption in (one, other)]
-    for pair in CONTRADICTORY:
+    for pair in CONFLICTING:
         if any(
             a in kinds[0] and a not in kinds[1] and b in kinds[1] and b not in kinds[0] for a, b in (pair, pair[::-1])
         ):

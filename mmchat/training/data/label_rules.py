@@ -34,7 +34,7 @@ class LabelQuestion:
     text: str
     answer: str
     kind: str
-    accepted: tuple[str, ...] = ()  # all right answers, in lower case
+    accepted: tuple[str, ...] = ()  # all right answers in lower case; () if `answer` is the only one
     subject: str = ""  # of a yes/no question; each subject has as many yes as no answers
 
 
