@@ -1,4 +1,4 @@
-"""The training scripts as a person runs them, and the recipes they read."""
+"""The training scripts as commands, and their recipes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_help_reads_like_documentation(path):
 
 
 def test_help_imports_nothing_heavy():
-    """Which is what keeps it under a second."""
+    """Heavy imports would take seconds."""
     check = "import sys; sys.argv=['x', '--help']; import runpy\ntry: runpy.run_path({path!r}, run_name='__main__')\n"
     check += "except SystemExit: pass\nheavy = {{'torch', 'transformers', 'numpy', 'gradio'}} & set(sys.modules)\n"
     check += "sys.exit(f'{{heavy}}' if heavy else 0)"
@@ -131,7 +131,7 @@ def prepared(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_both_stages_train_the_real_model_to_tell_two_photos_apart(prepared):
+def test_two_stages_of_training_teach_the_real_model_two_photos(prepared):
     from mmchat import Message, SamplingOptions, load
 
     common = "--features features --batch-size 2 --warmup 1 --log-steps 5 --report-to none"
@@ -153,7 +153,7 @@ def test_both_stages_train_the_real_model_to_tell_two_photos_apart(prepared):
     assert "".join(engine.reply(text_only, greedy)) == "".join(load("smol").reply(text_only, greedy))
 
 
-def test_mistakes_end_with_one_sentence(prepared):
+def test_mistakes_end_with_an_error_sentence(prepared):
     for command, says in (
         ("prepare_data.py captions --captions none.json --out x.json", "none.json cannot be read"),
         (
@@ -171,7 +171,7 @@ def test_mistakes_end_with_one_sentence(prepared):
 
 
 @pytest.mark.slow
-def test_the_benchmark_measures_and_writes(tmp_path):
+def test_the_benchmark_prints_and_writes_results(tmp_path):
     path, out = ROOT / "benchmarks" / "run.py", tmp_path / "figures.json"
     command = [sys.executable, str(path), "--only", "encoder-runs", "--out", str(out)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
