@@ -1,4 +1,4 @@
-"""Conversations on disk, and the rows that training reads: each must be exactly what it would be alone."""
+"""Conversation files and packed sequences: packing must not change the loss of any conversation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.close import assert_close
 FORMAT = CHAT_FORMATS["smollm2"]
 
 
-def test_llava_instruct_is_read_as_it_is(tmp_path):
+def test_llava_instruct_files_are_read(tmp_path):
     (tmp_path / "llava.json").write_text(
         """[
   {
@@ -77,13 +77,13 @@ def test_llava_instruct_is_read_as_it_is(tmp_path):
         ("[\n1 2]", "line 2: an entry"),
     ],
 )
-def test_bad_training_files_are_named_with_their_line(tmp_path, content, says):
+def test_errors_name_the_file_and_the_line(tmp_path, content, says):
     (tmp_path / "train.json").write_text(content)
     with pytest.raises(BadInput, match=says):
         list(read_conversations(tmp_path / "train.json"))
 
 
-def test_a_missing_comma_is_named(tmp_path):
+def test_a_missing_comma_is_an_error(tmp_path):
     good = json.dumps(entry_of("a", None, [("Hi", "Hello")]))
     (tmp_path / "train.json").write_text(f"[{good}\n\n{good}]")
     with pytest.raises(BadInput, match="line 3: a comma"):
@@ -92,7 +92,7 @@ def test_a_missing_comma_is_named(tmp_path):
 
 @settings(deadline=None, max_examples=60)
 @given(entries=st.lists(st.recursive(st.text() | st.integers(), lambda x: st.lists(x) | st.dictionaries(st.text(), x))))
-def test_any_json_list_is_streamed_as_json_reads_it(tmp_path_factory, entries):
+def test_streaming_any_json_list_equals_json_loads(tmp_path_factory, entries):
     path = tmp_path_factory.mktemp("stream") / "list.json"
     text = json.dumps(entries, indent=1, ensure_ascii=False)
     path.write_text(text, encoding="utf-8")
@@ -122,14 +122,14 @@ def test_splitting_keeps_the_questions_of_a_picture_together(tmp_path):
 
 
 class TestRows:
-    """Sharing the beginning of conversations changes what is computed, and nothing else."""
+    """Packing saves computation and changes no result."""
 
     @pytest.fixture(scope="class", params=["phi3-patches", "phi-patches", "llama-patches"])
     def model(self, tiny, request):
         recipe = Recipe(train=["-"], features="-", preset=request.param)
         torch.manual_seed(0)
         model, tokenizer = build_model(recipe, get_preset(request.param))
-        for name, weight in model.named_parameters():  # a fresh adapter's B is zero: give it something to do
+        for name, weight in model.named_parameters():  # B of a fresh adapter is zero, so the adapter would do nothing
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.1)
         return model.eval(), tokenizer
@@ -138,7 +138,7 @@ class TestRows:
         store = FeatureStore(tiny / "features-patches")
         return ConversationDataset(read_conversations(tiny / "train.json"), store, tokenizer, FORMAT, 4, **options)
 
-    def test_the_loss_of_shared_rows_is_that_of_each_conversation_alone(self, tiny, model):
+    def test_the_packed_loss_equals_the_loss_of_each_conversation_alone(self, tiny, model):
         model, tokenizer = model
         shared, alone = self.dataset(tiny, tokenizer), self.dataset(tiny, tokenizer, share=False)
         assert len(shared) == 12 and len(alone) == 24 and any(row.is_branched for row in shared.rows)
@@ -151,8 +151,8 @@ class TestRows:
         for found, expected in zip(*gradients, strict=True):
             assert_close(found, expected, 1e-4)  # sums over all tokens of all conversations
 
-    def test_the_loss_is_the_language_models_own(self, tiny, model):
-        """Which shifts the labels itself: nothing is shifted twice here, or not at all."""
+    def test_the_loss_equals_that_of_transformers(self, tiny, model):
+        """transformers shifts the labels itself, so this fails if labels are shifted twice or never."""
         model, tokenizer = model
         batch = collate([self.dataset(tiny, tokenizer, share=False)[index] for index in range(6)])
         ours = model(**batch)["loss"]
@@ -163,7 +163,7 @@ class TestRows:
         ).loss
         assert_close(ours, theirs)
 
-    def test_the_eager_attention_gives_the_same(self, tiny, model):
+    def test_eager_attention_gives_the_same_loss(self, tiny, model):
         model, tokenizer = model
         dataset = self.dataset(tiny, tokenizer)
         batch = collate([dataset[index] for index in range(4)])
@@ -180,8 +180,8 @@ TOKENS = st.lists(st.integers(3, 5), min_size=1, max_size=6)
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=6), st.integers(8, 60))
-def test_every_conversation_can_be_read_back_from_its_row(turns, max_length):
-    """Following ``parent`` from the end of each branch gives the conversations that went in, whatever they are."""
+def test_packed_sequences_contain_every_conversation(turns, max_length):
+    """Following ``parent`` from the end of each branch gives back the conversations."""
     conversations = [
         EncodedConversation(
             [1, IMAGE_TOKEN_ID, IMAGE_TOKEN_ID, *question, *answer],
@@ -201,14 +201,14 @@ def test_every_conversation_can_be_read_back_from_its_row(turns, max_length):
                 while row.parent[places[0]] >= 0:
                     places.insert(0, row.parent[places[0]])
                 assert [row.position[place] for place in places] == list(range(len(places)))
-                # the token reads exactly those on its way, as the mask is made from ``subtree_end``
+                # by ``subtree_end``, which the mask is made from, a token attends to its ancestors only
                 assert [place for place in range(leaf + 1) if row.subtree_end[place] > leaf] == places
                 found.append(([row.token_ids[place] for place in places], [row.is_answer[place] for place in places]))
     assert sorted(found) == sorted((one.token_ids, one.is_answer) for one in conversations)
 
 
-def test_the_weight_of_a_conversation_is_that_of_its_labels():
-    """Whatever order they are packed in: the tokens of an answer say what its weight is."""
+def test_label_weights_follow_their_conversations():
+    """Packing sorts the conversations; the answer tokens show which weight belongs to which."""
     weights = [3.0, -1.0, 2.0]
     conversations = [
         EncodedConversation([1, 5, token_id, token_id], [False, False, True, True], []) for token_id in (30, 10, 20)
@@ -221,36 +221,36 @@ def test_the_weight_of_a_conversation_is_that_of_its_labels():
     assert all(
         weight in weight_of[label] for label, weight in zip(labels, batch["label_weights"].tolist(), strict=True)
     )
-    assert batch["label_weights"][-2:].tolist() == [1.0, 1.0]  # weightless ones count as usual
+    assert batch["label_weights"][-2:].tolist() == [1.0, 1.0]  # conversations without a weight count once
     assert "label_weights" not in collate([{"row": lay_out(conversations, 100)[0], "features": None}])
 
 
-def test_batches_are_padded_and_labelled(tiny):
+def test_batches_are_padded_and_labeled(tiny):
     _, tokenizer = build_model(Recipe(train=["-"], features="-", preset="phi3-patches"), get_preset("phi3-patches"))
     store = FeatureStore(tiny / "features-patches")
     dataset = ConversationDataset(read_conversations(tiny / "train.json"), store, tokenizer, FORMAT, 4)
     batch = collate([dataset[0], dataset[1], dataset[2]])
     assert batch["image_features"].shape == (3, 4, 24)
     assert (batch["input_ids"] == IMAGE_TOKEN_ID).sum() == 3 * 4
-    learnt = batch["labels"] != IGNORE_INDEX
-    assert learnt.any(dim=1).all() and (batch["input_ids"][learnt] == batch["labels"][learnt]).all()
+    is_label = batch["labels"] != IGNORE_INDEX
+    assert is_label.any(dim=1).all() and (batch["input_ids"][is_label] == batch["labels"][is_label]).all()
     ends = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert (batch["labels"] == ends).sum() == 1 + 3 + 6  # an answer ends with the end token, and that is learnt
+    assert (batch["labels"] == ends).sum() == 1 + 3 + 6  # the stop token of every answer is a label
 
 
-def test_long_conversations_are_cut_and_empty_ones_left_out(tiny, caplog):
+def test_long_conversations_are_truncated_and_empty_ones_dropped(tiny, caplog):
     _, tokenizer = build_model(Recipe(train=["-"], features="-", preset="phi3-patches"), get_preset("phi3-patches"))
     store = FeatureStore(tiny / "features-patches")
     conversations = list(read_conversations(tiny / "train.json"))
     full = ConversationDataset(conversations, store, tokenizer, FORMAT, 4, share=False)
     longest = max(len(row) for row in full.rows)
-    cut = ConversationDataset(conversations, store, tokenizer, FORMAT, 4, share=False, max_length=longest - 1)
-    assert max(len(row) for row in cut.rows) == longest - 1 and "were cut off" in caplog.text
+    truncated = ConversationDataset(conversations, store, tokenizer, FORMAT, 4, share=False, max_length=longest - 1)
+    assert max(len(row) for row in truncated.rows) == longest - 1 and "were truncated" in caplog.text
     with pytest.raises(BadInput, match="within its first 6 tokens"):
         ConversationDataset(conversations, store, tokenizer, FORMAT, 4, max_length=6)
 
 
-def test_a_picture_without_features_is_named_before_training(tiny):
+def test_a_picture_without_features_is_an_error(tiny):
     conversation = Conversation("x-1", (Message("user", "What?", ["x.jpg"]), Message("assistant", "A dog.")))
     with pytest.raises(BadInput, match=r"x-1 shows 'x\.jpg'"):
         ConversationDataset([conversation], FeatureStore(tiny / "features-patches"), None, FORMAT, 4)

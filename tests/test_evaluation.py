@@ -1,4 +1,4 @@
-"""Figures: right where the answer is known, with intervals, and low where the picture is taken away."""
+"""Metrics and their intervals, checked on known answers; and lower scores without the picture."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from tests.test_speech import SAID
 FORMAT = CHAT_FORMATS["smollm2"]
 
 
-def test_captions_are_scored_as_coco_scores_them():
+def test_right_captions_score_high_and_wrong_ones_low():
     references = [["A dog runs on the green grass.", "a brown dog"], ["Two men climb a steep rock wall.", "climbers"]]
     same = caption_metrics(["a dog runs on the green grass", "two men climb a steep rock wall"], references)
     other = caption_metrics(["two men climb a steep rock wall", "a dog runs on the green grass"], references)
@@ -62,7 +62,7 @@ def test_captions_are_scored_as_coco_scores_them():
     assert other["BLEU-4"].value < 0.01 and other["CIDEr"].value < 0.3 < same["CIDEr"].value
 
 
-def test_corpus_bleu_is_pycocoevalcaps_own():
+def test_corpus_bleu_equals_pycocoevalcap():
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
     answers = ["a dog runs fast on the grass", "two men climb up a wall", "a man in a red shirt"]
@@ -80,7 +80,7 @@ def test_corpus_bleu_is_pycocoevalcaps_own():
         assert ours[f"BLEU-{order + 1}"].value == pytest.approx(expected[order], rel=1e-6)
 
 
-def test_answers_are_compared_word_for_word():
+def test_exact_match_metrics():
     assert accuracy(["Brown", "red.", "A blue"], ["brown.", "Red", "blue"]).value == pytest.approx(2 / 3)
     counts = macro_f1(["two", "two", "two", "three"], ["two", "two", "three", "three"])
     assert counts.value == pytest.approx((0.8 + 2 / 3) / 2)
@@ -91,7 +91,7 @@ def test_answers_are_compared_word_for_word():
 
 
 def asked(folder, answers, **fields):
-    """Items of one kind with these right answers, read from a file; a field has a value for each, or one for all."""
+    """Writes and reads items with these right answers. A field is a list with a value per item, or one value."""
     entries = []
     for number, answer in enumerate(answers):
         extra = {name: value[number] if isinstance(value, list) else value for name, value in fields.items()}
@@ -100,7 +100,7 @@ def asked(folder, answers, **fields):
     return read_items(folder / "asked.json")
 
 
-def test_pope_counts_how_often_yes_is_said(tmp_path):
+def test_yes_no_metrics_follow_pope(tmp_path):
     items = asked(
         tmp_path, ["Yes.", "No.", "Yes, there is a dog.", "No, there is no dog."], kind="presence adversarial"
     )
@@ -121,12 +121,12 @@ def test_pope_counts_how_often_yes_is_said(tmp_path):
         ("A couple of dogs.", "Two."), ("Maybe two or three.", "2"),
     ],
 )  # fmt: skip
-def test_numbers_are_the_same_in_words_and_digits(answer, number):
+def test_numbers_match_as_words_and_digits(answer, number):
     assert count_metrics([answer], [number])["accuracy"].value == 1
 
 
-def test_counts_are_measured_as_numbers(tmp_path):
-    accepted = [["two", "2"], ["two", "2"], ["three", "3"], ["one", "1"]]  # says no more than the numbers themselves
+def test_counts_are_scored_as_numbers(tmp_path):
+    accepted = [["two", "2"], ["two", "2"], ["three", "3"], ["one", "1"]]  # adds nothing to the numbers
     items = asked(tmp_path, ["Two.", "2", "Three.", "One."], kind="how many", accepted=accepted)
     found = measure(items, ["two dogs", "There are two.", "two", "many"])["how many"]
     assert found["accuracy"].value == 0.5 and found["always the same answer"].value == 0.5
@@ -141,18 +141,18 @@ def test_counts_are_measured_as_numbers(tmp_path):
         ("This is not a dog.", False), ("A cat, a bird, a car, a house, a dog.", False), ("", False), ("Gold.", False),
     ],
 )  # fmt: skip
-def test_a_thing_may_have_several_names(answer, is_right):
+def test_any_accepted_name_is_right(answer, is_right):
     assert is_named(answer, ["a dog", "golden retriever"]) == is_right
 
 
 @pytest.mark.parametrize("pair", ["man men", "box boxes", "knife knives", "berry berries", "bus buses", "shoe shoes"])
-def test_singular_and_plural_are_one_name(pair):
+def test_singular_and_plural_names_match(pair):
     one, many = pair.split()
     assert is_named(one, [many]) and is_named(many, [one])
     assert not is_named("cap", ["cape"])
 
 
-def test_the_same_name_every_time_is_a_baseline(tmp_path):
+def test_the_best_constant_name_is_the_baseline(tmp_path):
     accepted = [["husky", "dog"], ["pug", "dogs"], ["tabby", "cat"]]
     found = measure(
         asked(tmp_path, ["Husky.", "Pug.", "Cat."], kind="name", accepted=accepted), ["a dog", "cat", "cat"]
@@ -164,13 +164,13 @@ def test_the_same_name_every_time_is_a_baseline(tmp_path):
 
 @pytest.mark.parametrize("field", ["accepted", "references"])
 @pytest.mark.parametrize("value", ["dog", ["dog", 1], {"dog": 1}])
-def test_names_and_references_are_lists_of_texts(tmp_path, field, value):
+def test_accepted_and_references_must_be_lists_of_texts(tmp_path, field, value):
     write_conversations(tmp_path / "q.json", [entry_of("1", None, [("What?", "Dog.")], **{field: value})])
     with pytest.raises(BadInput, match=f'q.json, line 2: "{field}" must be a list of texts'):
         read_items(tmp_path / "q.json")
 
 
-def test_details_that_repeat_themselves_are_told_apart(tmp_path):
+def test_repetition_in_details_is_measured(tmp_path):
     captions = ["A brown dog runs on the green grass.", "A dog runs."]
     items = asked(tmp_path, ["A dog."] * 2, kind="detail", references=[captions, ["Two men climb.", "They smile."]])
     fresh = measure(items, ["A brown dog runs on the green grass. The sun shines.", "Two men climb. They smile."])
@@ -191,7 +191,7 @@ def test_a_long_detail_is_not_penalized_for_its_length():
     )
 
 
-def test_hedged_answers_are_counted_apart(tmp_path):
+def test_hedged_answers_are_reported_separately(tmp_path):
     items = asked(tmp_path, ["Red.", "Blue.", "Red.", "Green."], kind="color")
     flat = measure(items, ["red", "blue", "blue", "green"])["color"]
     assert set(flat) == {"accuracy", "always the same answer", "macro F1"}
@@ -201,7 +201,7 @@ def test_hedged_answers_are_counted_apart(tmp_path):
     assert found["accuracy, not hedged"].count == 2
 
 
-def test_figures_become_a_markdown_table():
+def test_results_become_a_markdown_table():
     def result(weights, condition, count):
         figure = {"kind": "name", "metric": "a|b", "value": 0.5, "low": 0.25, "high": 0.75, "count": count}
         return {"weights": weights, "file": "q.json", "condition": condition, "metrics": [figure]}
@@ -213,26 +213,26 @@ def test_figures_become_a_markdown_table():
     ]
 
 
-def test_intervals_hold_what_they_should():
-    """Of many samples of coins that fall heads with 0.6, about 95 in 100 intervals hold 0.6."""
+def test_intervals_cover_the_true_value():
+    """About 95 of 100 intervals for a coin with 0.6 heads contain 0.6."""
     random_numbers = np.random.default_rng(0)
-    held = 0
+    covered = 0
     for _ in range(100):
         coins = (random_numbers.random(200) < 0.6).astype(float)
         estimate = bootstrap(200, lambda sample, coins=coins: float(coins[sample].mean()))
-        held += estimate.low <= 0.6 <= estimate.high
-    assert 88 <= held <= 100
+        covered += estimate.low <= 0.6 <= estimate.high
+    assert 88 <= covered <= 100
     assert bootstrap(50, lambda sample: 1.0).low == 1.0
 
 
-def test_word_error_rate_counts_words_after_whispers_normaliser():
+def test_word_error_rate_uses_whispers_normalizer():
     heard = ["ask not what your country can do", "I'm here"]
     rate = word_error_rate(heard, ["Ask not, what your country CAN do!", "I am here"])
     assert rate.value == 0
     assert word_error_rate(["a dog runs"], ["a brown dog runs"]).value == pytest.approx(0.25)
 
 
-def test_every_picture_is_shuffled_to_another():
+def test_shuffling_replaces_every_picture_by_another():
     features = {f"{number}.png": number for number in range(7)}
     shuffled = ShuffledFeatures(features, list(features))
     assert sorted(shuffled[name] for name in features) == sorted(features.values())
@@ -241,7 +241,7 @@ def test_every_picture_is_shuffled_to_another():
 
 @pytest.fixture(scope="module")
 def trained(tiny, tmp_path_factory):
-    """A tiny model that has learnt its twelve pictures by heart."""
+    """A tiny model, overfitted to twelve pictures."""
     out = tmp_path_factory.mktemp("trained") / "run"
     train(
         Recipe(
@@ -259,7 +259,7 @@ def trained(tiny, tmp_path_factory):
     return out
 
 
-def test_without_its_picture_a_question_is_answered_worse(tiny, trained):
+def test_answers_are_worse_without_the_picture(tiny, trained):
     preset = get_preset("llama-patches")
     model, tokenizer = load_model(preset, trained, torch.float32)
     evaluator = Evaluator(model, tokenizer, FORMAT, batch_size=5)
@@ -276,7 +276,7 @@ def test_without_its_picture_a_question_is_answered_worse(tiny, trained):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_answers_in_batches_are_those_of_each_alone(tiny, trained, beams):
+def test_batched_answers_equal_single_answers(tiny, trained, beams):
     model, tokenizer = load_model(get_preset("llama-patches"), trained, torch.float32)
     evaluator = Evaluator(model, tokenizer, FORMAT)
     items, store = read_items(tiny / "train.json")[:7], FeatureStore(tiny / "features-patches")
@@ -293,8 +293,8 @@ def test_answers_in_batches_are_those_of_each_alone(tiny, trained, beams):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_picture_read_once_gives_the_same_answers(tiny, trained, tmp_path, beams):
-    """Several questions about a picture, one of them twice, and one without a picture."""
+def test_a_shared_prefill_gives_the_same_answers(tiny, trained, tmp_path, beams):
+    """The file has several questions about a picture, one of them twice, and one without a picture."""
     model, tokenizer = load_model(get_preset("llama-patches"), trained, torch.float32)
     texts = ["Describe the image.", "Is there a dog?", "What is in this picture?", "Is there a dog?"]
     entries = [entry_of(f"{n}-{text}", f"{n}.png", [(text, "Yes.")]) for n in range(3) for text in texts]
@@ -311,7 +311,7 @@ def test_a_picture_read_once_gives_the_same_answers(tiny, trained, tmp_path, bea
         assert sum(map(len, done[:3])) == 10  # of 13 prompts, three are another's
 
 
-def test_gray_pictures_are_one_picture(tiny, trained):
+def test_blank_pictures_count_as_one_picture(tiny, trained):
     from mmchat.models.image_encoder import load_image_encoder
 
     preset = get_preset("llama-patches")
@@ -324,7 +324,7 @@ def test_gray_pictures_are_one_picture(tiny, trained):
     assert len(items) == 12 and len(set(answers)) == 1 and [len(batch) for batch in done] == [1]
 
 
-def test_details_may_be_longer_than_other_answers(tiny, trained):
+def test_details_have_a_higher_token_limit(tiny, trained):
     model, tokenizer = load_model(get_preset("llama-patches"), trained, torch.float32)
     evaluator, store = Evaluator(model, tokenizer, FORMAT), FeatureStore(tiny / "features-patches")
     items = [replace(item, kind=kind) for item in read_items(tiny / "train.json", 1) for kind in ("caption", "detail")]
@@ -333,7 +333,7 @@ def test_details_may_be_longer_than_other_answers(tiny, trained):
     assert long.startswith(short) and len(long) > len(short)
 
 
-def test_shared_rows_have_the_perplexity_of_each_conversation(tiny, trained):
+def test_packing_does_not_change_the_perplexity(tiny, trained):
     model, tokenizer = load_model(get_preset("llama-patches"), trained, torch.float32)
     evaluator, store = Evaluator(model, tokenizer, FORMAT), FeatureStore(tiny / "features-patches")
     items = read_items(tiny / "train.json")
@@ -348,7 +348,7 @@ def test_shared_rows_have_the_perplexity_of_each_conversation(tiny, trained):
     assert together.value == pytest.approx(np.exp(np.dot(losses, counts) / sum(counts)), rel=1e-4)
 
 
-def test_the_last_answer_is_asked_for(tmp_path):
+def test_the_last_answer_of_a_conversation_is_scored(tmp_path):
     turns = [{"from": "gpt", "value": "A"}, {"from": "human", "value": "B"}]
     (tmp_path / "q.json").write_text(json.dumps([{"conversations": turns}]))
     with pytest.raises(BadInput, match="line 1: the conversation must end with the right answer"):
@@ -361,15 +361,15 @@ def test_the_last_answer_is_asked_for(tmp_path):
         (None, "speech.json cannot be read: No such file or directory."),
         (b"[{", "speech.json is not JSON."),
         (b"\xff\xfe", "speech.json is not JSON."),
-        (b"{}", "speech.json has to be a list"),
-        (b"[]", "speech.json has to be a list"),
+        (b"{}", "speech.json must be a list"),
+        (b"[]", "speech.json must be a list"),
         (b"[3]", "speech.json, entry 1 is not"),
         (b'[{"audio": "a.wav"}]', "speech.json, entry 1 is not"),
         (b'[{"audio": "a.wav", "text": " "}]', "speech.json, entry 1 is not"),
         (b'[{"audio": "a.wav", "text": "Hi."}]', "speech.json, entry 1: there is no recording 'a.wav'."),
     ],
 )
-def test_lists_of_recordings_that_cannot_be_used_get_a_sentence(tmp_path, content, says):
+def test_bad_lists_of_recordings_are_errors(tmp_path, content, says):
     if content is not None:
         (tmp_path / "speech.json").write_bytes(content)
     with pytest.raises(BadInput, match=re.escape(says)):
@@ -377,7 +377,7 @@ def test_lists_of_recordings_that_cannot_be_used_get_a_sentence(tmp_path, conten
 
 
 @pytest.mark.slow
-def test_the_script_prints_and_writes_every_figure(tiny, trained, tmp_path):
+def test_the_script_prints_and_writes_all_results(tiny, trained, tmp_path):
     (tmp_path / "speech.json").write_text(json.dumps([{"audio": str(SPEECH), "text": SAID}]))
     shown = subprocess.run(
         [sys.executable, "-m", "tests.tiny", str(tiny), "training_scripts/evaluate.py", "--preset", "llama-patches"]

@@ -1,4 +1,4 @@
-"""Features on disk: the encoder's own, kept when a run is stopped, and never another encoder's."""
+"""Feature stores: correct features, resuming, and checks of the encoder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def preset(tiny):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Three pictures, one of them in a folder, and a file that only looks like one."""
+    """Three pictures, one of them in a subfolder, and a damaged one."""
     folder = tmp_path / "pictures"
     (folder / "more").mkdir(parents=True)
     for number, name in enumerate(("a.png", "b.jpg", "more/c.png")):
@@ -36,7 +36,7 @@ def pictures(tmp_path):
     return folder
 
 
-def test_features_are_the_encoders_and_bad_files_are_listed(pictures, preset, tmp_path):
+def test_features_equal_the_encoders_and_bad_files_are_listed(pictures, preset, tmp_path):
     encoder = load_image_encoder(preset)
     report = embed_folder(pictures, tmp_path / "features", preset, encoder, batch_size=2)
     assert (report.embedded, report.kept) == (3, 0) and list(report.unreadable) == ["broken.jpg"]
@@ -47,7 +47,7 @@ def test_features_are_the_encoders_and_bad_files_are_listed(pictures, preset, tm
     assert_close(store["more/c.png"].float(), expected, HALF)
 
 
-def test_links_to_folders_are_followed_but_not_in_circles(pictures, preset, tmp_path):
+def test_links_to_folders_are_followed_without_loops(pictures, preset, tmp_path):
     linked = tmp_path / "linked"
     linked.mkdir()
     (linked / "photos").symlink_to(pictures)
@@ -71,7 +71,7 @@ def test_progress_counts_pictures(pictures, preset, tmp_path):
     assert counted == [4, "a.png", "b.jpg", "broken.jpg", "more/c.png"]
 
 
-def test_mirrored_pictures_have_features_of_their_own(pictures, preset, tmp_path):
+def test_mirrored_pictures_have_their_own_features(pictures, preset, tmp_path):
     halves = Image.new("RGB", (40, 40), "red")
     halves.paste((0, 0, 255), (0, 0, 20, 40))
     halves.save(pictures / "a.png")
@@ -82,7 +82,7 @@ def test_mirrored_pictures_have_features_of_their_own(pictures, preset, tmp_path
     assert_close(PictureFolder(pictures, encoder)["mirrored/a.png"], store["mirrored/a.png"], HALF)
 
 
-def test_a_second_run_embeds_only_what_is_new_or_changed(pictures, preset, tmp_path):
+def test_a_second_run_embeds_only_new_and_changed_pictures(pictures, preset, tmp_path):
     encoder = load_image_encoder(preset)
     embed_folder(pictures, tmp_path / "features", preset, encoder)
     before = FeatureStore(tmp_path / "features")["a.png"]
@@ -94,7 +94,7 @@ def test_a_second_run_embeds_only_what_is_new_or_changed(pictures, preset, tmp_p
     assert len(store) == 4 and not torch.equal(store["a.png"], before)
 
 
-def test_a_stopped_run_is_gone_on_with(pictures, preset, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes(pictures, preset, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "PICTURES_PER_SHARD", 1)
     encoder, calls = load_image_encoder(preset), []
 
@@ -112,7 +112,7 @@ def test_a_stopped_run_is_gone_on_with(pictures, preset, tmp_path, monkeypatch):
     assert len(FeatureStore(tmp_path / "features")) == 3
 
 
-def test_features_of_another_encoder_are_refused(pictures, preset, tmp_path):
+def test_features_of_another_encoder_are_rejected(pictures, preset, tmp_path):
     encoder = load_image_encoder(preset)
     embed_folder(pictures, tmp_path / "features", preset, encoder)
     for other, says in (
@@ -125,7 +125,7 @@ def test_features_of_another_encoder_are_refused(pictures, preset, tmp_path):
             embed_folder(pictures, tmp_path / "features", other, encoder)
 
 
-def test_folders_without_what_is_needed_are_named(preset, tmp_path):
+def test_empty_folders_are_errors(preset, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="no pictures in 'empty'"):
         embed_folder(tmp_path / "empty", tmp_path / "features", preset, load_image_encoder(preset))

@@ -1,4 +1,4 @@
-"""Labeled pictures and long descriptions → conversations."""
+"""Labeled pictures and detailed descriptions → conversations."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def test_articles_and_plurals(name, one, several):
     assert with_article(name) == one and counted(name, 2) == several
 
 
-def test_sentences_keep_names_that_begin_small():
+def test_sentences_keep_lower_case_names():
     assert sentence("iPod") == "iPod." and sentence("a dog") == "A dog." and plural("TV") == "TVs"
 
 
 def write_wordnet(folder: Path, synsets: dict[str, tuple[str, ...]], version: str = "3.0") -> dict[str, str]:
-    """Writes WordNet's files: the words of each synset, with spaces as "_", and the first words of its hypernyms.
+    """Writes WordNet's files. ``synsets`` maps words, with "_" for spaces, to the first words of the hypernyms.
 
     Returns:
         First word -> synset number, such as "n00000123".
@@ -157,7 +157,7 @@ def tiny_wordnet(tmp_path_factory) -> tuple[Dictionary, dict[str, str]]:
         ("swine", "A pig.", {"pig", "swine"}, {"animal"}),
     ],
 )
-def test_names_on_both_levels(tiny_wordnet, label, answer, right, wrong):
+def test_names_on_and_below_the_basic_level(tiny_wordnet, label, answer, right, wrong):
     dictionary, numbers = tiny_wordnet
     picture = Labeled("1.jpg", label=label, synset=numbers[label.replace(" ", "_")])
     (entry,) = questions_only([picture], random.Random(0), dictionary=dictionary)
@@ -165,7 +165,7 @@ def test_names_on_both_levels(tiny_wordnet, label, answer, right, wrong):
     assert right <= set(entry["accepted"]) and not wrong & set(entry["accepted"])
 
 
-def test_merged_labels_are_no_kind_of_each_other(tiny_wordnet):
+def test_merged_labels_are_not_kinds_of_each_other(tiny_wordnet):
     dictionary, numbers = tiny_wordnet
     names = dictionary.names_of("cup or mug", numbers["mug"])
     assert names.basic == names.name == "cup" and "mug" in naming.accepted(names)
@@ -175,7 +175,7 @@ def test_merged_labels_are_no_kind_of_each_other(tiny_wordnet):
     ("label", "answer"),
     [("bull mastiff", "A bull mastiff, a kind of dog."), ("boxer", "A boxer."), ("harp", "A harp."), ("mop", "A mop.")],
 )
-def test_labels_without_a_number_are_looked_up_if_they_mean_one_thing(tiny_wordnet, label, answer):
+def test_unambiguous_labels_without_a_synset_are_looked_up(tiny_wordnet, label, answer):
     (entry,) = questions_only([Labeled("1.jpg", label=label)], random.Random(0), dictionary=tiny_wordnet[0])
     assert entry["conversations"][1]["value"] == answer
 
@@ -191,16 +191,16 @@ def test_labels_without_a_number_are_looked_up_if_they_mean_one_thing(tiny_wordn
         ("plane", "n03954731", "A hand plane."),
     ],
 )
-def test_without_wordnet_things_are_called_by_their_labels(label, synset, answer):
+def test_without_wordnet_the_label_is_the_name(label, synset, answer):
     (entry,) = questions_only([Labeled("1.jpg", label=label, synset=synset)], random.Random(0))
     assert entry["conversations"][1]["value"] == answer
 
 
-def test_folders_without_wordnet_are_named(tmp_path):
+def test_folders_without_wordnet_are_errors(tmp_path):
     with pytest.raises(BadInput, match=r"does not hold WordNet: data\.noun cannot be read"):
         Dictionary.read(tmp_path)
     write_wordnet(tmp_path, {"dog": ()}, version="3.1")
-    with pytest.raises(BadInput, match=r"data\.noun in .* is not WordNet 3\.0's"):
+    with pytest.raises(BadInput, match=r"data\.noun in .* is not from WordNet 3\.0"):
         Dictionary.read(tmp_path)
     (tmp_path / "index.noun").write_text("dog\n")
     with pytest.raises(BadInput, match=r"index\.noun in .* is not WordNet's index of nouns"):
@@ -208,12 +208,12 @@ def test_folders_without_wordnet_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("synset", ["n00000005", "n99999999", "02084071", "dog"])
-def test_wrong_synset_numbers_are_named(tiny_wordnet, synset):
+def test_wrong_synset_numbers_are_errors(tiny_wordnet, synset):
     with pytest.raises(BadInput, match=synset):
         tiny_wordnet[0].names_of("dog", synset)
 
 
-def test_prepare_data_names_a_folder_without_wordnet(tmp_path):
+def test_prepare_data_rejects_a_folder_without_wordnet(tmp_path):
     (tmp_path / "labels.json").write_text('[{"image": "1.jpg", "label": "bull mastiff"}]')
     labels = ["labels", "--labels", tmp_path / "labels.json", "--out", tmp_path / "out.json"]
 
@@ -238,7 +238,7 @@ def wordnet() -> Dictionary:
     return Dictionary.read(folder)
 
 
-def test_every_name_on_our_lists_is_in_wordnet(wordnet):
+def test_every_name_in_our_tables_is_in_wordnet(wordnet):
     known = set(wordnet._basics.values()), set(wordnet._groups.values())
     assert known[0] == {entry.partition("=")[0].partition("#")[0] for entry in naming.BASIC_NAMES.split("|")}
     assert known[1] == set(naming.GROUPS.values())
@@ -289,7 +289,7 @@ def name_in(question: str) -> str:
 
 
 @pytest.mark.parametrize("evaluation", [False, True])
-def test_presence_is_balanced_for_every_name_and_never_denies_a_label(tiny_wordnet, evaluation):
+def test_presence_is_balanced_per_name_and_never_denies_a_label(tiny_wordnet, evaluation):
     dictionary, numbers = tiny_wordnet
     pictures = collection(numbers=numbers)
     answers: dict[str, Counter] = defaultdict(Counter)
@@ -306,8 +306,8 @@ def test_presence_is_balanced_for_every_name_and_never_denies_a_label(tiny_wordn
     assert all(counts["Yes."] == counts["No."] for counts in answers.values())
 
 
-def test_adversarial_denials_are_of_what_comes_with_what_is_there():
-    """Forks lie beside plates: a plate without a fork is asked about before a dog is."""
+def test_adversarial_questions_ask_for_things_that_occur_together():
+    """Forks lie next to plates, so a picture with a plate and no fork is asked for a fork first."""
     pictures = [Labeled(f"{n}.jpg", "g", {"plate": 1, "fork": 1}) for n in range(10)]
     pictures += [Labeled(f"plate{n}.jpg", "g", {"plate": 1}) for n in range(6)]
     pictures += [Labeled(f"dog{n}.jpg", "g", {"dog": 1}) for n in range(60)]
@@ -320,7 +320,7 @@ def test_adversarial_denials_are_of_what_comes_with_what_is_there():
     assert len(found) == 5 and all(image.startswith("plate") for image in found)
 
 
-def test_mass_nouns_and_plurals_are_asked_for_in_their_own_way():
+def test_mass_nouns_and_plurals_get_fitting_wordings():
     pictures = [Labeled(f"{n}.jpg", "g", {"milk": 1} if n % 2 else {"shorts": 1}) for n in range(200)]
     texts = [question.text for questions in asked(pictures) for question in questions if "presence" in question.kind]
     assert len(texts) > 100
@@ -329,7 +329,7 @@ def test_mass_nouns_and_plurals_are_asked_for_in_their_own_way():
 
 
 @pytest.mark.parametrize("evaluation", [False, True])
-def test_numbers_are_asked_for_equally_often(evaluation):
+def test_counts_are_balanced(evaluation):
     answers = Counter(
         question.answer
         for questions in asked(collection(), evaluation=evaluation)
@@ -339,7 +339,7 @@ def test_numbers_are_asked_for_equally_often(evaluation):
     assert set(answers) == {"One.", "Two.", "Three.", "Four.", "Five."} and len(set(answers.values())) == 1
 
 
-def test_a_question_to_evaluate_on_is_asked_once_and_in_no_wording_of_training():
+def test_evaluation_questions_are_unique_and_use_no_training_wording():
     for kind, wordings in EVALUATION_WORDINGS.items():
         assert not {text.lower() for text in wordings} & {text.lower() for text in WORDINGS[kind]}
     entries = list(questions_only(collection(), random.Random(0)))
@@ -347,14 +347,14 @@ def test_a_question_to_evaluate_on_is_asked_once_and_in_no_wording_of_training()
     assert len(counts) == len(set(counts))
 
 
-def test_rooms_have_plain_names_and_like_ones_are_not_denied():
+def test_rooms_have_everyday_names_and_similar_ones_are_not_denied():
     texts = {q.answer for questions in asked(collection()) for q in questions if q.kind == "room"}
     assert texts == {"A kitchen.", "A bedroom.", "A bathroom.", "A child's room."}
     assert may_be_taken_for("bedroom", "hotel room") and not may_be_taken_for("kitchen", "bathroom")
     assert not asked([Labeled("1.jpg", scene="bow window indoor")])[0]
 
 
-def test_what_is_drawn_depends_on_the_seed_alone():
+def test_questions_depend_only_on_the_seed():
     def made(hash_seed: str) -> bytes:
         code = (
             "import random, json, sys; sys.path.insert(0, '.'); from tests.test_labels import collection;"
@@ -373,7 +373,7 @@ def test_what_is_drawn_depends_on_the_seed_alone():
         assert count <= 4 and yes_no <= 2
 
 
-def test_yes_and_no_stay_balanced_when_few_questions_are_drawn():
+def test_yes_and_no_stay_balanced_in_small_samples():
     found = Counter()
     for entry in conversations(collection(), random.Random(3), per_image=3):
         question, answer = (turn["value"] for turn in entry["conversations"])
@@ -381,7 +381,7 @@ def test_yes_and_no_stay_balanced_when_few_questions_are_drawn():
     assert found["Yes."] == found["No."] > 20
 
 
-def test_people_ask_with_typing_errors_and_answer_with_lists():
+def test_typing_errors_are_corrected_and_list_answers_become_sentences():
     assert (
         tidy_question("waht is infront of the the chair in the image12 ?")
         == "What is in front of the chair in the picture?"
@@ -392,7 +392,7 @@ def test_people_ask_with_typing_errors_and_answer_with_lists():
     assert only.accepted == ("4", "four") and only.kind == "daquar"
 
 
-def test_boxes_say_what_is_left_right_and_biggest():
+def test_boxes_answer_left_right_and_biggest():
     boxes = (Box("dog", 0, 0, 20, 20), Box("cat", 60, 0, 99, 90))
     pictures = [Labeled("1.jpg", objects={"dog": 1, "cat": 1}, boxes=boxes)]
     for seed in range(20):
@@ -451,13 +451,13 @@ def test_coco_and_voc_give_boxes_and_counts(tmp_path):
         ('{"annotations": []}', r"odd\.json"),
     ],
 )
-def test_bad_files_are_named_with_the_entry(tmp_path, content, message):
+def test_errors_name_the_file_and_the_entry(tmp_path, content, message):
     (tmp_path / "odd.json").write_text(content)
     with pytest.raises(BadInput, match=message):
         read_labels(tmp_path / "odd.json")
 
 
-def test_bad_folders_are_named(tmp_path):
+def test_bad_folders_are_errors(tmp_path):
     (tmp_path / "1.xml").write_text("<annotation>\n<filename>")
     with pytest.raises(BadInput, match=r"1\.xml, line 2"):
         read_labels(tmp_path)
@@ -468,22 +468,22 @@ def test_bad_folders_are_named(tmp_path):
         read_labels(tmp_path / "empty")
 
 
-def test_details_dispute_nothing_and_repeat_little():
+def test_details_are_consistent_and_repeat_little():
     written = [
         "A man in a red jacket stands beside a wooden bench",
         "A man in a blue jacket near a fountain and trees",  # another color
-        "Two men walk past a store with a sign",  # another number
+        "Two men walk past a store with a sign",  # another count
         "The man holds a camera and an umbrella",
         "A man leans on a bicycle next to a brick wall",
     ]
     chosen = details.choose(written)
-    assert len(chosen) >= 3 and not any(details.disputes(a, b) for a in chosen for b in chosen if a != b)
+    assert len(chosen) >= 3 and not any(details.contradict(a, b) for a in chosen for b in chosen if a != b)
     assert (
         details.choose(["A dog runs on the grass", "The dog is running on grass", "A dog on the grass runs"])[1:] == []
     )
 
 
-def test_what_one_person_wrote_in_sentences_is_a_detail_and_never_a_caption():
+def test_sentences_by_one_person_become_a_detail_and_never_a_caption():
     told = ["there are 2 wood chairs", "the walls are yellow and bare .", "A lamp hangs over the table in the middle"]
     picture = {"image": "1.jpg", "captions": [". ".join(told)], "sentences": [told]}
     (entry,) = captions.conversations([picture], random.Random(0), details=True)
@@ -495,7 +495,7 @@ def test_what_one_person_wrote_in_sentences_is_a_detail_and_never_a_caption():
     assert item["kind"] == "detail" and item["conversations"][0]["value"].endswith("in detail.")
 
 
-def test_the_command(tmp_path):
+def test_prepare_data_labels(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / "1.jpg")

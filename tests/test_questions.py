@@ -27,7 +27,7 @@ CAR = ["A red car on a road ."] * 3 + ["A red car drives .", "The car is fast"]
 
 
 def asked(*pictures: list[str], seed: int = 0):
-    """(kind, subject) -> answer, of the first picture."""
+    """(kind, subject) → answer, for the first picture."""
     described = [{"image": f"{number}.jpg", "captions": captions} for number, captions in enumerate(pictures)]
     return {(question.kind, question.subject): question.answer for question in ask(described, random.Random(seed))[0]}
 
@@ -36,7 +36,7 @@ def test_captions_become_sentences():
     assert tidy_caption("a dog runs , fast  .") == "A dog runs, fast."
 
 
-def test_questions_ask_only_what_two_captions_agree_on():
+def test_questions_need_two_captions_that_agree():
     found = asked(DOGS, CAR)
     assert found["color", "dog"] == "Brown." and found["count", "boy"] == "Two."
     assert found["where", "boy"] == "On the grass."
@@ -61,7 +61,7 @@ def test_rules(captions, key, answer):
     assert asked(captions, CAR).get(key) == answer
 
 
-def test_one_caption_is_enough_for_a_color_that_none_contradicts():
+def test_one_uncontradicted_caption_suffices_for_a_color():
     captions = ["A boy in a red shirt .", "A boy runs", "A boy in a blue hat", "A boy in a green hat"]
     pictures = [{"image": "0.jpg", "captions": captions}]
     (questions,) = ask(pictures, random.Random(0), agreement=1)
@@ -70,7 +70,7 @@ def test_one_caption_is_enough_for_a_color_that_none_contradicts():
     }
 
 
-def test_no_description_gives_away_the_color_asked_after_it():
+def test_no_description_contains_the_answer_of_a_follow_up():
     captions = ["A brown dog runs .", "The brown dog runs .", "A dog is running", "A dog plays"]
     followed = 0
     for seed in range(20):
@@ -82,7 +82,7 @@ def test_no_description_gives_away_the_color_asked_after_it():
     assert followed
 
 
-def test_yes_and_no_are_balanced_for_every_object():
+def test_yes_and_no_are_balanced_per_object():
     pictures = [{"image": str(number), "captions": captions} for number, captions in enumerate([DOGS, CAR] * 20)]
     answers = Counter(
         (question.subject, question.answer)
@@ -118,7 +118,7 @@ def test_yes_and_no_are_balanced_for_every_object():
         ("kaggle.txt", 'image,caption\na.jpg,One dog .\na.jpg,"Two dogs ."\n'),
     ],
 )
-def test_caption_files_of_all_kinds(tmp_path, name, content):
+def test_every_caption_format_is_read(tmp_path, name, content):
     (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
     (picture,) = read_captions(tmp_path / name)
     assert picture["image"] == "a.jpg" and picture["captions"] == ["One dog .", "Two dogs ."]
@@ -126,13 +126,13 @@ def test_caption_files_of_all_kinds(tmp_path, name, content):
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", '{"images": [{}]}', "no captions here\nnor here"])
-def test_other_files_are_named(tmp_path, content):
+def test_unknown_formats_are_errors(tmp_path, content):
     (tmp_path / "odd.txt").write_text(content)
     with pytest.raises(BadInput, match=r"odd\.txt"):
         read_captions(tmp_path / "odd.txt")
 
 
-def test_every_caption_is_a_description_and_every_question_is_asked():
+def test_conversations_contain_every_caption_and_every_question():
     pictures = [{"image": "a.jpg", "captions": DOGS}, {"image": "b.jpg", "captions": CAR}]
     entries = list(conversations(pictures, random.Random(3)))
     turns = [turn["value"] for entry in entries for turn in entry["conversations"]]
@@ -146,7 +146,7 @@ def test_every_caption_is_a_description_and_every_question_is_asked():
     assert len(plain) == 10 and all(len(entry["conversations"]) == 2 for entry in plain)
 
 
-def test_what_is_made_to_evaluate_on_is_read_back(tmp_path):
+def test_evaluation_entries_are_read_back(tmp_path):
     pictures = [{"image": "a.jpg", "captions": DOGS}, {"image": "b.jpg", "captions": CAR}]
     write_conversations(tmp_path / "captions.json", descriptions(pictures))
     write_conversations(tmp_path / "questions.json", questions_only(pictures, random.Random(0)))
@@ -157,7 +157,7 @@ def test_what_is_made_to_evaluate_on_is_read_back(tmp_path):
     assert {"presence", "color", "count"} <= kinds
 
 
-def test_easy_vqa_comes_with_its_pictures(tmp_path):
+def test_easy_vqa_has_pictures_and_questions(tmp_path):
     assert easy_vqa.extract_pictures(tmp_path, "test", limit=3) == 3
     assert Image.open(tmp_path / "2.png").size == (64, 64)
     entries = list(easy_vqa.conversations("test", random.Random(0), limit=3, turns=2))

@@ -1,4 +1,4 @@
-"""The training scripts as a person runs them, and the recipes they read."""
+"""The training scripts as commands, and their recipes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_help_reads_like_documentation(path):
 
 
 def test_help_imports_nothing_heavy():
-    """Which is what keeps it under a second."""
+    """Heavy imports would take seconds."""
     check = "import sys; sys.argv=['x', '--help']; import runpy\ntry: runpy.run_path({path!r}, run_name='__main__')\n"
     check += "except SystemExit: pass\nheavy = {{'torch', 'transformers', 'numpy', 'gradio'}} & set(sys.modules)\n"
     check += "sys.exit(f'{{heavy}}' if heavy else 0)"
@@ -44,13 +44,13 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
-def test_recipes_say_only_what_there_is(path):
+def test_recipes_have_only_known_settings(path):
     settings = read_recipe(path)
     Recipe(**settings)
     assert path.read_text().startswith("# ")
 
 
-def test_flags_go_before_the_file_and_the_file_before_the_defaults(tmp_path):
+def test_flags_override_the_file_and_the_file_overrides_the_defaults(tmp_path):
     (tmp_path / "r.yaml").write_text("train: a.json\nfeatures: f\nlr: 1e-4\nepochs: 3\ncompile: true\n")
     recipe = parse_recipe("x", ["--recipe", str(tmp_path / "r.yaml"), "--epochs", "5", "--no-compile"], lr=9.0, rank=2)
     assert (recipe.train, recipe.lr, recipe.epochs, recipe.rank, recipe.compile) == (["a.json"], 1e-4, 5.0, 2, False)
@@ -61,20 +61,20 @@ def test_flags_go_before_the_file_and_the_file_before_the_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("trian: a.json", "settings there are none of: trian"),
-        ("compile: 3", "compile is true or false, not '3'"),
-        ("rank: many", "rank: 'many' is no int"),
+        ("trian: a.json", "has unknown settings: trian"),
+        ("compile: 3", "compile must be true or false, not '3'"),
+        ("rank: many", "rank: 'many' is not a valid int"),
         ("- a\n- b", "not a list of settings"),
         ("a: [", "is not YAML"),
     ],
 )
-def test_bad_recipes_are_named(tmp_path, content, says):
+def test_bad_recipes_are_errors(tmp_path, content, says):
     (tmp_path / "r.yaml").write_text(content)
     with pytest.raises(BadInput, match=says):
         read_recipe(tmp_path / "r.yaml")
 
 
-def test_settings_under_their_old_names_are_read_with_a_note(tmp_path, caplog):
+def test_old_names_of_settings_are_read_with_a_warning(tmp_path, caplog):
     caplog.set_level("INFO")
     old = "train: a.json\nfeatures: f\naccumulate: 3\nkeep: 5\ndecay: linear\nquantization: int8\nmarker: true\n"
     (tmp_path / "old.yaml").write_text(old + "own_tokens: 0.5\nown_tokens_cycle: 7\nown_answers: 4\n")
@@ -82,14 +82,14 @@ def test_settings_under_their_old_names_are_read_with_a_note(tmp_path, caplog):
     assert (recipe.gradient_accumulation_steps, recipe.save_total_limit, recipe.quantization) == (3, 5, "cpu-int8")
     assert (recipe.scheduled_sampling, recipe.scheduled_sampling_cycle, recipe.end_of_image_token) == (0.5, 7, True)
     assert (recipe.scst_samples, recipe.lr_scheduler_type) == (2, "constant")
-    assert "old.yaml: 'keep' is called 'save_total_limit' now" in caplog.text
+    assert "old.yaml: 'keep' is now called 'save_total_limit'" in caplog.text
     assert parse_recipe("x", ["--train", "a", "--features", "f", "--quantization", "int8"]).quantization == "cpu-int8"
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ([], "nothing to learn from"),
+        ([], "nothing to train on"),
         (["--train", "a.json"], "either --features"),
         (["--train", "a.json", "--features", "f", "--images", "i"], "either --features"),
         (["--train", "a.json", "--features", "f", "--lr", "0", "--projector-lr", "0"], "Both learning rates are 0"),
@@ -97,7 +97,7 @@ def test_settings_under_their_old_names_are_read_with_a_note(tmp_path, caplog):
         (["--train", "a.json", "--features", "f", "--patience", "2"], "patience needs --eval"),
     ],
 )
-def test_bad_flags_are_named(capsys, flags, says):
+def test_bad_flags_are_errors(capsys, flags, says):
     with pytest.raises(SystemExit):
         parse_recipe("x", flags)
     assert says in capsys.readouterr().err
@@ -131,7 +131,7 @@ def prepared(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_both_stages_train_the_real_model_to_tell_two_photos_apart(prepared):
+def test_two_stages_of_training_teach_the_real_model_two_photos(prepared):
     from mmchat import Message, SamplingOptions, load
 
     common = "--features features --batch-size 2 --warmup 1 --log-steps 5 --report-to none"
@@ -153,7 +153,7 @@ def test_both_stages_train_the_real_model_to_tell_two_photos_apart(prepared):
     assert "".join(engine.reply(text_only, greedy)) == "".join(load("smol").reply(text_only, greedy))
 
 
-def test_mistakes_end_with_one_sentence(prepared):
+def test_mistakes_end_with_an_error_sentence(prepared):
     for command, says in (
         ("prepare_data.py captions --captions none.json --out x.json", "none.json cannot be read"),
         (
@@ -171,7 +171,7 @@ def test_mistakes_end_with_one_sentence(prepared):
 
 
 @pytest.mark.slow
-def test_the_benchmark_measures_and_writes(tmp_path):
+def test_the_benchmark_prints_and_writes_results(tmp_path):
     path, out = ROOT / "benchmarks" / "run.py", tmp_path / "figures.json"
     command = [sys.executable, str(path), "--only", "encoder-runs", "--out", str(out)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""Rewarding the model's own descriptions: what is sampled, what is rewarded, and that more of it comes."""
+"""Self-critical training: what is sampled, what is rewarded, and that rewards rise."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ CAPTIONS = (
 
 @pytest.fixture(scope="module")
 def described(tiny, tmp_path_factory) -> Path:
-    """Weights that describe in words which three people chose, and the conversations they come from."""
+    """Weights trained on three captions per picture, and the conversations they were trained on."""
     folder = tmp_path_factory.mktemp("described")
     entries = []
     for number in range(8):
         asked = [[("Describe the image.", caption)] for caption in CAPTIONS[number % 2]]
         asked += [[("Is there a dog?", "Yes." if number % 2 else "No.")]]
-        entries += [entry_of(f"{number}-{place}", f"{number}.png", turns) for place, turns in enumerate(asked)]
+        entries += [entry_of(f"{number}-{index}", f"{number}.png", turns) for index, turns in enumerate(asked)]
     write_conversations(folder / "open.json", entries)
     train(recipe(tiny, folder / "weights", train=[str(folder / "open.json")], max_steps=40, save_steps=40))
     return folder
@@ -54,33 +54,33 @@ def encoded(tokenizer, *turns: tuple[str, str]):
     return encode(messages, tokenizer, CHAT_FORMATS["phi-3"], 4)
 
 
-def test_a_question_with_three_answers_is_open_and_leaves_the_row(tiny):
+def test_a_question_with_three_answers_is_open_and_leaves_the_sequence(tiny):
     _, tokenizer = load_language_model(get_preset("phi3-patches").language_model, torch.float32)
     captions = [encoded(tokenizer, ("Describe the image.", caption)) for caption in CAPTIONS[0]]
     others = [
         encoded(tokenizer, ("Is there a dog?", "Yes.")),
         encoded(tokenizer, ("What is it?", "A dog.")),
-        encoded(tokenizer, ("What is it?", "A brown dog.")),  # two ways to say it are not enough
+        encoded(tokenizer, ("What is it?", "A brown dog.")),  # two different answers are not enough
     ]
     (row,) = lay_out([others[0], *captions, *others[1:]], 1000)
     stops = set(tokenizer.convert_tokens_to_ids(CHAT_FORMATS["phi-3"].stops))
     before = copy.deepcopy(row)
-    left, (question,) = take_open_questions(row, stops)
-    assert row == before  # whose row it is goes on using it
+    remaining, (question,) = take_open_questions(row, stops)
+    assert row == before  # the caller's sequence is unchanged
     assert sorted(tokenizer.batch_decode(question.answers)) == sorted(CAPTIONS[0])
     assert tokenizer.decode(question.token_ids[-3:]).endswith("<|assistant|>") and question.images == ["a.png"]
     (expected,) = lay_out(others, 1000)
-    # What is left is what the others alone would be, but for the words of the question that was taken.
-    assert len(left) == len(expected) + len(question.token_ids) - shared_with(others, question)
-    assert sum(left.is_answer) == sum(expected.is_answer)
-    for place, before in enumerate(left.parent):
-        assert before < place < left.subtree_end[place] and (
-            before < 0 or left.subtree_end[before] >= left.subtree_end[place]
+    # The rest equals the other conversations packed alone, except that the open question's own tokens stay.
+    assert len(remaining) == len(expected) + len(question.token_ids) - shared_with(others, question)
+    assert sum(remaining.is_answer) == sum(expected.is_answer)
+    for index, parent in enumerate(remaining.parent):
+        assert parent < index < remaining.subtree_end[index] and (
+            parent < 0 or remaining.subtree_end[parent] >= remaining.subtree_end[index]
         )
 
 
 def shared_with(conversations, question) -> int:
-    """How many of the question's tokens stand in a row for the others, too."""
+    """How many of the question's first tokens the other conversations share."""
 
     def common(first, second):
         return next((n for n, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]), 0)
@@ -88,19 +88,19 @@ def shared_with(conversations, question) -> int:
     return max(common(conversation.token_ids, question.token_ids) for conversation in conversations)
 
 
-def test_an_answer_that_is_asked_about_further_stays_to_be_read(tiny):
+def test_an_answer_with_a_follow_up_question_stays_as_context(tiny):
     _, tokenizer = load_language_model(get_preset("phi3-patches").language_model, torch.float32)
     captions = [[("Describe the image.", caption)] for caption in CAPTIONS[0]]
     captions[1].append(("Is there a dog?", "Yes."))
     (row,) = lay_out([encoded(tokenizer, *turns) for turns in captions], 1000)
-    left, (question,) = take_open_questions(row, set())
-    text = tokenizer.decode([token_id for token_id in left.token_ids if token_id >= 0])
+    remaining, (question,) = take_open_questions(row, set())
+    text = tokenizer.decode([token_id for token_id in remaining.token_ids if token_id >= 0])
     assert CAPTIONS[0][1] in text and CAPTIONS[0][0] not in text
-    learnt = [token for token, is_answer in zip(left.token_ids, left.is_answer, strict=True) if is_answer]
-    assert tokenizer.decode(learnt).startswith("Yes.") and len(question.answers) == 3
+    labels = [token for token, is_answer in zip(remaining.token_ids, remaining.is_answer, strict=True) if is_answer]
+    assert tokenizer.decode(labels).startswith("Yes.") and len(question.answers) == 3
 
 
-def test_reward_is_what_caption_metrics_measure_and_a_broken_off_text_gets_less():
+def test_the_reward_equals_the_caption_metrics_and_is_lower_for_truncated_text():
     references = [["A dog runs on grass.", "The dog runs."], ["A cat sleeps.", "A gray cat sleeps on a bed."]] * 50
     reward = Reward(references)
     texts = ["A dog runs on grass.", "A dog runs on grass and a", "A cat.", "A gray cat sleeps."]
@@ -116,11 +116,11 @@ def test_reward_is_what_caption_metrics_measure_and_a_broken_off_text_gets_less(
     assert alone - 1 == pytest.approx(whole.compute_score()[1][1], abs=0.02)  # BLEU-4 is 1; 101 pictures stand for 100
 
 
-def test_advantages_are_over_the_others():
+def test_the_baseline_is_the_mean_reward_of_the_other_samples():
     assert advantages(torch.tensor([[1.0, 2.0, 6.0]])).tolist() == [[-3.0, -1.5, 4.5]]
 
 
-def test_sampled_answers_are_as_frequent_as_the_model_says(tiny, model_and_tokenizer):
+def test_samples_follow_the_model_distribution(tiny, model_and_tokenizer):
     from mmchat.training.data.features import FeatureStore
     from mmchat.training.self_critical import OpenQuestion
 
@@ -139,11 +139,11 @@ def test_sampled_answers_are_as_frequent_as_the_model_says(tiny, model_and_token
         expected = model.language_model(inputs_embeds=embeddings).logits[0, -1].softmax(dim=-1)
         counted = torch.bincount(torch.tensor([answer[0] for answer in answers]), minlength=len(expected)) / 3000
         assert (counted - expected).abs().max() < 0.04 and expected.max() > 0.05
-        assert max(len(answer) for answer in answers) <= 3  # as long as what people wrote, and the end
+        assert max(len(answer) for answer in answers) <= 3  # as long as the human answers, plus the stop token
 
 
 @pytest.mark.slow
-def test_what_is_rewarded_comes_more_often_and_the_rest_is_learnt_on(tiny, described, tmp_path):
+def test_rewards_rise_and_a_run_resumes_exactly(tiny, described, tmp_path):
     settings = {
         "train": [str(described / "open.json")],
         "start_from": str(described / "weights" / "checkpoint-40"),
@@ -173,8 +173,8 @@ def test_worker_processes_prepare_the_same_batches(tiny, described, tmp_path):
 
 
 @pytest.mark.slow
-def test_questions_with_one_answer_each_cannot_be_compared(tiny, tmp_path):
-    with pytest.raises(BadInput, match="answered in 3 ways"):
+def test_scst_without_open_questions_is_refused(tiny, tmp_path):
+    with pytest.raises(BadInput, match="No question has 3 different answers"):
         train(recipe(tiny, tmp_path, scst_samples=2))
-    with pytest.raises(BadInput, match="take two or more"):
+    with pytest.raises(BadInput, match="use 2 or more"):
         recipe(tiny, tmp_path, scst_samples=1)

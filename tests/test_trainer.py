@@ -1,4 +1,4 @@
-"""Training on small models of the real classes: what learns, what stays frozen, what a checkpoint holds."""
+"""Training tiny models of the real classes: what learns, what stays frozen, what a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -22,10 +22,16 @@ from mmchat.errors import BadInput, WeightsError
 from mmchat.presets import get_preset
 from mmchat.training.averaging import average_weights
 from mmchat.training.data.conversations import entry_of, write_conversations
-from mmchat.training.int8 import DECISION, Int8Linear, is_exact, use_faster_multiplication
+from mmchat.training.int8 import DECISION_FILE, Int8Linear, is_exact, use_faster_multiplication
 from mmchat.training.recipe import Recipe, write_recipe
 from mmchat.training.run import build_model, train
-from mmchat.training.trainer import STAGING, EpochSampler, MultimodalTrainer, checkpoints, scheduled_sampling_share
+from mmchat.training.trainer import (
+    STAGING,
+    EpochSampler,
+    MultimodalTrainer,
+    checkpoints,
+    scheduled_sampling_probability,
+)
 from tests.close import assert_close, assert_learned_alike
 from tests.conftest import ROOT
 
@@ -33,7 +39,7 @@ WEIGHTS = ("projector.safetensors", "adapter/adapter_model.safetensors")
 
 
 def recipe(tiny: Path, out: Path, **settings) -> Recipe:
-    """A run of a second: 24 conversations about twelve pictures."""
+    """A recipe that runs in a second: 24 conversations about twelve pictures."""
     preset = settings.setdefault("preset", "phi3-patches")
     if "images" not in settings:
         settings.setdefault("features", str(tiny / f"features-{preset.split('-')[1]}"))
@@ -63,7 +69,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(first: Path, second: Path, up_to_rounding: bool = False) -> None:
-    """Equal to the bit, or up to what the steps make of rounding."""
+    """Asserts that weights are bit-identical, or equal up to accumulated rounding."""
     one, other = weights(first), weights(second)
     assert one.keys() == other.keys() and one
     for name, tensor in one.items():
@@ -79,7 +85,7 @@ def history(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("preset", ["phi3-patches", "phi-patches", "llama-pooled"])
-def test_it_learns_and_only_what_is_to_be_trained_moves(tiny, tmp_path, preset):
+def test_loss_falls_and_only_trainable_weights_change(tiny, tmp_path, preset):
     settings = recipe(tiny, tmp_path, preset=preset, max_steps=30, save_steps=30)
     before, _ = build_model(settings, get_preset(preset))
     base = {name: tensor.clone() for name, tensor in before.state_dict().items() if "lora_" not in name}
@@ -96,17 +102,17 @@ def test_it_learns_and_only_what_is_to_be_trained_moves(tiny, tmp_path, preset):
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
-EXACT = pytest.mark.skipif(not is_exact(), reason="8-bit sums of this processor are not exact: they are not used here")
+EXACT = pytest.mark.skipif(not is_exact(), reason="int8 sums are not exact on this processor, so int8 is not used")
 
 
 @EXACT
-def test_layers_in_eight_bits_compute_nearly_the_same():
+def test_int8_layers_approximate_float32_forward_and_backward():
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(96, 64), torch.randn(3, 10, 96, requires_grad=True)
     x.data[0, 0] *= 100  # an outlier must not cost the other rows their precision
-    rounded = Int8Linear(linear.requires_grad_(False))
+    quantized = Int8Linear(linear.requires_grad_(False))
     outputs, gradients = [], []
-    for layer in (linear, rounded):
+    for layer in (linear, quantized):
         outputs.append(layer(x))
         gradients.append(torch.autograd.grad(outputs[-1].square().sum(dim=-1).sqrt().sum(), x)[0])
     for exact, near in (outputs, gradients):
@@ -115,29 +121,29 @@ def test_layers_in_eight_bits_compute_nearly_the_same():
 
 
 def layers() -> torch.nn.Module:
-    """Two linear layers of smol's shapes."""
+    """Two linear layers with smol's shapes."""
     return torch.nn.Sequential(torch.nn.Linear(576, 1536), torch.nn.Linear(1536, 576))
 
 
 def decide_for_int8(folder: Path) -> None:
-    """Makes a run use 8 bits whatever is faster here: small layers are not worth rounding."""
+    """Makes a run use int8 even if float32 is faster here, as it is for tiny layers."""
     folder.mkdir(exist_ok=True)
-    (folder / DECISION).write_text('{"multiplication": "int8"}')
+    (folder / DECISION_FILE).write_text('{"multiplication": "int8"}')
 
 
-def test_layers_stay_in_full_precision_where_eight_bits_are_slow(tmp_path, caplog):
+def test_float32_is_used_where_int8_is_slow(tmp_path, caplog):
     caplog.set_level("INFO")
     decoder = layers()
-    with torch.backends.mkldnn.flags(enabled=False):  # PyTorch's own loop, as on processors without a kernel for int8
+    with torch.backends.mkldnn.flags(enabled=False):  # PyTorch's fallback loop, as on processors without an int8 kernel
         use_faster_multiplication(decoder, tmp_path / "run")
     assert {type(layer) for layer in decoder} == {torch.nn.Linear}
-    assert re.search(r"float32, which is faster here \(int8: \d+ GFLOP/s, float32: \d+ GFLOP/s a core\)", caplog.text)
+    assert re.search(r"float32, which is faster here \(int8: \d+ GFLOP/s, float32: \d+ GFLOP/s per core\)", caplog.text)
 
 
-def test_the_multiplication_that_measured_faster_is_taken(tmp_path):
+def test_the_faster_number_format_is_used(tmp_path):
     decoder = layers()
     use_faster_multiplication(decoder, tmp_path)
-    gflops = json.loads((tmp_path / DECISION).read_text())["gflops"]
+    gflops = json.loads((tmp_path / DECISION_FILE).read_text())["gflops"]
     expected = Int8Linear if is_exact() and gflops["int8"] > gflops["float32"] else torch.nn.Linear
     assert {type(layer) for layer in decoder} == {expected}
 
@@ -146,9 +152,9 @@ def test_the_multiplication_that_measured_faster_is_taken(tmp_path):
     ("multiplication", "kind"),
     [pytest.param("int8", Int8Linear, marks=EXACT), ("float32", torch.nn.Linear)],
 )
-def test_a_resumed_run_multiplies_as_it_began(tmp_path, multiplication, kind):
-    """Also where the other multiplication is faster, as on another machine."""
-    (tmp_path / DECISION).write_text(json.dumps({"multiplication": multiplication}))
+def test_a_resumed_run_keeps_its_number_format(tmp_path, multiplication, kind):
+    """It does so even where the other one is faster, as on another machine."""
+    (tmp_path / DECISION_FILE).write_text(json.dumps({"multiplication": multiplication}))
     (tmp_path / "checkpoint-3").mkdir()
     for kernels in (True, False):
         decoder = layers()
@@ -157,7 +163,7 @@ def test_a_resumed_run_multiplies_as_it_began(tmp_path, multiplication, kind):
         assert {type(layer) for layer in decoder} == {kind}
 
 
-def test_checkpoints_from_before_there_was_a_choice_go_on_in_eight_bits(tmp_path):
+def test_checkpoints_without_a_stored_decision_resume_in_int8(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     decoder = layers()
     with torch.backends.mkldnn.flags(enabled=False):
@@ -166,9 +172,9 @@ def test_checkpoints_from_before_there_was_a_choice_go_on_in_eight_bits(tmp_path
 
 
 @pytest.mark.slow
-def test_eight_bits_are_not_used_where_their_sums_are_not_exact(tmp_path):
-    """oneDNN's kernels for AVX2 add pairs of products in 16 bits, where 2 × 127 × 255 does not fit."""
-    (tmp_path / DECISION).write_text('{"multiplication": "int8"}')
+def test_int8_is_not_used_where_its_sums_are_not_exact(tmp_path):
+    """oneDNN's AVX2 kernels add pairs of products in 16 bits, where 2 × 127 × 255 overflows."""
+    (tmp_path / DECISION_FILE).write_text('{"multiplication": "int8"}')
     program = f"""
 import logging, sys, torch
 from pathlib import Path
@@ -188,9 +194,9 @@ except BadInput as error:
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
 
 
-def test_a_damaged_decision_is_said(tmp_path):
-    (tmp_path / DECISION).write_text("{}")
-    with pytest.raises(BadInput, match='has to say {"multiplication": "int8"} or "float32"'):
+def test_a_damaged_decision_file_is_an_error(tmp_path):
+    (tmp_path / DECISION_FILE).write_text("{}")
+    with pytest.raises(BadInput, match='must contain {"multiplication": "int8"} or "float32"'):
         use_faster_multiplication(layers(), tmp_path)
 
 
@@ -199,7 +205,7 @@ QUANTIZED = ["4bit", pytest.param("int8", marks=EXACT)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", QUANTIZED)
-def test_it_learns_on_a_quantized_base(tiny, tmp_path, quantization):
+def test_training_on_a_quantized_base_learns(tiny, tmp_path, quantization):
     decide_for_int8(tmp_path)
     settings = recipe(tiny, tmp_path, max_steps=30, quantization=quantization)
     model, _ = build_model(settings, get_preset("phi3-patches"))
@@ -211,7 +217,7 @@ def test_it_learns_on_a_quantized_base(tiny, tmp_path, quantization):
 
 
 @pytest.mark.slow
-def test_a_rate_of_zero_freezes(tiny, tmp_path):
+def test_a_learning_rate_of_zero_freezes(tiny, tmp_path):
     train(recipe(tiny, tmp_path / "first"))
     start = str(tmp_path / "first" / "checkpoint-6")
     train(recipe(tiny, tmp_path / "adapter", start_from=start, projector_lr=0))
@@ -224,29 +230,29 @@ def test_a_rate_of_zero_freezes(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_stage_one_has_no_adapter_and_stage_two_goes_on_from_it(tiny, tmp_path):
+def test_stage_one_has_no_adapter_and_stage_two_starts_from_it(tiny, tmp_path):
     train(recipe(tiny, tmp_path / "one", lr=0, projector="resblock", end_of_image_token=True))
     assert not (tmp_path / "one" / "adapter").exists()
     model, _ = load_model(get_preset("phi3-patches"), tmp_path / "one", torch.float32)
-    assert not model.has_adapter and model.tokens_per_image == 5  # four patches and the marker
+    assert not model.has_adapter and model.tokens_per_image == 5  # four patches and the end-of-image token
     train(recipe(tiny, tmp_path / "two", start_from=str(tmp_path / "one")))
     model, _ = load_model(get_preset("phi3-patches"), tmp_path / "two", torch.float32)
     assert model.has_adapter and model.projector_config.kind == "resblock" and model.tokens_per_image == 5
 
 
-def test_a_frozen_projector_is_noticed_at_the_first_step(tiny, tmp_path, monkeypatch):
-    """PEFT freezes what it does not know; somebody may do it by accident."""
+def test_a_projector_without_gradients_is_an_error_at_the_first_step(tiny, tmp_path, monkeypatch):
+    """PEFT freezes modules that it does not know, so this happens by accident."""
     settings = recipe(tiny, tmp_path)
     monkeypatch.setattr(
         "mmchat.models.vision_language_model.MultimodalModel.splice",
         lambda self, token_ids, features: self.language_model.get_input_embeddings()(token_ids.clamp(min=0)),
     )
-    with pytest.raises(WeightsError, match="6 parameters that are to be trained have no gradient"):
+    with pytest.raises(WeightsError, match="6 trainable parameters have no gradient"):
         train(settings)
 
 
 @pytest.mark.slow
-def test_conversations_without_pictures_are_learnt_from_too(tiny, tmp_path):
+def test_conversations_without_pictures_train_too(tiny, tmp_path):
     entries = [entry_of(str(number), None, [("Hello?", f"Hello {number}.")]) for number in range(8)]
     write_conversations(tmp_path / "text.json", entries)
     train(recipe(tiny, tmp_path / "run", train=[str(tmp_path / "text.json")], batch_size=2))
@@ -264,12 +270,12 @@ def test_features_and_pictures_train_to_the_same_weights(tiny, tmp_path, setting
 
 
 @pytest.mark.slow
-def test_training_with_bf16_and_with_the_models_own_tokens(tiny, tmp_path):
+def test_bf16_and_scheduled_sampling_learn(tiny, tmp_path):
     train(recipe(tiny, tmp_path / "forced", max_steps=20))
     train(recipe(tiny, tmp_path / "free", max_steps=20, scheduled_sampling=0.5, scheduled_sampling_cycle=10))
     train(recipe(tiny, tmp_path / "bf16", max_steps=20, precision="bf16"))
     forced, free, bf16 = (history(tmp_path / name) for name in ("forced", "free", "bf16"))
-    assert float(free[4]["scheduled_sampling"]) == pytest.approx(0.5)  # at the middle of its cycle
+    assert float(free[4]["scheduled_sampling"]) == pytest.approx(0.5)  # in the middle of a cycle
     assert float(forced[0]["loss"]) == pytest.approx(float(free[0]["loss"]), rel=1e-5)
     assert float(forced[-2]["loss"]) != pytest.approx(float(free[-2]["loss"]), rel=1e-3)
     for lines in (free, bf16):
@@ -277,7 +283,7 @@ def test_training_with_bf16_and_with_the_models_own_tokens(tiny, tmp_path):
         assert losses[-1] < 0.8 * losses[0]
 
 
-def test_every_row_comes_once_an_epoch_beside_rows_of_like_length():
+def test_the_sampler_draws_every_sequence_once_per_epoch_next_to_similar_lengths():
     lengths = [10 + (number * 37) % 90 for number in range(203)]
     sampler = EpochSampler(4, lengths, seed=1)
     orders = []
@@ -286,14 +292,14 @@ def test_every_row_comes_once_an_epoch_beside_rows_of_like_length():
         orders.append(list(sampler))
     assert sorted(orders[0]) == list(range(203)) and orders[0] == orders[2] != orders[1]
     steps = [[lengths[index] for index in orders[0][start : start + 4]] for start in range(0, 200, 4)]
-    assert sum(max(step) - min(step) for step in steps) / len(steps) < 4  # of 90 there are
+    assert sum(max(step) - min(step) for step in steps) / len(steps) < 4  # lengths span 90
     means = [sum(step) for step in steps]
     assert means != sorted(means) and means != sorted(means, reverse=True)
 
 
-def test_the_share_of_scheduled_sampling_cycles(tiny, tmp_path):
+def test_the_probability_of_scheduled_sampling_cycles(tiny, tmp_path):
     settings = recipe(tiny, tmp_path, scheduled_sampling=0.4, scheduled_sampling_cycle=100)
-    assert [round(scheduled_sampling_share(step, settings), 3) for step in (0, 25, 50, 75, 100)] == [
+    assert [round(scheduled_sampling_probability(step, settings), 3) for step in (0, 25, 50, 75, 100)] == [
         0,
         0.2,
         0.4,
@@ -303,7 +309,7 @@ def test_the_share_of_scheduled_sampling_cycles(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_old_checkpoints_go_and_the_best_stays(tiny, tmp_path, monkeypatch):
+def test_old_checkpoints_are_pruned_and_the_best_is_kept(tiny, tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
     original = MultimodalTrainer.evaluation_loop
 
@@ -321,7 +327,7 @@ def test_old_checkpoints_go_and_the_best_stays(tiny, tmp_path, monkeypatch):
         "samples": 2,
     }
     train(recipe(tiny, tmp_path, max_steps=40, patience=3, **evaluates))
-    # 2: 3.0, 4: 1.0 and the best, 6 to 10: three times no better, so the run ends there
+    # Step 4 has the lowest loss, 1.0; steps 6, 8 and 10 are no better, so patience 3 ends the run.
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-10"]
     final, best = weights(tmp_path), weights(tmp_path / "checkpoint-4")
     assert all(torch.equal(final[name], best[name].half()) for name in best)
@@ -329,40 +335,40 @@ def test_old_checkpoints_go_and_the_best_stays(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_was_not_written_well_is_not_called_one(tiny, tmp_path, monkeypatch):
+def test_a_checkpoint_that_differs_from_memory_is_discarded(tiny, tmp_path, monkeypatch):
     def save_half(model, folder, preset):
         save_weights(model, folder, preset, torch.float16)
 
     monkeypatch.setattr("mmchat.training.trainer.save_weights", save_half)
-    with pytest.raises(WeightsError, match="was not written as it is in memory"):
+    with pytest.raises(WeightsError, match="differs from memory after writing"):
         train(recipe(tiny, tmp_path))
     assert checkpoints(tmp_path) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("writer", ["mmchat.checkpoints.weights_folder.save_file", "torch.save"])
-def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch, writer):
+def test_a_full_disk_keeps_the_last_checkpoint(tiny, tmp_path, monkeypatch, writer):
     module, name = writer.rsplit(".", 1)
-    original, room = getattr(sys.modules[module], name), [True]
+    original, has_space = getattr(sys.modules[module], name), [True]
 
     def write(*arguments, **options):
-        if not room[0]:
+        if not has_space[0]:
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         original(*arguments, **options)
 
     monkeypatch.setattr(writer, write)
     train(recipe(tiny, tmp_path, max_steps=3, lr_scheduler_type="constant"))
-    room[0] = False
-    with pytest.raises(WeightsError, match=r"is the disk full\? checkpoint-3 is whole"):
+    has_space[0] = False
+    with pytest.raises(WeightsError, match="free some space and resume from checkpoint-3 with --resume"):
         train(recipe(tiny, tmp_path, max_steps=6, lr_scheduler_type="constant", resume=True))
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-3"] and not (tmp_path / STAGING).exists()
-    room[0] = True
+    has_space[0] = True
     train(recipe(tiny, tmp_path, max_steps=6, lr_scheduler_type="constant", resume=True))
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-6"]
 
 
 @pytest.mark.slow
-def test_up_to_twenty_kills_at_any_moment_cost_nothing(tiny, tmp_path):
+def test_a_run_killed_up_to_twenty_times_ends_with_the_same_weights(tiny, tmp_path):
     settings = {"max_steps": 220, "save_steps": 5, "dropout": 0.1}
     write_recipe(recipe(tiny, tmp_path / "cut", **settings), tmp_path / "recipe.yaml")
     command = [sys.executable, "-m", "tests.killed", str(tiny), str(tmp_path / "recipe.yaml"), "20"]
@@ -370,13 +376,13 @@ def test_up_to_twenty_kills_at_any_moment_cost_nothing(tiny, tmp_path):
     killed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     kills, ended = killed.splitlines()[-1].split(" ", 1)
     assert ended == "kills; the last run ended with 0"
-    assert int(kills) >= 10  # a fast machine may come to the end before the twentieth
+    assert int(kills) >= 10  # a fast machine may finish before the twentieth
     train(recipe(tiny, tmp_path / "whole", **settings))
     assert_same(tmp_path / "whole" / "checkpoint-220", tmp_path / "cut" / "checkpoint-220")
 
 
 @pytest.mark.slow
-def test_a_folder_with_checkpoints_is_not_written_over(tiny, tmp_path):
+def test_a_folder_with_checkpoints_is_not_overwritten(tiny, tmp_path):
     train(recipe(tiny, tmp_path))
     with pytest.raises(BadInput, match="--resume"):
         train(recipe(tiny, tmp_path))
@@ -387,12 +393,12 @@ def test_features_of_another_encoder_are_refused(tiny, tmp_path):
         train(recipe(tiny, tmp_path, features=str(tiny / "features-pooled")))
 
 
-PAIR = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]  # of processes
+PAIR = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]  # two processes
 PAIR += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 def start(tiny: Path, settings: Recipe, *launcher: str, extra: str = "") -> subprocess.Popen:
-    """A training script in a process of its own."""
+    """Starts a training script in its own process."""
     path = Path(settings.out).with_suffix(".yaml")
     write_recipe(settings, path)
     command = [*launcher, "-m", "tests.tiny", str(tiny), "training_scripts/finetune_qlora.py", "--recipe", str(path)]
@@ -416,7 +422,7 @@ def wait_for(folder: Path, process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["none", *QUANTIZED])
-def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path, quantization):
+def test_a_killed_run_resumes_to_bit_identical_weights(tiny, tmp_path, quantization):
     settings = {
         "quantization": quantization,
         "max_steps": 40,
@@ -426,7 +432,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path, quantization):
     }
     for name in ("whole", "cut"):
         decide_for_int8(tmp_path / name)
-    whole = start(tiny, recipe(tiny, tmp_path / "whole", **settings), sys.executable)  # beside the other
+    whole = start(tiny, recipe(tiny, tmp_path / "whole", **settings), sys.executable)  # in parallel
     cut = start(tiny, recipe(tiny, tmp_path / "cut", **settings), sys.executable)
     wait_for(tmp_path / "cut" / "checkpoint-10", cut)
     os.kill(cut.pid, signal.SIGKILL)
@@ -445,7 +451,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path, quantization):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_with_a_checkpoint_and_the_curve(tiny, tmp_path):
+def test_ctrl_c_saves_a_checkpoint_and_the_curve(tiny, tmp_path):
     process = start(tiny, recipe(tiny, tmp_path / "run", max_steps=5000, save_steps=5000), sys.executable)
     wait_for(tmp_path / "run" / "recipe.yaml", process)
     time.sleep(1.5)
@@ -456,7 +462,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_curve(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_twice_the_accumulation(tiny, tmp_path):
+def test_two_processes_equal_one_with_twice_the_accumulation(tiny, tmp_path):
     pair = start(tiny, recipe(tiny, tmp_path / "pair", batch_size=3), *PAIR)
     assert pair.wait(240) == 0, pair.stdout.read()
     train(recipe(tiny, tmp_path / "single", batch_size=3, gradient_accumulation_steps=2))
@@ -464,28 +470,28 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_in_shares_learns_as_a_whole_one(tiny, tmp_path):
+def test_a_sharded_model_learns_the_same_weights(tiny, tmp_path):
     settings = {"batch_size": 3, "eval": [str(tiny / "train.json")], "eval_steps": 3, "samples": 1}
     pair = start(tiny, recipe(tiny, tmp_path / "shares", shard=True, **settings), *PAIR)
     said, _ = pair.communicate(timeout=240)
     assert pair.returncode == 0, said
-    numbers = re.search(r"Of (\S+) frozen parameters in layers, (\S+) are kept", said).groups()
-    frozen, here = (int(number.replace(",", "")) for number in numbers)
-    assert here == pytest.approx(frozen / 2, rel=0.05)
+    counts = re.search(r"holds (\S+) of (\S+) frozen parameters in layers", said).groups()
+    local, total = (int(count.replace(",", "")) for count in counts)
+    assert local == pytest.approx(total / 2, rel=0.05)
     train(recipe(tiny, tmp_path / "whole", gradient_accumulation_steps=2, **settings))
     assert_same(tmp_path / "shares" / "checkpoint-6", tmp_path / "whole" / "checkpoint-6", up_to_rounding=True)
     described = [json.loads((tmp_path / name / "samples.json").read_text()) for name in ("shares", "whole")]
     answers = [[sample.pop("answer") for sample in samples] for samples in described]
-    assert described[0] == described[1] and all(map(all, answers))  # a rounding may turn a word into another
+    assert described[0] == described[1] and all(map(all, answers))  # rounding may change a word
 
 
-def test_one_process_has_nobody_to_share_with(tiny, tmp_path):
+def test_sharding_needs_several_processes(tiny, tmp_path):
     with pytest.raises(BadInput, match="accelerate launch"):
         train(recipe(tiny, tmp_path, shard=True))
 
 
 @pytest.mark.slow
-def test_weights_between_two_runs(tiny, tmp_path):
+def test_averaged_weights_lie_between_two_runs(tiny, tmp_path):
     train(recipe(tiny, tmp_path / "one"))
     first = tmp_path / "one" / "checkpoint-6"
     train(recipe(tiny, tmp_path / "two", start_from=str(first)))
@@ -496,7 +502,7 @@ def test_weights_between_two_runs(tiny, tmp_path):
         assert_close(tensor, 0.75 * one[name] + 0.25 * other[name])
     load_model(get_preset("phi3-patches"), tmp_path / "between", torch.float32)
     train(recipe(tiny, tmp_path / "narrow", rank=2))
-    with pytest.raises(WeightsError, match="differ in shape"):
+    with pytest.raises(WeightsError, match="the shapes differ"):
         average_weights(first, tmp_path / "narrow" / "checkpoint-6", 0.5, tmp_path / "x")
     with pytest.raises(WeightsError, match="no projector"):
         average_weights(first, tiny, 0.5, tmp_path / "x")

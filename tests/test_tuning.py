@@ -1,4 +1,4 @@
-"""An image encoder tuned on captions: what it learns, and that weights bring it along."""
+"""Tuning the image encoder on captions: what it learns, and that weights folders include it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def draw(folder: Path, color: str, number: int) -> dict:
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """A folder with pictures of red and of blue boxes, and an encoder tuned on their captions."""
+    """A folder with pictures of red and blue boxes, and an encoder tuned on their captions."""
     folder = tmp_path_factory.mktemp("tuned")
     pictures = [draw(folder, color, number) for number in range(16) for color in COLORS]
     tune_image_encoder(load_image_encoder(EFFICIENTNET_LITE0), pictures, folder, folder / "encoder", epochs=6, lr=3e-4)
@@ -38,31 +38,31 @@ def tuned(tmp_path_factory):
 
 
 def contrast(encoder, folder):
-    """How far red boxes are from blue ones, relative to how far they are from each other."""
+    """The distance between red and blue boxes in feature space, relative to the spread of each color."""
     features = {
         color: encoder.encode([open_image(path) for path in sorted(folder.glob(f"{color}-*.png"))])[:, -1]
         for color in COLORS
     }
-    centres = {color: found.mean(dim=0) for color, found in features.items()}
-    spread = sum((found - centres[color]).norm(dim=1).mean() for color, found in features.items())
-    return float((centres["red"] - centres["blue"]).norm() / spread)
+    centers = {color: found.mean(dim=0) for color, found in features.items()}
+    spread = sum((found - centers[color]).norm(dim=1).mean() for color, found in features.items())
+    return float((centers["red"] - centers["blue"]).norm() / spread)
 
 
-def test_words_that_say_nothing_are_left_out():
+def test_stop_words_are_left_out():
     assert words_and_pairs("Two dogs run in the red grass .") == {
         "two", "dogs", "run", "red", "grass", "two dogs", "dogs run", "red grass",
     }  # fmt: skip
 
 
-def test_the_words_of_captions_are_told_apart_better(tuned):
+def test_tuning_separates_what_captions_name(tuned):
     before = load_image_encoder(EFFICIENTNET_LITE0)
     after = load_image_encoder(find_image_encoder(HubRepository(str(tuned / "encoder"))))
     assert contrast(after, tuned) > 1.1 * contrast(before, tuned)
     kept, expected = (encoder.network.stem.convolution.weight for encoder in (after, before))
-    torch.testing.assert_close(kept, expected, atol=1e-3, rtol=1e-3)  # edges stay as they were
+    torch.testing.assert_close(kept, expected, atol=1e-3, rtol=1e-3)  # the frozen blocks, up to fp16 rounding
 
 
-def test_captions_without_a_word_in_common_are_refused(tmp_path):
+def test_captions_without_a_common_word_are_rejected(tmp_path):
     pictures = [draw(tmp_path, "red", number) for number in range(3)]
     with pytest.raises(BadInput, match="too few"):
         tune_image_encoder(
@@ -70,7 +70,7 @@ def test_captions_without_a_word_in_common_are_refused(tmp_path):
         )
 
 
-def test_weights_bring_their_encoder_along(engine, tuned, tmp_path):
+def test_saved_weights_include_their_encoder(engine, tuned, tmp_path):
     encoder = find_image_encoder(HubRepository(str(tuned / "encoder")))
     folder = tmp_path / "weights"
     save_weights(engine.model, folder, replace(SMOL, image_encoder=encoder))
@@ -82,7 +82,7 @@ def test_weights_bring_their_encoder_along(engine, tuned, tmp_path):
     (folder / IMAGE_ENCODER_FILE).unlink()
     with pytest.raises(WeightsError, match="image encoder 'efficientnet-lite0 tuned"):
         load_model(preset_for_weights(SMOL, folder), folder, torch.float32)
-    load_model(SMOL, folder, torch.float32, any_encoder=True)  # a start for training with another
+    load_model(SMOL, folder, torch.float32, any_encoder=True)  # training with another encoder starts like this
 
 
 def test_weights_made_with_the_untuned_encoder_find_it(engine, tmp_path):
@@ -92,7 +92,7 @@ def test_weights_made_with_the_untuned_encoder_find_it(engine, tmp_path):
     assert find_image_encoder(HubRepository(EFFICIENTNET_LITE0.name)) == EFFICIENTNET_LITE0
 
 
-def test_a_damaged_encoder_is_named(tuned, tmp_path):
+def test_a_damaged_encoder_is_an_error(tuned, tmp_path):
     (tmp_path / IMAGE_ENCODER_FILE).write_bytes((tuned / "encoder" / IMAGE_ENCODER_FILE).read_bytes()[:-100])
     with pytest.raises(WeightsError, match="image encoder") as caught:
         load_image_encoder(find_image_encoder(HubRepository(str(tmp_path))))

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Take weights between those of a run and those of a run that started from it.
+"""Average the weights of a run and of a run that started from it.
 
-    python training_scripts/average_weights.py runs/first runs/second --share 0.6 --out runs/between
+    python training_scripts/average_weights.py runs/first runs/second --share 0.6 --out runs/average
 
-A run that goes on from another may gain in one thing and lose in another; on the way between the two there is often
-a place that is better than both ends. Measure a few shares with evaluate.py on pictures that neither was trained on.
+A run that starts from another may gain on some questions and lose on others. An average of the two is often better
+than both. Measure a few shares with evaluate.py on pictures that neither run has seen.
 """
 
 import argparse
@@ -18,7 +18,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", help="the weights folder or checkpoint that the second started from")
     parser.add_argument("second", help="the weights folder or checkpoint of the later run")
-    parser.add_argument("--share", type=float, default=0.5, help="0 is the first, 1 the second (default: 0.5)")
+    parser.add_argument("--share", type=float, default=0.5, help="weight of the second, 0 to 1 (default: 0.5)")
     parser.add_argument("--out", required=True, help="the folder to write")
     options = parser.parse_args()
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Compute the features of a folder of pictures once, so that training never encodes a picture.
+"""Compute the features of a folder of pictures once, so that training need not encode them.
 
     python training_scripts/embed_images.py --images photos/ --out features/
 
-Run it again after adding pictures, or after it was stopped: what is done is kept. Files that are no readable pictures
-are listed and left out.
+Run it again after adding pictures: finished features are kept. If interrupted, it resumes where it stopped. Unreadable
+files are listed and skipped.
 """
 
 import argparse
@@ -16,23 +16,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", required=True, help="a folder of pictures; folders in it are searched too")
+    parser.add_argument("--images", required=True, help="a folder of pictures, with any subfolders")
     parser.add_argument("--out", required=True, help="the folder to write the features to")
-    parser.add_argument("--preset", default="smol", help="whose image encoder to use (default: smol)")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures encoded at a time (default: 16)")
+    parser.add_argument("--preset", default="smol", help="use this preset's image encoder (default: smol)")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures per batch on a GPU (default: 16)")
     parser.add_argument(
-        "--mirror", action="store_true", help='embed every picture mirrored, too, as "mirrored/" and its name'
+        "--mirror", action="store_true", help='also embed every picture mirrored, under "mirrored/" and its name'
     )
     parser.add_argument(
         "--image-encoder",
-        help="in its place: a CLIP or SigLIP model, by its name on the Hub or "
-        "folder; a folder with an encoder of tune_image_encoder.py; or efficientnet-lite0, as ImageNet made it",
+        help="instead of the preset's: a CLIP or SigLIP vision model (Hub name or folder), a folder that "
+        "tune_image_encoder.py wrote, or efficientnet-lite0, as trained on ImageNet",
     )
     parser.add_argument(
-        "--image-features", choices=("patches", "pooled"), default="patches", help="what is taken of it (patches)"
+        "--image-features", choices=("patches", "pooled"), default="patches", help="which features to use (patches)"
     )
-    parser.add_argument("--image-layer", type=int, default=-2, help="whose patches are taken (default: -2)")
-    parser.add_argument("--class-token", action="store_true", help="its class token is taken with the patches")
+    parser.add_argument("--image-layer", type=int, default=-2, help="the layer of the patches (default: -2)")
+    parser.add_argument("--class-token", action="store_true", help="put the class token before the patches")
     options = parser.parse_args()
 
     from tqdm import tqdm
@@ -60,8 +60,8 @@ def main():
     except MmchatError as error:
         sys.exit(str(error))
     for name, reason in report.unreadable.items():
-        print(f"{name} left out: {reason}")
-    print(f"{report.embedded} pictures embedded, {report.kept} kept from before, {len(report.unreadable)} unreadable")
+        print(f"{name} skipped: {reason}")
+    print(f"{report.embedded} pictures embedded, {report.kept} up to date, {len(report.unreadable)} unreadable")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Measure weights on questions, each figure with its 95% interval, beside what they reach without seeing the picture.
+"""Evaluate weights on questions, with 95% intervals, and compare with their scores when they see no picture.
 
     python training_scripts/evaluate.py --weights weights/smol --questions dev-captions.json --features features/
     python training_scripts/evaluate.py --weights runs/a runs/b --questions dev.json --images photos/ --beams 3
     python training_scripts/evaluate.py --speech recordings.json
 
-Questions are LLaVA-Instruct JSON, as prepare_data.py makes them with --make descriptions or questions; the last answer
-of each conversation is the right one. Entries may say more: "kind", by which figures are grouped; "accepted", all names
-that are right; "references", all that people wrote, against which the kinds "caption" and "detail" are scored.
-"shuffled" shows every question with another picture, "blank" with a gray one.
-Recordings are a JSON list of {"audio": path, "text": what is said}.
+Questions are LLaVA-Instruct JSON, such as prepare_data.py writes with --make descriptions or questions. The last answer
+of each conversation is the right one. Entries may have more fields: "kind" groups the results; "accepted" lists all
+right names; "references" lists all human texts, which the kinds "caption" and "detail" are scored against. The
+condition "shuffled" shows another picture with every question, "blank" a gray one. Recordings are a JSON list of
+{"audio": path, "text": transcript}.
 """
 
 import argparse
@@ -25,30 +25,30 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
     data.add_argument("--weights", nargs="+", help="weights folders or checkpoints (default: the preset's own)")
-    data.add_argument("--questions", nargs="+", default=[], help="files of questions with their right answers")
-    data.add_argument("--features", help="the folder embed_images.py wrote")
-    data.add_argument("--images", help="in place of --features: the folder of the pictures")
-    data.add_argument("--speech", help="recordings with what is said in them, for the word error rate")
-    data.add_argument("--limit", type=int, help="only the first so many questions of each file")
-    data.add_argument("--preset", default="smol", help="whose models to use (default: smol)")
+    data.add_argument("--questions", nargs="+", default=[], help="files of questions with right answers")
+    data.add_argument("--features", help="the folder that embed_images.py wrote")
+    data.add_argument("--images", help="instead of --features: the folder of the pictures")
+    data.add_argument("--speech", help="recordings with transcripts, for the word error rate")
+    data.add_argument("--limit", type=int, help="only the first N questions of each file")
+    data.add_argument("--preset", default="smol", help="use this preset's models (default: smol)")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--beams", type=int, default=1, help="1: greedy; more: beam search (default: 1)")
     answers.add_argument(
         "--max-new-tokens",
         type=int,
-        help="the longest answer (default: 96 tokens to questions of the kind detail, 32 to others)",
+        help="maximum tokens of an answer (default: 96 for the kind detail, 32 for others)",
     )
-    answers.add_argument("--batch-size", type=int, default=32, help="questions answered at a time (default: 32)")
+    answers.add_argument("--batch-size", type=int, default=32, help="questions per batch (default: 32)")
     answers.add_argument(
         "--conditions",
         nargs="+",
         choices=("real", "shuffled", "blank"),
         default=["real", "shuffled", "blank"],
-        help="which pictures to show (default: all three in turn)",
+        help="which pictures to show (default: all three)",
     )
-    answers.add_argument("--no-perplexity", action="store_true", help="leave the perplexity out")
-    answers.add_argument("--out", help="write every figure and answer to this JSON file, too")
-    answers.add_argument("--table", metavar="FILE.md", help="write every figure to a Markdown table, too")
+    answers.add_argument("--no-perplexity", action="store_true", help="skip the perplexity")
+    answers.add_argument("--out", help="also write all results and answers to this JSON file")
+    answers.add_argument("--table", metavar="FILE.md", help="also write the results as a Markdown table")
     options = parser.parse_args()
     if not options.questions and not options.speech:
         parser.error("name --questions, --speech or both")
@@ -105,7 +105,7 @@ def evaluate_questions(options):
 
     preset, device = get_preset(options.preset), choose_device()
     all_weights = options.weights or [default_weights(preset)]
-    preset = preset_for_weights(preset, all_weights[0])  # whose image encoder the others have to share
+    preset = preset_for_weights(preset, all_weights[0])  # all weights must share the first one's image encoder
     encoder = cache(lambda: load_image_encoder(preset.image_encoder).to(device.type))
     if options.features:
         features = FeatureStore(options.features)
@@ -116,11 +116,13 @@ def evaluate_questions(options):
     names = {name for items in files.values() for item in items for name in item.conversation.images}
     missing = sorted(name for name in names if name not in features)
     if missing:
-        raise BadInput(f"{len(missing)} pictures that are asked about are not there, {missing[0]} for one.")
-    longest, longer = options.max_new_tokens, {}
-    if longest is None:
-        longest, longer = DEFAULT_MAX_NEW_TOKENS, MAX_NEW_TOKENS
-    sampling = SamplingOptions(temperature=0, repetition_penalty=1.0, beams=options.beams, max_new_tokens=longest)
+        raise BadInput(
+            f"{len(missing)} pictures of the questions are missing, such as {missing[0]}: check --features or --images."
+        )
+    limit, limits_by_kind = options.max_new_tokens, {}
+    if limit is None:
+        limit, limits_by_kind = DEFAULT_MAX_NEW_TOKENS, MAX_NEW_TOKENS
+    sampling = SamplingOptions(temperature=0, repetition_penalty=1.0, beams=options.beams, max_new_tokens=limit)
     results = []
     for weights in all_weights:
         model, tokenizer = load_model(preset, weights, device.dtype)
@@ -134,7 +136,7 @@ def evaluate_questions(options):
         for path, items in files.items():
             for condition in options.conditions:
                 shown = condition_features(condition, features, items, encoder)
-                answers = evaluator.answers(items, shown, sampling, longer)
+                answers = evaluator.answers(items, shown, sampling, limits_by_kind)
                 metrics = measure(items, answers)
                 if not options.no_perplexity:
                     metrics["all"] = {"perplexity": evaluator.perplexity(items, shown)}
@@ -185,7 +187,7 @@ def entry(kind, metric, estimate):
 
 
 def print_table(results):
-    """A line for each metric, a column for each of the weights and conditions."""
+    """Prints a row per metric and a column per weights and condition."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Turn weights into a standard LLaVA folder, which transformers, vLLM and other engines serve.
+"""Export weights as a standard LLaVA folder for transformers, vLLM and other engines.
 
     python training_scripts/export_llava.py runs/mine --preset phi-3.5 --out exported/
     vllm serve exported/ --tensor-parallel-size 2          # then: MMCHAT_SERVER=http://localhost:8000/v1 python app.py
 
-The weights have to be trained on CLIP's or SigLIP's patches with a projector of the kind "llava". The adapter is merged
-into a fresh copy of the base model in full precision.
+The weights must be trained on CLIP or SigLIP patches with a projector of the kind "llava". The adapter is merged into a
+full-precision copy of the base model.
 """
 
 import argparse
@@ -19,12 +19,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", help="a folder that training wrote")
     parser.add_argument("--out", required=True, help="the folder to write")
-    parser.add_argument("--preset", default="phi-3.5", help="which models they belong to (default: phi-3.5)")
+    parser.add_argument("--preset", default="phi-3.5", help="the preset of the weights (default: phi-3.5)")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
         default="bfloat16",
-        help="the number format of what is written (default: bfloat16)",
+        help="the data type of the exported weights (default: bfloat16)",
     )
     options = parser.parse_args()
 

@@ -5,8 +5,8 @@
     python training_scripts/finetune_qlora.py --train train.json --eval dev.json --features features/ --out runs/mine
     python training_scripts/finetune_qlora.py --recipe runs/mine/recipe.yaml --resume
 
-The output folder, and every checkpoint in it, chats: python app.py --weights runs/mine
-Ctrl-C ends a run after its step with a checkpoint; --resume goes on from there, to the bit.
+Chat with the output folder, or with any checkpoint in it: python app.py --weights runs/mine
+Ctrl-C finishes the step, saves a checkpoint and stops; --resume continues with bit-identical results.
 """
 
 import sys

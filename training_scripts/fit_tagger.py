@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Fit the tagger: which words a picture's features stand for. What it recognizes is told to the language model.
+"""Fit the tagger, which predicts words from a picture's features. The prompt shows its tags to the language model.
 
     python training_scripts/fit_tagger.py --features features/ --classes imagenet_classes.json \\
         --captions flickr8k=captions.json world=world/captions.json --labels world=world/labels.json --out runs/tagger
 
-Before "=" stands the folder of the pictures below the one that was embedded. Pictures without features are left out:
-embed those that you train with, and no others that you will measure with, or name a split of theirs with --splits.
+The name before "=" is the folder of the pictures, relative to the embedded folder. Pictures without features are
+skipped. Never fit on evaluation pictures: embed the training pictures only, or name a split with --splits.
 """
 
 import argparse
@@ -19,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", required=True, help="the folder that embed_images.py wrote")
-    parser.add_argument("--preset", default="smol", help="whose image encoder made them (default: smol)")
-    parser.add_argument("--classes", required=True, help='the encoder\'s classes in order: a list of {"names": […]}')
-    parser.add_argument("--captions", nargs="+", default=[], metavar="FOLDER=FILE", help="captions of pictures")
-    parser.add_argument("--labels", nargs="+", default=[], metavar="FOLDER=FILE", help="labels of, or questions about")
-    parser.add_argument("--splits", nargs="+", default=[], metavar="FOLDER=FILE", help="splits of a folder's pictures")
-    parser.add_argument("--split", default="train", help="the one to learn from (default: train)")
+    parser.add_argument("--preset", default="smol", help="the preset whose image encoder made them (default: smol)")
+    parser.add_argument("--classes", required=True, help='the encoder\'s classes in order: JSON list of {"names": […]}')
+    parser.add_argument("--captions", nargs="+", default=[], metavar="FOLDER=FILE", help="files of captions")
+    parser.add_argument("--labels", nargs="+", default=[], metavar="FOLDER=FILE", help="files of labels or questions")
+    parser.add_argument("--splits", nargs="+", default=[], metavar="FOLDER=FILE", help="files of splits")
+    parser.add_argument("--split", default="train", help="the split to fit on (default: train)")
     parser.add_argument("--out", required=True, help="the folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="of everything drawn by chance (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     options = parser.parse_args()
 
     from mmchat.errors import MmchatError
@@ -53,11 +53,11 @@ def main():
         )
     except MmchatError as error:
         sys.exit(str(error))
-    print(f"{len(tagger.classes)} classes and {len(tagger.words)} words in {options.out}")
+    print(f"Wrote a tagger with {len(tagger.classes)} classes and {len(tagger.words)} words to {options.out}")
 
 
 def read_sources(options):
-    """Captions and labels with the names that the pictures have in the features."""
+    """Captions and labels, with the picture names of the features."""
     from mmchat.training.data import captions, labels
 
     splits = dict(pair(text) for text in options.splits)

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Turn a checkpoint that another project published into a folder that chats.
+"""Import a checkpoint that another project published.
 
     python training_scripts/import_checkpoint.py published/ --preset phi-3.5 --out runs/imported
-    python training_scripts/import_checkpoint.py adapter/ --projector projection.pth resblock.pth --marker "<eoi>" \\
-        --preset phi-2 --out runs/imported
+    python training_scripts/import_checkpoint.py adapter/ --projector projection.pth resblock.pth \\
+        --end-of-image-token "<eoi>" --preset phi-2 --out runs/imported
 
-Known are PEFT's adapter folders and lora_weights.pt, with one of four projectors: LayerNorm and two layers
-(pre_norm, proj.0, proj.2), two layers (layer1, layer2), a linear layer with a residual block behind it (weight, bias,
-pre_norm, proj.0, proj.2), or one linear layer (linear). Every tensor is accounted for; what does not fit is an error.
-Pickled files are read without running anything in them.
+It reads PEFT adapter folders and lora_weights.pt, with one of four projectors: LayerNorm and two layers (pre_norm,
+proj.0, proj.2), two layers (layer1, layer2), a linear layer followed by a residual block (weight, bias, pre_norm,
+proj.0, proj.2), or one linear layer (linear). It uses every tensor; one that does not fit is an error. It reads pickled
+files without running code from them.
 """
 
 import argparse
@@ -22,9 +22,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="holds the adapter, and the projector unless --projector names its files")
     parser.add_argument("--out", required=True, help="the folder to write")
-    parser.add_argument("--preset", default="phi-3.5", help="whose models it was made for (default: phi-3.5)")
-    parser.add_argument("--projector", nargs="+", default=[], help="the projector's files, if they have unusual names")
-    parser.add_argument("--marker", help="the word whose embedding ends every picture, where the checkpoint has one")
+    parser.add_argument("--preset", default="phi-3.5", help="the preset it was trained for (default: phi-3.5)")
+    parser.add_argument("--projector", nargs="+", default=[], help="the projector's files, if their names are unusual")
+    parser.add_argument(
+        "--end-of-image-token", "--marker", metavar="TOKEN", help="the checkpoint's end-of-image token, if it has one"
+    )
     options = parser.parse_args()
 
     from mmchat.checkpoints.importing import import_checkpoint
@@ -37,7 +39,7 @@ def main():
             options.out,
             get_preset(options.preset),
             projector_files=options.projector,
-            marker_token=options.marker,
+            marker_token=options.end_of_image_token,
         )
     except MmchatError as error:
         sys.exit(str(error))

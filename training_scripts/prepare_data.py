@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Turn captions or easy-VQA into conversations to train on, or into questions to evaluate on.
+"""Turn captions, labels or easy-VQA into training conversations or evaluation questions.
 
     python training_scripts/prepare_data.py captions --captions captions.json --splits splits.json --split train \\
         --out train.json
@@ -8,8 +8,7 @@
     python training_scripts/prepare_data.py easy-vqa --split train --images pictures/easy-vqa --out easy.json
     python training_scripts/prepare_data.py split llava_instruct_150k.json --share 0.02 --out train.json --rest dev.json
 
-What is written is LLaVA-Instruct JSON. Pictures are always split as pictures: no question about a picture of one side
-is on the other.
+The output is LLaVA-Instruct JSON. Splits are by picture: all questions about a picture are on the same side.
 """
 
 import argparse
@@ -26,71 +25,71 @@ def parse():
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--out", required=True, help="the file to write")
-    common.add_argument("--seed", type=int, default=0, help="of everything drawn by chance (default: 0)")
-    common.add_argument("--clean-answers", action="store_true", help="take punctuation and stop words out of answers")
+    common.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    common.add_argument("--clean-answers", action="store_true", help="remove punctuation and stop words from answers")
 
-    captions = commands.add_parser("captions", parents=[common], help="files of captions, each with its picture's name")
+    captions = commands.add_parser("captions", parents=[common], help="captioned pictures")
     captions.add_argument("--captions", required=True, help="COCO or Karpathy JSON, a JSON list, or Flickr8k's list")
-    captions.add_argument("--splits", help="JSON: name of a split -> file names (default: what the captions say)")
-    captions.add_argument("--split", help="convert this split only (default: every picture)")
-    captions.add_argument("--limit", type=int, help="only the first so many pictures")
-    captions.add_argument("--folder", default="", help="of the pictures, below the folder that is embedded")
+    captions.add_argument("--splits", help="JSON: split name → file names (default: the splits in the captions)")
+    captions.add_argument("--split", help="convert this split only (default: all pictures)")
+    captions.add_argument("--limit", type=int, help="only the first N pictures")
+    captions.add_argument("--folder", default="", help="the pictures' folder, relative to the embedded folder")
     captions.add_argument(
         "--agreement",
         type=int,
         default=2,
-        help="captions that have to name the same color or number before it is asked for; 1 gives three times the "
-        "questions, a little less sure (default: 2)",
+        help="captions that must name the same color or count; 1 gives three times as many questions, slightly less "
+        "accurate (default: 2)",
     )
-    captions.add_argument("--per-image", type=int, help="only so many questions about a picture, drawn by chance")
-    captions.add_argument("--apart", action="store_true", help="questions by themselves, none after a description")
+    captions.add_argument("--per-image", type=int, help="at most N random questions about a picture")
+    captions.add_argument("--apart", action="store_true", help="put every question into its own conversation")
     captions.add_argument(
         "--make",
         choices=("conversations", "captions", "descriptions", "details", "questions"),
         default="conversations",
-        help="conversations: captions and questions, to train on; captions: no questions; descriptions, details or "
-        "questions: one in each conversation, to evaluate on (default: conversations)",
+        help="conversations: captions and questions for training; captions: no questions; descriptions, details or "
+        "questions: evaluation entries, one question each (default: conversations)",
     )
-    captions.add_argument("--details", action="store_true", help="also ask for descriptions of several sentences")
-    captions.add_argument("--only-details", action="store_true", help="ask for nothing else")
+    captions.add_argument("--details", action="store_true", help="add descriptions of several sentences")
+    captions.add_argument("--only-details", action="store_true", help="write descriptions of several sentences only")
 
     labels = commands.add_parser("labels", parents=[common], help="labeled pictures: class folders, COCO, VOC, JSON")
-    labels.add_argument("--labels", required=True, help="a folder of class folders or of VOC's XML, or a JSON file")
+    labels.add_argument("--labels", required=True, help="a folder of class folders or of VOC XML, or a JSON file")
     labels.add_argument(
         "--format",
         choices=("list", "folders", "coco", "voc", "daquar"),
         help="list: JSON of images with objects, a label or a scene; daquar: JSON of images with questions and answers "
-        "(default: found out)",
+        "(default: detected)",
     )
-    labels.add_argument("--splits", help="JSON: name of a split -> file names")
-    labels.add_argument("--split", help="convert this split only (default: every picture)")
-    labels.add_argument("--limit", type=int, help="only the first so many pictures")
-    labels.add_argument("--folder", default="", help="of the pictures, below the folder that is embedded")
+    labels.add_argument("--splits", help="JSON: split name → file names")
+    labels.add_argument("--split", help="convert this split only (default: all pictures)")
+    labels.add_argument("--limit", type=int, help="only the first N pictures")
+    labels.add_argument("--folder", default="", help="the pictures' folder, relative to the embedded folder")
     labels.add_argument(
         "--wordnet",
         metavar="FOLDER",
-        help="with WordNet 3.0's data.noun and index.noun: also say what things are a kind of, and accept their other "
-        "names (default: call things by their labels alone)",
+        help="the folder of WordNet 3.0's data.noun and index.noun, for the kinds that things belong to and for "
+        "synonyms (default: labels only)",
     )
-    labels.add_argument("--per-image", type=int, help="only so many questions about a picture, drawn by chance")
-    labels.add_argument("--kinds", help='with --make questions: only these, such as "name,room"')
+    labels.add_argument("--per-image", type=int, help="at most N random questions about a picture")
+    labels.add_argument("--kinds", help='with --make questions: only these kinds, such as "name,room"')
     labels.add_argument(
         "--make", choices=("conversations", "questions"), default="conversations", help="as for captions"
     )
 
-    easy = commands.add_parser("easy-vqa", parents=[common], help="easy-VQA, fetched from the Python package index")
+    easy = commands.add_parser("easy-vqa", parents=[common], help="easy-VQA, from the Python package index")
     easy.add_argument("--split", choices=("train", "test"), default="train", help="(default: train)")
     easy.add_argument("--images", help="also write the pictures to this folder")
-    easy.add_argument("--limit", type=int, help="only the first so many pictures")
-    easy.add_argument("--folder", default="", help="of the pictures, below the folder that is embedded")
+    easy.add_argument("--limit", type=int, help="only the first N pictures")
+    easy.add_argument("--folder", default="", help="the pictures' folder, relative to the embedded folder")
     easy.add_argument("--turns", type=int, default=3, help="questions in a conversation (default: 3)")
-    easy.add_argument("--per-image", type=int, help="only so many questions about a picture, drawn by chance")
+    easy.add_argument("--per-image", type=int, help="at most N random questions about a picture")
     easy.add_argument("--make", choices=("conversations", "questions"), default="conversations", help="as for captions")
 
-    split = commands.add_parser("split", parents=[common], help="divide a file of conversations by its pictures")
+    split = commands.add_parser("split", parents=[common], help="split a file of conversations by picture")
     split.add_argument("conversations", help="LLaVA-Instruct JSON")
-    split.add_argument("--share", type=float, required=True, help="of the pictures that go to --rest, 0 to 1")
-    split.add_argument("--rest", required=True, help="the other file to write")
+    split.add_argument("--share", type=float, required=True, help="fraction of the pictures for --rest, 0 to 1")
+    split.add_argument("--rest", required=True, help="the second file to write")
     return parser.parse_args()
 
 

@@ -1,14 +1,13 @@
 #!/usr/bin/env python
-"""Tune the image encoder on captions, before the features are computed: it learns which words people will use.
+"""Tune the image encoder on captions, before the features are computed: it learns to predict their words.
 
     python training_scripts/tune_image_encoder.py --captions captions.json --splits splits.json --split train \\
         --images photos/ --out runs/encoder
     python training_scripts/embed_images.py --images photos/ --image-encoder runs/encoder --out features/
 
-Optional. It begins with EfficientNet-Lite0 as ImageNet's classes made it; captions also tell it of colors and of what
-happens. The encoder of the preset "smol" was tuned so, on Flickr8k. Train with the same encoder as you embed with: a
-recipe's "image_encoder" names the folder, and the weights that come of it bring it along. Never tune on pictures that
-you will measure with.
+This step is optional. It starts from EfficientNet-Lite0, trained on ImageNet's classes; captions also name colors and
+actions. The encoder of the preset "smol" was tuned this way on Flickr8k. Train with the encoder that you embed with: a
+recipe names its folder as "image_encoder", and the trained weights include it. Never tune on evaluation pictures.
 """
 
 import argparse
@@ -22,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", required=True, help="COCO or Karpathy JSON, a JSON list, or Flickr8k's list")
-    parser.add_argument("--splits", help="JSON: name of a split -> file names (default: what the captions say)")
-    parser.add_argument("--split", help="tune on this split only (default: every picture)")
-    parser.add_argument("--images", required=True, help="the folder of the pictures that the captions name")
+    parser.add_argument("--splits", help="JSON: split name → file names (default: the splits in the captions)")
+    parser.add_argument("--split", help="tune on this split only (default: all pictures)")
+    parser.add_argument("--images", required=True, help="the folder of the pictures")
     parser.add_argument("--out", required=True, help="the folder to write image_encoder.safetensors to")
-    parser.add_argument("--epochs", type=float, default=5, help="times every picture is seen (default: 5)")
-    parser.add_argument("--lr", type=float, default=3e-4, help="the highest learning rate (default: 3e-4)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything drawn by chance (default: 0)")
+    parser.add_argument("--epochs", type=float, default=5, help="passes over the pictures (default: 5)")
+    parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (default: 3e-4)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     options = parser.parse_args()
 
     from mmchat.errors import MmchatError

@@ -1,1 +1,1 @@
-"""Makes a projector and an adapter: data, trainer, metrics. It uses the very modules that chat uses."""
+"""Trains a projector and an adapter: data, trainer, evaluation. It runs the same model modules as chat."""

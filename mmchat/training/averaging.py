@@ -1,4 +1,4 @@
-"""Weights between two runs' weights, which are often better than either (Wortsman et al. 2022, arXiv 2109.01903)."""
+"""Interpolates between the weights of two runs, as in WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from ..presets import IMAGE_ENCODER_FILE
 
 
 def average_weights(first: str | Path, second: str | Path, share: float, out: str | Path) -> None:
-    """Writes weights on the way from one run's to those of a run that started from it.
+    """Writes a linear interpolation between the weights of a run and those of a run that started from it.
+
+    The result is often better than either end.
 
     Args:
-        share: how far on the way: 0 is ``first``, 1 is ``second``.
+        share: the weight of ``second``: 0 writes ``first``, 1 writes ``second``.
 
     Raises:
-        BadInput: the share is none.
-        WeightsError: a folder holds no weights, or the two are not of the same shape.
+        BadInput: ``share`` is not between 0 and 1.
+        WeightsError: a folder holds no weights, or the shapes of the two differ.
     """
     if not 0 <= share <= 1:
-        raise BadInput("The share lies between 0 and 1.")
+        raise BadInput("The share must be between 0 and 1.")
     first, second, out = Path(first), Path(second), Path(out)
     names = [PROJECTOR_FILE, f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}"]
     averaged = {name: _average(first / name, second / name, share) for name in names if (second / name).is_file()}
@@ -43,7 +45,7 @@ def _average(first: Path, second: Path, share: float) -> dict:
     try:
         one, other = load_file(first), load_file(second)
         if one.keys() != other.keys():
-            raise ValueError("other tensors")
+            raise ValueError("different tensors")
         return {name: one[name].float().lerp(tensor.float(), share).to(tensor.dtype) for name, tensor in other.items()}
     except (OSError, RuntimeError, ValueError) as error:
-        raise WeightsError(f"{first.name} of the two folders cannot be averaged: they differ in shape.") from error
+        raise WeightsError(f"{first.name} of the two folders cannot be averaged: the shapes differ.") from error

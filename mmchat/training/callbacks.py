@@ -1,4 +1,4 @@
-"""Callbacks of a run: its history as a table and a curve, and an orderly end on Ctrl-C."""
+"""Trainer callbacks: write the history as a table and a curve, and stop cleanly on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class HistoryCallback(TrainerCallback):
-    """Writes history.csv and curve.png at the end of training, however it ends."""
+    """Writes history.csv and curve.png when training ends, even when it is stopped early."""
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
@@ -22,7 +22,7 @@ class HistoryCallback(TrainerCallback):
 
 
 def write_history(entries: list[dict[str, float]], folder: Path) -> None:
-    """One line for each step that was logged."""
+    """Writes history.csv, one row per logged step, and curve.png."""
     lines: dict[int, dict[str, float]] = {}
     for entry in entries:
         lines.setdefault(entry["step"], {}).update(entry)
@@ -37,7 +37,7 @@ def write_history(entries: list[dict[str, float]], folder: Path) -> None:
 
 
 def draw_curve(lines: list[dict[str, float]], path: Path) -> None:
-    """Training and eval loss, and how far each part has moved, against the step."""
+    """Plots training and eval loss, and how far each part has moved, against the step."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -59,28 +59,30 @@ def draw_curve(lines: list[dict[str, float]], path: Path) -> None:
 
 
 class StopOnSignal(TrainerCallback):
-    """The first Ctrl-C ends training after the step, with a checkpoint; the second ends it at once."""
+    """On the first Ctrl-C, finishes the step and saves a checkpoint; on the second, stops at once."""
 
     def __init__(self):
-        self.asked = False
-        self._previous: dict[int, Any] = {}
+        self.is_requested = False
+        self._previous_handlers: dict[int, Any] = {}
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         try:
-            self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: whoever runs this in a thread stops it in their own way
-            logger.debug("Signals are left alone outside the main thread")
+            self._previous_handlers = {
+                one: signal.signal(one, self._request) for one in (signal.SIGINT, signal.SIGTERM)
+            }
+        except ValueError:  # Python handles signals in the main thread only
+            logger.debug("Not in the main thread: signal handlers are unchanged")
 
-    def _ask(self, number: int, frame: Any) -> None:
-        logger.warning("Stopping after this step; once more stops at once")
-        self.asked = True
-        signal.signal(number, self._previous[number])
+    def _request(self, signal_number: int, frame: Any) -> None:
+        logger.warning("Stopping after this step; press Ctrl-C again to stop at once")
+        self.is_requested = True
+        signal.signal(signal_number, self._previous_handlers[signal_number])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if self.asked:
+        if self.is_requested:
             control.should_save = control.should_training_stop = True
         return control
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        for signal_number, handler in self._previous_handlers.items():
+            signal.signal(signal_number, handler)

@@ -1,4 +1,4 @@
-"""A training run from its recipe: data, model, trainer, and what is left in the folder at the end."""
+"""Runs a recipe: loads data and model, trains, and writes weights and samples."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ RECIPE_FILE = "recipe.yaml"
 
 
 def train(recipe: Recipe) -> None:
-    """Trains, and leaves in ``recipe.out`` weights that chat, checkpoints, the recipe, and what the log says.
+    """Trains, and writes weights ready for chat, checkpoints, the recipe, history and samples to ``recipe.out``.
 
     Raises:
-        BadInput: data or features that cannot be used.
-        WeightsError: weights to start from that do not fit.
+        BadInput: the data or the features are unusable.
+        WeightsError: the weights to start from do not fit the model.
     """
     set_seed(recipe.seed)
     preset = chosen_preset(recipe)
@@ -69,7 +69,7 @@ def train(recipe: Recipe) -> None:
         )
 
     train_set = dataset(recipe.train)
-    logger.info("%d conversations in %d rows to learn from", train_set.count, len(train_set))
+    logger.info("Training on %d conversations in %d sequences", train_set.count, len(train_set))
     callbacks = [HistoryCallback(), StopOnSignal()]
     if recipe.patience:
         callbacks.append(EarlyStoppingCallback(recipe.patience))
@@ -94,8 +94,8 @@ def train(recipe: Recipe) -> None:
     trainer.train(resume_from_checkpoint=_newest_checkpoint(recipe))
     is_first = trainer.is_world_process_zero()
     if is_first:
-        save_weights(model, out, preset, torch.float16)  # checkpoints beside it keep full precision
-    if recipe.eval and recipe.samples and (is_first or recipe.shard):  # of a model in shares all have to take part
+        save_weights(model, out, preset, torch.float16)  # checkpoints keep full precision
+    if recipe.eval and recipe.samples and (is_first or recipe.shard):  # a sharded model needs every process
         evaluator = Evaluator(model, tokenizer, CHAT_FORMATS[preset.language_model.chat_format])
         write_samples(evaluator, recipe.eval[0], features, recipe.samples, out if is_first else None)
 
@@ -104,15 +104,15 @@ def _newest_checkpoint(recipe: Recipe) -> str | None:
     found = checkpoints(recipe.out)
     if found and not recipe.resume:
         raise BadInput(
-            f"{recipe.out} holds checkpoints of an earlier run: add --resume to go on, or name another --out."
+            f"{recipe.out} holds checkpoints of an earlier run: add --resume to continue it, or choose another --out."
         )
     if recipe.resume:
-        logger.info("Going on from %s", found[-1].name if found else "the start: there is no checkpoint yet")
+        logger.info("Resuming from %s", found[-1].name if found else "the start: there is no checkpoint yet")
     return str(found[-1]) if found else None
 
 
 def chosen_preset(recipe: Recipe) -> Preset:
-    """The recipe's preset, with the image encoder that the recipe or the weights it starts from name."""
+    """The recipe's preset, with the image encoder of the recipe or of the weights it starts from."""
     preset = get_preset(recipe.preset)
     if recipe.image_encoder:
         encoder = find_image_encoder(
@@ -123,10 +123,10 @@ def chosen_preset(recipe: Recipe) -> Preset:
 
 
 def open_features(recipe: Recipe, preset: Preset) -> FeatureStore | PictureFolder:
-    """The features that a recipe names.
+    """Opens the features or the picture folder of a recipe.
 
     Raises:
-        BadInput: they were made by another image encoder.
+        BadInput: the features come from another image encoder.
     """
     if recipe.images:
         return PictureFolder(recipe.images, load_image_encoder(preset.image_encoder))
@@ -136,12 +136,12 @@ def open_features(recipe: Recipe, preset: Preset) -> FeatureStore | PictureFolde
 
 
 def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
-    """The model with fresh weights, or with those the recipe starts from, and its tokenizer.
+    """Builds the model, with fresh weights or those of ``start_from``, and its tokenizer.
 
-    What has no learning rate is frozen; a fresh adapter without one is left out.
+    A learning rate of 0 freezes its part; with ``lr`` 0 no fresh adapter is added.
     """
     dtype = _base_dtype(recipe)
-    quantization = "none" if recipe.quantization == CPU_INT8 else recipe.quantization  # our own, and comes last
+    quantization = "none" if recipe.quantization == CPU_INT8 else recipe.quantization  # cpu-int8 is applied below
     if recipe.start_from:
         model, tokenizer = load_model(
             preset,
@@ -165,7 +165,7 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
     if recipe.tagger:
         model.tagger = load_tagger(recipe.tagger, preset.image_encoder)
         if not model.tagger:
-            raise BadInput(f"'{recipe.tagger}' holds no tagger: fit_tagger.py writes one.")
+            raise BadInput(f"'{recipe.tagger}' holds no tagger: write one with fit_tagger.py.")
     if recipe.lr and not model.has_adapter:
         model.language_model = add_adapter(
             model.language_model,
@@ -178,8 +178,8 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
         if choose_device().type == "cpu":
             use_faster_multiplication(model.causal_language_model.get_decoder(), Path(recipe.out))
         else:
-            logger.warning("cpu-int8 is for CPUs: here the base model stays in full precision")
-    for weight in model.parameters():  # what is trained is trained in full precision, whatever the base is kept in
+            logger.warning("cpu-int8 works on CPUs only: the base model stays in full precision")
+    for weight in model.parameters():  # trainable weights are float32, whatever the precision of the base
         if weight.requires_grad:
             weight.data = weight.data.float()
     model.projector.requires_grad_(recipe.projector_lr > 0)
@@ -187,7 +187,7 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
         model.language_model.requires_grad_(False)
     if recipe.gradient_checkpointing:
         model.causal_language_model.gradient_checkpointing_enable({"use_reentrant": False})
-    if recipe.compile:  # layer by layer: they are alike, so that one compilation serves them all
+    if recipe.compile:  # layer by layer: all layers share one compilation
         for layer in model.causal_language_model.get_decoder().layers:
             layer.compile(dynamic=True)
     return model.train(), tokenizer
@@ -201,8 +201,8 @@ def _base_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def run_from_terminal(recipe: Recipe) -> None:
-    """``train`` for a script: the log on the terminal, one sentence where something is wrong."""
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes one speaks
+    """Calls ``train`` from a script: logs to the terminal and exits with one sentence on an error."""
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # only the first of several processes logs
     logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, format="%(message)s")
     try:
         train(recipe)

@@ -1,8 +1,8 @@
-"""Descriptions rewarded for what they say: the model writes several, and the better ones become likelier.
+"""Self-critical sequence training, SCST: the model samples several answers, and the better ones become likelier.
 
-Learnt word by word, a description of a picture becomes the likeliest one, which is cautious and general. Here its own
-descriptions are compared with those that people wrote. Self-critical sequence training (Rennie et al. 2017, arXiv
-1612.00563); what is expected of a description is the mean of the picture's others (Luo 2020, arXiv 2003.09971).
+Cross-entropy favors safe, generic captions. SCST (Rennie et al. 2017, arXiv 1612.00563) rewards sampled captions by
+their similarity to human ones. The baseline is the mean reward of the picture's other samples (Luo 2020, arXiv
+2003.09971).
 """
 
 from __future__ import annotations
@@ -23,45 +23,48 @@ from .data.packing import ConversationDataset, PackedSequence, collate, lay_out
 from .evaluation.metrics import words
 from .trainer import MultimodalTrainer
 
-FEWEST_ANSWERS = 3  # a question that people answered in so many ways is open: there is more than one right answer
+MIN_ANSWERS = 3  # a question with at least this many different answers is open: it has more than one right answer
 
 
 @dataclass(frozen=True)
 class OpenQuestion:
-    """A question about a picture, and what people answered, each in their own words."""
+    """A question about a picture, and its human answers."""
 
-    token_ids: list[int]  # up to where the answer begins
-    answers: list[list[int]]  # token ids, without those that end a turn
+    token_ids: list[int]  # the prompt, up to the answer
+    answers: list[list[int]]  # token ids, without stop tokens
     images: list[str]
 
 
 def take_open_questions(row: PackedSequence, stop_ids: set[int]) -> tuple[PackedSequence, list[OpenQuestion]]:
-    """The open questions of a sequence, and a copy of it without their answers, which cross-entropy is not to teach.
+    """Takes the open questions out of a sequence, so that cross-entropy does not train on their answers.
 
-    An answer that more questions follow stays in it as context.
+    An answer that is followed by another question stays in the sequence as context.
+
+    Returns:
+        A copy of the sequence without these answers, and the questions.
     """
-    beginnings: dict[int, list[int]] = defaultdict(list)  # index of a question's last token -> where answers begin
+    answer_starts: dict[int, list[int]] = defaultdict(list)  # index of a question's last token → of first answer tokens
     for index, parent in enumerate(row.parent):
         if row.is_answer[index] and parent >= 0 and not row.is_answer[parent]:
-            beginnings[parent].append(index)
-    questions, taken, is_answer = [], set(), list(row.is_answer)
-    for last, starts in beginnings.items():
+            answer_starts[parent].append(index)
+    questions, removed, is_answer = [], set(), list(row.is_answer)
+    for last, starts in answer_starts.items():
         path = _path_to(row, last)
         shows_all = sum(row.token_ids[index] == IMAGE_TOKEN_ID for index in path) == row.token_ids.count(IMAGE_TOKEN_ID)
-        spans = [_answer_from(row, start) for start in starts]
+        spans = [_answer_span(row, start) for start in starts]
         answers = [[row.token_ids[index] for index in span if row.token_ids[index] not in stop_ids] for span in spans]
-        if shows_all and len({tuple(answer) for answer in answers}) >= FEWEST_ANSWERS:
+        if shows_all and len({tuple(answer) for answer in answers}) >= MIN_ANSWERS:
             questions.append(OpenQuestion([row.token_ids[index] for index in path], answers, row.images))
             for span in spans:
                 for index in span:
                     is_answer[index] = False
                 branch = range(span.start, row.subtree_end[span.start])
-                taken.update(branch if not any(is_answer[index] for index in branch) else ())
-    return replace(row, is_answer=is_answer).without(taken), questions
+                removed.update(branch if not any(is_answer[index] for index in branch) else ())
+    return replace(row, is_answer=is_answer).without(removed), questions
 
 
 def _path_to(row: PackedSequence, index: int) -> list[int]:
-    """The indices of a token and of all before it in its conversation."""
+    """The indices of a token and of all its ancestors, the root first."""
     path = []
     while index >= 0:
         path.append(index)
@@ -69,7 +72,7 @@ def _path_to(row: PackedSequence, index: int) -> list[int]:
     return path[::-1]
 
 
-def _answer_from(row: PackedSequence, start: int) -> range:
+def _answer_span(row: PackedSequence, start: int) -> range:
     end = start + 1
     while end < len(row) and row.is_answer[end] and row.parent[end] == end - 1:
         end += 1
@@ -77,13 +80,13 @@ def _answer_from(row: PackedSequence, start: int) -> range:
 
 
 class Reward:
-    """CIDEr-D (Vedantam et al. 2015) plus BLEU-4 of a description, against those that people wrote of the picture.
+    """CIDEr-D (Vedantam et al. 2015) plus BLEU-4 of a text against its references.
 
-    How telling a word is, is counted over all pictures. A full stop counts as a word, else descriptions that break off
-    ("… and a") are rewarded, too.
+    CIDEr's document frequencies come from all pictures. A period counts as a word; otherwise truncated texts
+    ("… and a") would score well.
 
     Args:
-        references: what people wrote of each picture there is.
+        references: the human texts about each picture of the training set.
     """
 
     def __init__(self, references: Sequence[Sequence[str]]):
@@ -91,31 +94,31 @@ class Reward:
 
         self._all = CiderScorer(n=4, sigma=6.0)
         for texts in references:
-            self._all += (None, [_with_stop(text) for text in texts])
+            self._all += (None, [_with_period(text) for text in texts])
         self._all.compute_doc_freq()
 
     def __call__(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> torch.Tensor:
-        """[texts], about 0 to 10; each text has its own references."""
+        """The reward of each text against its own references, about 0 to 10: [texts]."""
         from pycocoevalcap.bleu.bleu_scorer import BleuScorer
         from pycocoevalcap.cider.cider_scorer import CiderScorer
 
         cider, bleu = CiderScorer(n=4, sigma=6.0), BleuScorer(n=4)
         for text, wanted in zip(texts, references, strict=True):
-            pair = (_with_stop(text), [_with_stop(reference) for reference in wanted])
+            pair = (_with_period(text), [_with_period(reference) for reference in wanted])
             cider += pair
             bleu += pair
         cider.document_frequency = self._all.document_frequency
-        cider.crefs = cider.crefs + self._all.crefs  # only their number counts: how many pictures there are
+        cider.crefs = cider.crefs + self._all.crefs  # only their number is used, as the number of documents
         _, bleu_scores = bleu.compute_score(option="closest", verbose=0)
         return torch.tensor(cider.compute_cider()) + torch.tensor(bleu_scores[3])
 
 
-def _with_stop(text: str) -> str:
+def _with_period(text: str) -> str:
     return words(text) + (" ." if text.rstrip().endswith(".") else "")
 
 
 def advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """How much better each answer is than the mean of the other answers to its question: [questions, answers]."""
+    """The reward of each sample minus the mean reward of the question's other samples: [questions, samples]."""
     others = (rewards.sum(dim=1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     return rewards - others
 
@@ -124,34 +127,37 @@ def advantages(rewards: torch.Tensor) -> torch.Tensor:
 def sample_answers(
     model: MultimodalModel, questions: Sequence[OpenQuestion], features: torch.Tensor, count: int
 ) -> list[list[list[int]]]:
-    """``count`` answers to each question as the model is likely to give them, with the token that ends them.
+    """Samples ``count`` answers to each question at temperature 1, each with its stop token.
 
-    The question is read once for all its answers.
+    A question is prefilled once for all its samples.
 
     Args:
-        features: [images, features, image_width] of the pictures that the questions show.
+        features: [images, features, image_dim] of the pictures in the questions.
+
+    Returns:
+        Token ids for each question and sample.
     """
     longest = max(len(question.token_ids) for question in questions)
     token_ids = torch.zeros(len(questions), longest, dtype=torch.long, device=model.device)  # [questions, longest]
     is_token = torch.zeros_like(token_ids)
-    for number, question in enumerate(questions):  # padded on the left, so that all answers begin at the right end
-        token_ids[number, longest - len(question.token_ids) :] = torch.tensor(question.token_ids)
-        is_token[number, longest - len(question.token_ids) :] = 1
-    room = 1 + max(len(answer) for question in questions for answer in question.answers)
+    for index, question in enumerate(questions):  # left padding aligns the ends of the prompts
+        token_ids[index, longest - len(question.token_ids) :] = torch.tensor(question.token_ids)
+        is_token[index, longest - len(question.token_ids) :] = 1
+    max_new_tokens = 1 + max(len(answer) for question in questions for answer in question.answers)
     is_training = model.training
-    model.eval()  # else gradient checkpointing would take the cache away
-    with torch.compiler.set_stance("force_eager"):  # a length more in every step: compiling is for training
-        written = _sample(model, model.splice(token_ids, features), is_token, count, room)
+    model.eval()  # in training mode, gradient checkpointing turns the KV cache off
+    with torch.compiler.set_stance("force_eager"):  # every step has a new length and would compile again
+        sampled = _sample(model, model.splice(token_ids, features), is_token, count, max_new_tokens)
     model.train(is_training)
     stop_ids = stop_token_ids(model.causal_language_model)
-    answers = [_up_to_stop(row, stop_ids) for row in written.tolist()]
+    answers = [_up_to_stop(row, stop_ids) for row in sampled.tolist()]
     return [answers[start : start + count] for start in range(0, len(answers), count)]
 
 
 def _sample(
-    model: MultimodalModel, embeddings: torch.Tensor, is_token: torch.Tensor, count: int, room: int
+    model: MultimodalModel, embeddings: torch.Tensor, is_token: torch.Tensor, count: int, max_new_tokens: int
 ) -> torch.Tensor:
-    """[questions × count, tokens], at most ``room`` tokens."""
+    """Samples until every sequence has a stop token: [questions × count, tokens]."""
     from transformers import DynamicCache
 
     language_model = model.causal_language_model
@@ -164,11 +170,11 @@ def _sample(
     ]  # [questions, vocabulary]
     cache.batch_repeat_interleave(count)
     logits, is_token, position = (part.repeat_interleave(count, dim=0) for part in (logits, is_token, position[:, -1:]))
-    written = []
+    sampled = []
     is_finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    for _ in range(room):
+    for _ in range(max_new_tokens):
         token = _draw(logits)  # [questions × count, 1]
-        written.append(token)
+        sampled.append(token)
         is_finished |= torch.isin(token[:, 0], stop_ids)
         if is_finished.all():
             break
@@ -176,43 +182,46 @@ def _sample(
         logits = language_model(input_ids=token, attention_mask=is_token, position_ids=position, **options).logits[
             :, -1
         ]
-    return torch.cat(written, dim=1)
+    return torch.cat(sampled, dim=1)
 
 
 def _draw(logits: torch.Tensor) -> torch.Tensor:
-    """A token for each row, by its probability: [rows, vocabulary] → [rows, 1].
+    """Samples a token per row from the softmax: [rows, vocabulary] → [rows, 1].
 
-    Many times as fast on a CPU as ``torch.multinomial``, which draws a random number for each word of the vocabulary.
+    Many times faster on a CPU than ``torch.multinomial``, which draws a random number for each vocabulary entry.
     """
-    reached = logits.float().softmax(dim=-1).cumsum(dim=-1)  # [rows, vocabulary]
-    return torch.searchsorted(reached, torch.rand_like(reached[:, :1]) * reached[:, -1:])
+    cumulative = logits.float().softmax(dim=-1).cumsum(dim=-1)  # [rows, vocabulary]
+    return torch.searchsorted(cumulative, torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:])
 
 
 def _up_to_stop(token_ids: list[int], stop_ids: set[int]) -> list[int]:
-    """With the token that ends the answer, which is part of what the model decides."""
-    end = next((place + 1 for place, token_id in enumerate(token_ids) if token_id in stop_ids), len(token_ids))
+    """The tokens up to and including the first stop token, which is trained like any other."""
+    end = next((index + 1 for index, token_id in enumerate(token_ids) if token_id in stop_ids), len(token_ids))
     return token_ids[:end]
 
 
 class SelfCriticalTrainer(MultimodalTrainer):
-    """Rewards the model's own answers to open questions, and teaches all other answers word by word.
+    """Trains open questions with SCST and all other answers with cross-entropy.
 
     Args:
-        tokenizer: to read what the model wrote.
+        tokenizer: decodes the samples.
 
     Raises:
-        BadInput: no question of the training set is open.
+        BadInput: the training set has no open question.
     """
 
     def __init__(self, *, tokenizer: Any, model: MultimodalModel, train_dataset: ConversationDataset, **options: Any):
         stop_ids = stop_token_ids(model.causal_language_model)
         rows, found = [], []
         for row in train_dataset.rows:
-            left, questions = take_open_questions(row, stop_ids)
-            rows.append(replace(left, open_questions=questions))
+            remaining, questions = take_open_questions(row, stop_ids)
+            rows.append(replace(remaining, open_questions=questions))
             found += questions
         if not found:
-            raise BadInput(f"No question was answered in {FEWEST_ANSWERS} ways, so there is nothing to compare with.")
+            raise BadInput(
+                f"No question has {MIN_ANSWERS} different answers, so SCST has nothing to compare its samples with: "
+                "add such questions or set scst_samples to 0."
+            )
         super().__init__(model=model, train_dataset=train_dataset.with_rows(rows), **options)
         self.tokenizer = tokenizer
         self.data_collator = _collate_with_rows
@@ -228,24 +237,24 @@ class SelfCriticalTrainer(MultimodalTrainer):
         return loss + model(**self._rewarded_batch(questions))["loss"]
 
     def _rewarded_batch(self, questions: list[OpenQuestion]) -> dict[str, torch.Tensor]:
-        """The model's samples as what it is to learn, each with its advantage as its weight."""
+        """A batch of sampled answers, each weighted by its advantage."""
         features = [
             torch.stack([self.train_dataset.features[name] for name in question.images]) for question in questions
         ]
         model = self.accelerator.unwrap_model(self.model)
-        shown = torch.cat(features).float().to(model.device)  # [images, features, image_width]
+        shown = torch.cat(features).float().to(model.device)  # [images, features, image_dim]
         sampled = sample_answers(model, questions, shown, self.recipe.scst_samples)
         references = [self._texts(question.answers) for question in questions for _ in range(self.recipe.scst_samples)]
         texts = self._texts([answer for answers in sampled for answer in answers])
-        rewards = self._reward(texts, references).view(len(questions), -1)  # [questions, own answers]
+        rewards = self._reward(texts, references).view(len(questions), -1)  # [questions, samples]
         self._rewards.append(rewards.mean().item())
         examples = []
-        for question, picture, answers, gains in zip(
+        for question, picture, answers, weights in zip(
             questions, features, sampled, advantages(rewards).tolist(), strict=True
         ):
             conversations = [_answered(question, answer) for answer in answers]
             length = sum(len(conversation.token_ids) for conversation in conversations)
-            examples += [{"row": row, "features": picture} for row in lay_out(conversations, length, gains)]
+            examples += [{"row": row, "features": picture} for row in lay_out(conversations, length, weights)]
         batch = {name: tensor.to(model.device) for name, tensor in collate(examples).items()}
         count = int((batch["labels"] != IGNORE_INDEX).sum()) * self.args.gradient_accumulation_steps
         return {**batch, "num_items_in_batch": count}

@@ -1,4 +1,4 @@
-"""The frozen language model spread over several devices, each of which keeps a share of every layer."""
+"""Shards the frozen language model: each device holds a part of every layer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ logger = logging.getLogger(__name__)
 
 
 def shard_base(model: MultimodalModel) -> None:
-    """Fully sharded data parallel (Zhao et al. 2023, arXiv 2304.11277) for the weights that are not trained.
+    """Shards the frozen weights with fully sharded data parallel, FSDP (Zhao et al. 2023, arXiv 2304.11277).
 
-    A layer is gathered when it is needed, and given up again. Projector and adapter are small: each device keeps them
-    whole, and their gradients are averaged as without this, so checkpoints and resuming know nothing of it.
+    FSDP gathers a layer when it is needed and frees it afterwards. Projector and adapter are small, so every device
+    holds them whole, and DDP averages their gradients. Checkpoints and resuming work as without sharding.
 
     Raises:
-        BadInput: there is one process only.
+        BadInput: there is only one process.
     """
     from torch.distributed import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -29,14 +29,14 @@ def shard_base(model: MultimodalModel) -> None:
 
     state = PartialState(cpu=choose_device().type == "cpu")
     if state.num_processes == 1:
-        raise BadInput("--shard spreads the model over several processes: begin with 'accelerate launch'.")
+        raise BadInput("--shard needs several processes: start the script with 'accelerate launch'.")
     mesh = init_device_mesh(state.device.type, (state.num_processes,))
     for layer in model.causal_language_model.get_decoder().layers:
         trained = {weight for weight in layer.parameters() if weight.requires_grad}
         fully_shard(layer, mesh=mesh, ignored_params=trained)
     sharded = {name: weight for name, weight in model.named_parameters() if isinstance(weight, DTensor)}
-    # What each process has a share of is not to be made the same everywhere.
+    # Keep DDP from broadcasting sharded parameters.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(sharded))
-    there_are = sum(weight.numel() for weight in sharded.values())
-    here = sum(weight.to_local().numel() for weight in sharded.values())
-    logger.info("Of %s frozen parameters in layers, %s are kept by this process", f"{there_are:,}", f"{here:,}")
+    total = sum(weight.numel() for weight in sharded.values())
+    local = sum(weight.to_local().numel() for weight in sharded.values())
+    logger.info("This process holds %s of %s frozen parameters in layers", f"{local:,}", f"{total:,}")

@@ -1,4 +1,4 @@
-"""Trains the projector and a LoRA adapter on transformers' Trainer, whose checkpoints become folders that chat."""
+"""Trains the projector and a LoRA adapter with transformers' Trainer; every checkpoint is a folder ready for chat."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from .recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-STAGING = ".unfinished"  # checkpoints are written here, and renamed when they are whole
+STAGING = ".unfinished"  # checkpoints are written here and renamed when they are complete
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """A recipe in the Trainer's words."""
-    evaluates = "steps" if recipe.eval else "no"
+    """Translates a recipe into the Trainer's arguments."""
+    eval_strategy = "steps" if recipe.eval else "no"
     return TrainingArguments(
         output_dir=recipe.out,
         num_train_epochs=recipe.epochs,
@@ -53,14 +53,14 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         fp16=recipe.precision == "fp16",
         logging_steps=recipe.log_steps,
         logging_first_step=True,
-        eval_strategy=evaluates,
+        eval_strategy=eval_strategy,
         eval_steps=recipe.eval_steps,
         save_steps=recipe.save_steps,
         save_total_limit=recipe.save_total_limit,
         metric_for_best_model="loss" if recipe.eval else None,
         greater_is_better=False if recipe.eval else None,
         load_best_model_at_end=recipe.patience > 0,
-        remove_unused_columns=False,  # they are the model's, whose forward takes other names than the datasets' rows
+        remove_unused_columns=False,  # the collator needs them: dataset columns are not the arguments of forward
         label_names=["labels"],
         prediction_loss_only=True,
         report_to=[] if recipe.report_to == ["none"] else recipe.report_to,
@@ -71,14 +71,13 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 
 
 class EpochSampler(Sampler[int]):
-    """Rows in an order that depends on the seed and the epoch alone, so that a resumed run finds it again.
+    """Draws sequences in an order that depends only on the seed and the epoch, so that a resumed run repeats it.
 
-    Rows of like length stand together in a step, which saves padding; the steps themselves come in random order. (With
-    transformers' LengthGroupedSampler they get shorter and shorter over fifty batches, and one kind of data follows the
-    other.)
+    A step holds sequences of similar length, which saves padding; the steps come in random order. (transformers'
+    LengthGroupedSampler orders each fifty batches by length, so kinds of data with different lengths come in blocks.)
     """
 
-    POOL = 50  # steps whose rows are sorted together
+    POOL = 50  # steps whose sequences are sorted by length together
 
     def __init__(self, step_size: int, lengths: Sequence[int], seed: int):
         self.step_size, self.lengths, self.seed = step_size, lengths, seed
@@ -99,24 +98,24 @@ class EpochSampler(Sampler[int]):
             for start in range(0, len(order), pool)
             for index in sorted(order[start : start + pool], key=lambda index: self.lengths[index])
         ]
-        whole = len(order) // self.step_size * self.step_size
-        steps = [order[start : start + self.step_size] for start in range(0, whole, self.step_size)]
+        full = len(order) // self.step_size * self.step_size  # sequences in full steps
+        steps = [order[start : start + self.step_size] for start in range(0, full, self.step_size)]
         random_numbers.shuffle(steps)
-        yield from (index for step in [*steps, order[whole:]] for index in step)
+        yield from (index for step in [*steps, order[full:]] for index in step)
 
 
 class MultimodalTrainer(Trainer):
-    """A Trainer with a rate for the projector and one for the adapter, that says what each of them does.
+    """A Trainer with separate learning rates and log columns for projector and adapter.
 
-    A checkpoint is written under a temporary name, read back, compared, and renamed: whatever is called
-    ``checkpoint-N`` is whole.
+    A checkpoint is written under a temporary name, read back, compared, and renamed, so every ``checkpoint-N`` is
+    complete.
 
-    Private hooks of transformers' Trainer that are overridden here, which a minor version may change. The suite has
-    passed with transformers 5.23, and the requirements allow no other minor version:
+    These private hooks of transformers' Trainer are overridden, and a minor version may change them. The suite passes
+    with transformers 5.23, and the requirements allow no other minor version:
 
-        _get_train_sampler: an order that a resumed run finds again
-        _clip_grad_norm: the norm of each part's gradient, before clipping
-        _save: a weights folder in place of the whole model
+        _get_train_sampler: an order that a resumed run repeats
+        _clip_grad_norm: records each part's gradient norm before clipping
+        _save: writes a weights folder instead of the whole model
         _get_output_dir, _save_checkpoint: write aside, compare, rename
         _load_from_checkpoint, _load_best_model: read a weights folder
     """
@@ -132,11 +131,11 @@ class MultimodalTrainer(Trainer):
         self.parts = {name: weights for name, weights in self.parts.items() if weights}
         self._start = {name: [weight.detach().clone() for weight in part] for name, part in self.parts.items()}
         self._gradient_norms: dict[str, torch.Tensor] = {}
-        self._showed_pictures = self._checked_gradients = False
+        self._has_seen_picture = self._has_checked_gradients = False
         self._answer_tokens = 0
         self._logged_at = time.monotonic()
 
-    # What is trained, and how fast
+    # Optimizer, sampling, loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -147,54 +146,54 @@ class MultimodalTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         lengths = [len(row) for row in (train_dataset or self.train_dataset).rows]
-        # Batches that are accumulated, or spread over devices, make one step together: they are of like length, too.
+        # Accumulated batches, and those of all devices, form one step, so they get similar lengths, too.
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return EpochSampler(step, lengths, self.args.seed)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
         if model.training:
-            self._showed_pictures |= "image_features" in inputs
+            self._has_seen_picture |= "image_features" in inputs
             self._answer_tokens += int((inputs["labels"] != IGNORE_INDEX).sum())
-            share = scheduled_sampling_share(self.state.global_step, self.recipe)
-            if share > 0:
-                inputs = self._with_predicted_tokens(inputs, share)
+            probability = scheduled_sampling_probability(self.state.global_step, self.recipe)
+            if probability > 0:
+                inputs = self._with_predicted_tokens(inputs, probability)
         return super().compute_loss(model, inputs, *arguments, **options)
 
     @torch.no_grad()
-    def _with_predicted_tokens(self, inputs: dict[str, Any], share: float) -> dict[str, Any]:
-        """Replaces a share of the answers' tokens by what the model predicts in their place; labels stay."""
+    def _with_predicted_tokens(self, inputs: dict[str, Any], probability: float) -> dict[str, Any]:
+        """Replaces each answer token, with this probability, by the model's own prediction; labels stay."""
         logits, _ = self.accelerator.unwrap_model(self.model).label_logits(**inputs)
         is_label = inputs["labels"] != IGNORE_INDEX  # [batch, length]
         predicted = torch.zeros_like(inputs["input_ids"]).masked_scatter(is_label, logits.argmax(dim=-1))
-        is_replaced = is_label & (torch.rand(is_label.shape, device=is_label.device) < share)
+        is_replaced = is_label & (torch.rand(is_label.shape, device=is_label.device) < probability)
         return {**inputs, "input_ids": inputs["input_ids"].where(~is_replaced, predicted)}
 
-    # What the log says
+    # Gradient checks and logging
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         self._gradient_norms = {name: _norm([weight.grad for weight in part]) for name, part in self.parts.items()}
-        if self._showed_pictures and not self._checked_gradients:  # without a picture the projector has none
+        if self._has_seen_picture and not self._has_checked_gradients:  # the projector's gradients need a picture
             self._check_gradients()
-            self._checked_gradients = True
+            self._has_checked_gradients = True
         return super()._clip_grad_norm(model)
 
     def _check_gradients(self) -> None:
-        """Raises unless exactly the parameters that are to be trained have gradients."""
+        """Raises WeightsError unless exactly the trainable parameters have gradients."""
         trained = {id(weight) for part in self.parts.values() for weight in part}
         named = list(self.accelerator.unwrap_model(self.model).named_parameters())
         without = [name for name, weight in named if id(weight) in trained and weight.grad is None]
         frozen = [name for name, weight in named if id(weight) not in trained and weight.grad is not None]
         if without or frozen:
             raise WeightsError(
-                f"After the first step {len(without)} parameters that are to be trained have no gradient "
-                f"({', '.join(without[:3])}), and {len(frozen)} frozen ones have ({', '.join(frozen[:3])})."
+                f"After the first step {len(without)} trainable parameters have no gradient "
+                f"({', '.join(without[:3])}), and {len(frozen)} frozen ones have one ({', '.join(frozen[:3])})."
             )
         for name, part in self.parts.items():
             if not self._gradient_norms[name] > 0:
                 raise WeightsError(f"After the first step the gradient of the {name} is {self._gradient_norms[name]}.")
             count = sum(weight.numel() for weight in part)
             logger.info("%s: all %d tensors (%s parameters) have gradients", name, len(part), f"{count:,}")
-        logger.info("%d other tensors are frozen, without gradients", len(named) - len(trained))
+        logger.info("The other %d tensors are frozen and have no gradients", len(named) - len(trained))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -207,13 +206,12 @@ class MultimodalTrainer(Trainer):
                 logs[f"{name}_learning_rate"] = group["lr"]
                 logs[f"{name}_gradient_norm"] = float(self._gradient_norms[name])
                 logs[f"{name}_change"] = self._change(name)
-            share = scheduled_sampling_share(self.state.global_step, self.recipe)
             if self.recipe.scheduled_sampling:
-                logs["scheduled_sampling"] = share
+                logs["scheduled_sampling"] = scheduled_sampling_probability(self.state.global_step, self.recipe)
         super().log(logs, start_time)
 
     def _change(self, name: str) -> float:
-        """How far a part has moved since the start, relative to its size then."""
+        """Distance of a part's weights from the start, relative to their norm at the start."""
         moved = [
             now.detach() - then.to(now.device) for now, then in zip(self.parts[name], self._start[name], strict=True)
         ]
@@ -234,7 +232,7 @@ class MultimodalTrainer(Trainer):
         best = self.state.best_global_step
         best_folder = out / f"{PREFIX_CHECKPOINT_DIR}-{best}"
         if best == self.state.global_step or best_folder.exists():
-            self.state.best_model_checkpoint = str(best_folder)  # not in the staging folder, where the Trainer looks
+            self.state.best_model_checkpoint = str(best_folder)  # the Trainer would name the staging folder
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -243,7 +241,7 @@ class MultimodalTrainer(Trainer):
                 self._compare_with_disk(staged)
                 shutil.rmtree(out / name, ignore_errors=True)
                 staged.rename(out / name)
-        except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk each library says so in its own way
+        except (OSError, RuntimeError, SafetensorError) as error:  # libraries report a full disk in different ways
             raise WeightsError(_not_written(name, checkpoints(out))) from error
         finally:
             if self.args.should_save:
@@ -253,17 +251,17 @@ class MultimodalTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _compare_with_disk(self, folder: Path) -> None:
-        """Raises WeightsError unless what was written is what is in memory."""
+        """Raises WeightsError unless the written tensors equal those in memory."""
         for name, tensors in trained_state(self.accelerator.unwrap_model(self.model)).items():
             written = load_file(folder / name)
             same = written.keys() == tensors.keys() and all(
                 torch.equal(written[key], tensor.cpu()) for key, tensor in tensors.items()
             )
             if not same:
-                raise WeightsError(f"{name} of {folder.name} was not written as it is in memory; is the disk sound?")
+                raise WeightsError(f"{name} of {folder.name} differs from memory after writing: check the disk.")
 
     def _prune(self, out: Path) -> None:
-        """Removes the oldest checkpoints beyond ``keep``, never the best one."""
+        """Removes the oldest checkpoints beyond ``save_total_limit``, never the best one."""
         best = Path(self.state.best_model_checkpoint).name if self.state.best_model_checkpoint else None
         others = [folder for folder in checkpoints(out) if folder.name != best]
         for folder in others[: -self.recipe.save_total_limit or None]:
@@ -273,25 +271,25 @@ class MultimodalTrainer(Trainer):
         load_weights(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        logger.info("The best weights are those of %s", Path(self.state.best_model_checkpoint).name)
+        logger.info("Loading the best weights, from %s", Path(self.state.best_model_checkpoint).name)
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """Whole checkpoints in the output folder of a run, the newest last."""
+    """Complete checkpoints in a run's output folder, the newest last."""
     found = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")
     return sorted((path.parent for path in found), key=lambda path: int(path.name.rsplit("-", 1)[1]))
 
 
-def _not_written(name: str, whole: list[Path]) -> str:
-    kept = f"{whole[-1].name} is whole: with --resume the run goes on from it" if whole else "There is none before it"
-    return f"{name} could not be written; is the disk full? {kept}, once there is room."
+def _not_written(name: str, complete: list[Path]) -> str:
+    advice = f"resume from {complete[-1].name} with --resume" if complete else "start the run again"
+    return f"{name} could not be written. If the disk is full, free some space and {advice}."
 
 
-def scheduled_sampling_share(step: int, recipe: Recipe) -> float:
-    """The probability of feeding the model its own prediction: 0, up to ``scheduled_sampling``, back to 0, and again.
+def scheduled_sampling_probability(step: int, recipe: Recipe) -> float:
+    """The probability of feeding the model its own prediction: a cosine cycle, 0 to ``scheduled_sampling`` and back.
 
-    Scheduled sampling (Bengio et al. 2015, arXiv 1506.03099) with a share that cycles.
+    Scheduled sampling: Bengio et al. 2015, arXiv 1506.03099.
     """
     return recipe.scheduled_sampling * 0.5 * (1 - math.cos(2 * math.pi * step / recipe.scheduled_sampling_cycle))
 

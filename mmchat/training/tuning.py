@@ -1,7 +1,7 @@
-"""Tunes an image encoder to tell which words people will use for a picture, before anything reads its features.
+"""Fine-tunes an image encoder to predict the words of captions (Joulin et al. 2016, arXiv 1511.02251).
 
-ImageNet's classes are single things; captions also name colors, numbers and what happens. Learning visual features by
-predicting the words of captions is Joulin et al. 2016, arXiv 1511.02251.
+ImageNet's classes are objects; captions also name colors, numbers and actions. The tuning comes before any features
+are computed.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ from .data.questions import AGREEMENT, words_of
 
 logger = logging.getLogger(__name__)
 
-FROZEN_BLOCKS = 5  # edges and textures, which need no tuning, at the highest resolution, which costs most
-SMALLEST_CROP = 0.65  # of a picture's sides, at least: what is learnt anew for every crop is learnt by heart later
-COMMON = 12  # pictures whose captions have to agree on a word
-SHARE = 0.5  # of the way from ImageNet's weights: better on other pictures than all of it (arXiv 2109.01903)
-HEAD_RATE = 1e-3  # of the layer that predicts the words, which starts from nothing
+FROZEN_BLOCKS = 5  # the first blocks compute edges and textures, which need no tuning, and cost the most
+MIN_CROP = 0.65  # minimum crop side as a fraction of the picture; random crops delay overfitting
+MIN_PICTURES = 12  # pictures whose captions must agree on a word to include it
+SHARE = 0.5  # interpolation from ImageNet's weights; generalizes better than 1 (WiSE-FT, arXiv 2109.01903)
+HEAD_LEARNING_RATE = 1e-3  # of the new word classifier
 DROPOUT = 0.3
-BATCH = 32
+BATCH_SIZE = 32
 
 
 def words_and_pairs(caption: str) -> set[str]:
-    """The words of a caption that say something, and pairs of neighbours: "red shirt", "two dogs"."""
+    """The content words of a caption and its pairs of adjacent content words: "red shirt", "two dogs"."""
     words = words_of(caption)
     pairs = {f"{one} {other}" for one, other in pairwise(words) if not STOP_WORDS & {one, other}}
     return pairs | (set(words) - STOP_WORDS)
 
 
 class PicturesWithWords(Dataset):
-    """Crops of pictures, mirrored half of the time, and the share of their captions that use each word.
+    """Random crops and mirror images of pictures, each with the fraction of its captions that use each word.
 
     Args:
         pictures: ``{"image": file name, "captions": [text, …]}``.
-        folder: where the files lie.
+        folder: holds the picture files.
         encoder: prepares the pixels.
 
     Raises:
-        BadInput: the captions have no word in common.
+        BadInput: no word occurs in enough captions.
     """
 
     def __init__(self, pictures: Sequence[dict], folder: Path, encoder: ImageEncoder):
@@ -68,10 +68,10 @@ class PicturesWithWords(Dataset):
             for picture in pictures
         ]
         common = Counter(word for words in said for word, count in words.items() if count >= AGREEMENT)
-        self.words = [word for word, count in common.most_common() if count >= COMMON]
+        self.words = [word for word, count in common.most_common() if count >= MIN_PICTURES]
         if not self.words:
-            raise BadInput(f"No word is in the captions of {COMMON} pictures; these are too few to learn from.")
-        self.shares = torch.tensor(
+            raise BadInput(f"No word is in the captions of {MIN_PICTURES} pictures: there are too few pictures.")
+        self.targets = torch.tensor(
             [
                 [words[word] / len(picture["captions"]) for word in self.words]
                 for words, picture in zip(said, pictures, strict=True)
@@ -83,40 +83,40 @@ class PicturesWithWords(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         picture = _crop(open_image(self.folder / self.names[index]))
-        return {"pixels": self.encoder.pixels(picture), "labels": self.shares[index]}
+        return {"pixels": self.encoder.pixels(picture), "labels": self.targets[index]}
 
 
 def _crop(picture: Image.Image) -> Image.Image:
-    """A random part, mirrored half of the time."""
-    share = random.uniform(SMALLEST_CROP, 1)
-    width, height = round(picture.width * share), round(picture.height * share)
+    """A random crop, mirrored with probability one half."""
+    scale = random.uniform(MIN_CROP, 1)
+    width, height = round(picture.width * scale), round(picture.height * scale)
     left, top = random.randint(0, picture.width - width), random.randint(0, picture.height - height)
     part = picture.crop((left, top, left + width, top + height))
     return ImageOps.mirror(part) if random.random() < 0.5 else part
 
 
 class WordPredictor(nn.Module):
-    """An EfficientNet-Lite and a layer that reads the mean and the largest of its features over the picture."""
+    """An EfficientNet-Lite with a linear word classifier on the mean-pooled and max-pooled features."""
 
-    def __init__(self, network: EfficientNet, width: int, shares: torch.Tensor):
+    def __init__(self, network: EfficientNet, image_dim: int, targets: torch.Tensor):
         super().__init__()
         self.network = network
-        self.head = nn.Linear(2 * width, shares.shape[1])
+        self.head = nn.Linear(2 * image_dim, targets.shape[1])
         nn.init.zeros_(self.head.weight)
-        self.head.bias.data = torch.logit(shares.mean(dim=0), eps=1e-4)  # how common each word is
+        self.head.bias.data = torch.logit(targets.mean(dim=0), eps=1e-4)  # word frequencies
         self.tuned = [*network.blocks[FROZEN_BLOCKS:], network.head]
         for module in self.tuned:
             module.requires_grad_(True)
 
     def forward(self, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The loss: cross-entropy of the words' shares, summed over words.
+        """The binary cross-entropy, summed over words and averaged over the batch.
 
         Args:
             pixels: [batch, 3, height, width].
-            labels: [batch, words], the share of captions with each word.
+            labels: the fraction of captions with each word, [batch, words].
         """
-        maps = self.network(pixels.contiguous(memory_format=torch.channels_last))
-        features = torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1)  # [batch, 2 · width]
+        maps = self.network(pixels.contiguous(memory_format=torch.channels_last))  # [batch, image_dim, rows, columns]
+        features = torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1)  # [batch, 2 · image_dim]
         logits = self.head(nn.functional.dropout(features, DROPOUT, self.training))  # [batch, words]
         losses = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         return {"loss": losses.sum(dim=1).mean()}
@@ -125,33 +125,34 @@ class WordPredictor(nn.Module):
 def tune_image_encoder(
     encoder: Any, pictures: Sequence[dict], folder: Path, out: Path, *, epochs: float, lr: float, seed: int = 0
 ) -> None:
-    """Tunes an EfficientNet-Lite, and writes weights on the way there, in half precision, to ``out``.
+    """Tunes an EfficientNet-Lite and writes weights halfway between the original and the tuned ones, in fp16.
 
-    Its batch norms are folded away, so what is tuned is the convolutions alone.
+    The batch norms are folded into the convolutions, so tuning changes convolutions only.
 
     Args:
-        encoder: as ``load_image_encoder`` gives it; its network is changed, so load what was written, and drop this.
-        pictures, folder: as ``PicturesWithWords`` takes them.
-        lr: of the convolutions; it falls to nothing along half a cosine.
+        encoder: from ``load_image_encoder``. Tuning changes its network in place: drop it and load the written weights.
+        pictures, folder: as in ``PicturesWithWords``.
+        lr: peak learning rate of the convolutions, with cosine decay to 0.
 
     Raises:
-        BadInput: a picture cannot be read, or the captions have no word in common.
+        BadInput: a picture is unreadable, or no word occurs in enough captions.
     """
     set_seed(seed)
     start = {name: weight.clone() for name, weight in encoder.network.published_state().items()}
     dataset = PicturesWithWords(pictures, folder, encoder)
-    logger.info("%d pictures and %d words to learn from", len(dataset), len(dataset.words))
-    model = WordPredictor(encoder.network, encoder.preset.image_dim, dataset.shares)
+    logger.info("Tuning on %d pictures and %d words", len(dataset), len(dataset.words))
+    model = WordPredictor(encoder.network, encoder.preset.image_dim, dataset.targets)
     convolutions = [weight for module in model.tuned for weight in module.parameters()]
     optimizer = torch.optim.AdamW(
-        [{"params": convolutions, "lr": lr}, {"params": model.head.parameters(), "lr": HEAD_RATE}], weight_decay=0.02
+        [{"params": convolutions, "lr": lr}, {"params": model.head.parameters(), "lr": HEAD_LEARNING_RATE}],
+        weight_decay=0.02,
     )
     arguments = TrainingArguments(
         output_dir=str(out),
         num_train_epochs=epochs,
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=BATCH_SIZE,
         lr_scheduler_type="cosine",
-        warmup_steps=0.1,  # of all steps
+        warmup_steps=0.1,  # a fraction of all steps
         max_grad_norm=5.0,
         use_cpu=choose_device().type == "cpu",
         logging_steps=25,
@@ -167,6 +168,6 @@ def tune_image_encoder(
     state = {
         name: start[name].lerp(weight.cpu(), SHARE).half().contiguous()
         for name, weight in encoder.network.published_state().items()
-        if not name.startswith("_fc.")  # ImageNet's classes
+        if not name.startswith("_fc.")  # ImageNet's classifier
     }
     save_file(state, out / IMAGE_ENCODER_FILE)

@@ -1,4 +1,4 @@
-"""Captions → conversations: files of captions in the usual formats, and what is made of them."""
+"""Captions → conversations: reads caption files in the common formats and writes descriptions and questions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .conversations import entry_of
 from .details import DETAIL, asked_for_detail, detailed_pictures
 from .questions import AGREEMENT, Question, ask, words_of
 
-# "Describe the image." is what the page asks for a picture without words, so half of all pictures are asked that.
+# The page sends "Describe the image." with a picture alone, so half of the pictures get this wording.
 DESCRIBE = "Describe the image."
 OTHER_WORDINGS = (
     "Describe this picture.", "Describe what you see.", "What is in this picture?", "What do you see?",
@@ -31,17 +31,17 @@ RARE_KINDS = ("color", "count")
 
 
 def read_captions(path: str | Path) -> list[dict[str, Any]]:
-    """Pictures with their captions: ``{"image": file name, "captions": [text, …], "split": name or None}``.
+    """Reads pictures with their captions: ``{"image": file name, "captions": [text, …], "split": name or None}``.
 
-    Where a JSON list has ``sentences``, too (one list for each caption: what one person wrote, sentence by sentence),
-    these are kept; such captions are long descriptions.
+    The formats are COCO JSON (``images`` and ``annotations``), Karpathy's JSON (``images`` with ``sentences`` and
+    ``split``), a JSON list of ``{"image", "captions"}``, and Flickr8k's text lists (``name#number<tab>caption``, or
+    ``name,caption`` below a header line).
 
-    Reads COCO JSON (``images`` and ``annotations``), Karpathy's JSON (``images`` with ``sentences`` and ``split``), a
-    JSON list of ``{"image", "captions"}``, and Flickr8k's text lists (``name#number<tab>caption``, or ``name,caption``
-    under a line of headings).
+    A JSON list may also have ``sentences``: for each caption, the list of sentences that one person wrote. They are
+    kept, and such captions count as long descriptions.
 
     Raises:
-        BadInput: it is none of these.
+        BadInput: the file is unreadable or in none of these formats.
     """
     path = Path(path)
     try:
@@ -53,8 +53,8 @@ def read_captions(path: str | Path) -> list[dict[str, Any]]:
         pictures = _from_json(json.loads(text)) if is_json else _from_list(text)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(
-            f"{path.name} is no file of captions I know: COCO or Karpathy JSON, a JSON list of image and captions, or "
-            f"Flickr8k's list ({error!r})."
+            f"{path.name} is in no known caption format; use COCO or Karpathy JSON, a JSON list of image and captions, "
+            f"or Flickr8k's list ({error!r})."
         ) from error
     if not pictures:
         raise BadInput(f"{path.name} holds no captions.")
@@ -62,16 +62,16 @@ def read_captions(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_split(path: str | Path, splits: str | Path | None, split: str | None) -> list[dict[str, Any]]:
-    """Pictures with their captions, as ``read_captions`` gives them, of one split.
+    """The pictures of one split, as ``read_captions`` returns them.
 
     Args:
-        splits: a JSON file, name of a split -> file names; None: what the captions themselves say.
-        split: its name; None for every picture.
+        splits: a JSON file, split name → file names; None: use the splits in the caption file.
+        split: the split's name; None for every picture.
 
     Raises:
-        BadInput: a file cannot be read, or there are no pictures in that split.
+        BadInput: a file is unreadable, or the split has no pictures.
     """
-    pictures = every = read_captions(path)
+    pictures = all_pictures = read_captions(path)
     if splits:
         named = read_splits(splits)
         if split not in named:
@@ -81,19 +81,24 @@ def read_split(path: str | Path, splits: str | Path | None, split: str | None) -
     elif split:
         pictures = [picture for picture in pictures if picture["split"] == split]
     if not pictures:
-        known = sorted({picture["split"] for picture in every if picture["split"]})
+        known = sorted({picture["split"] for picture in all_pictures if picture["split"]})
         raise BadInput(
             f"There are no pictures in the split '{split}'. "
-            + (f"There are: {', '.join(known)}." if known else "These captions name no splits: leave --split out.")
+            + (f"The splits are {', '.join(known)}." if known else "These captions name no splits: omit --split.")
         )
     return pictures
 
 
 def read_splits(path: str | Path) -> dict[str, list[str]]:
+    """Reads a JSON file of splits, split name → file names.
+
+    Raises:
+        BadInput: the file is unreadable or has another format.
+    """
     try:
         return dict(json.loads(Path(path).read_text()))
     except (OSError, TypeError, ValueError) as error:
-        raise BadInput(f"{path} is no JSON of splits: {{name of a split: [file name, …], …}}.") from error
+        raise BadInput(f"{path} must be JSON of the form {{name of a split: [file name, …], …}}.") from error
 
 
 def _from_json(content: Any) -> list[dict]:
@@ -132,13 +137,13 @@ def _from_list(text: str) -> list[dict]:
         match = re.match(r"(.+?)#\d+\t(.+)", line) or re.match(r"(.+?\.\w+),(.+)", line)
         if match:
             captions[match[1]].append(match[2].strip('" '))
-        elif line.strip() and number > 1:  # the first line may hold headings
+        elif line.strip() and number > 1:  # the first line may be a header
             raise ValueError(f"line {number}")
     return [{"image": image, "captions": found, "split": None} for image, found in captions.items()]
 
 
 def tidy_caption(caption: str) -> str:
-    """One sentence as people write it: a capital first, a full stop last, no space before either."""
+    """A caption as a sentence: capitalized, with a period, and without spaces before punctuation."""
     text = re.sub(r"\s+", " ", caption).strip()
     text = re.sub(r"\s+([.,!?;:'])", r"\1", text).rstrip(" .,;:") + "."
     return text[:1].upper() + text[1:]
@@ -154,25 +159,25 @@ def conversations(
     apart: bool = False,
     details: bool = False,
 ) -> Iterator[dict]:
-    """LLaVA-Instruct entries: each caption as a description, the questions after it or by themselves.
+    """LLaVA-Instruct entries: each caption as a description, with questions after a description or on their own.
 
-    All captions of a picture answer the same question, so that in training they share a row up to the answer. A
-    question does not follow a description that holds its answer: the model would learn to read it there, not to look.
-    (Whether a thing is there may be asked after any: else "no" would be likelier than "yes".)
+    All captions of a picture answer the same prompt, so packing stores that prompt once. A question never follows a
+    description that contains its answer: the model would learn to copy it instead of looking. Presence questions are
+    the exception; without them "no" would be more frequent than "yes" after a description.
 
     Args:
-        pictures: as ``read_captions`` gives them.
-        with_questions: ask what the captions answer, too.
-        agreement: as for ``ask``.
-        per_image: only so many questions about a picture.
-        apart: every question by itself, none after a description.
-        details: ask for detailed descriptions, too.
+        pictures: from ``read_captions``.
+        with_questions: add the questions that the captions answer.
+        agreement: as in ``ask``.
+        per_image: maximum number of questions about a picture.
+        apart: put every question into its own conversation.
+        details: add detailed descriptions.
     """
     if details:
         yield from details_to_train_on(pictures, rng)
-    pictures = [picture for picture in pictures if not picture.get("sentences")]  # no captions of one sentence
+    pictures = [picture for picture in pictures if not picture.get("sentences")]  # long descriptions are no captions
     asked = ask(pictures, rng, agreement=agreement) if with_questions else [[] for _ in pictures]
-    if with_questions:  # few captions give a color or a number, so these are asked again in other words
+    if with_questions:  # colors and counts are rare, so they are asked a second time in another wording
         for questions, again in zip(asked, ask(pictures, rng, agreement=agreement), strict=True):
             questions += [question for question in again if question.kind in RARE_KINDS]
     for picture, questions in zip(pictures, asked, strict=True):
@@ -192,19 +197,19 @@ def conversations(
 
 
 def details_to_train_on(pictures: Sequence[dict], rng: random.Random) -> Iterator[dict]:
-    """A detailed description of each picture that there is one of."""
+    """Training entries: a detailed description of each picture that has one."""
     for picture, text in detailed_pictures(pictures):
         yield entry_of(f"{picture['image']}-detail", picture["image"], [(asked_for_detail(rng), text)])
 
 
 def _gives_away(turn: Sequence[tuple[str, str]], question: Question) -> bool:
-    """Whether what was said in a conversation answers the question."""
+    """Whether a conversation already contains the answer."""
     said = {word for _, answer in turn for word in words_of(answer)}
     return question.kind != "presence" and not said.isdisjoint(words_of(question.answer))
 
 
 def _follow_up(question: Question, said: str, rng: random.Random) -> str:
-    """Sometimes "it" in place of the noun, where what was said names nothing before it."""
+    """The question, at random with "it" for the noun if the description begins with that noun."""
     named = re.match(r"(?:A|The) (?:\w+ )?(\w+)", said)
     if question.kind == "color" and named and named[1] == question.subject and rng.random() < 0.5:
         return "What color is it?"
@@ -212,9 +217,9 @@ def _follow_up(question: Question, said: str, rng: random.Random) -> str:
 
 
 def descriptions(pictures: Sequence[dict]) -> Iterator[dict]:
-    """One question to describe each picture, to evaluate on: the first caption is the answer, all are references."""
+    """Evaluation entries: one description per picture. The first caption is the answer, all are references."""
     for picture in pictures:
-        if picture.get("sentences"):  # these are no captions of one sentence
+        if picture.get("sentences"):  # a long description, not a caption
             continue
         captions = [tidy_caption(caption) for caption in picture["captions"]]
         yield entry_of(
@@ -223,7 +228,7 @@ def descriptions(pictures: Sequence[dict]) -> Iterator[dict]:
 
 
 def details_only(pictures: Sequence[dict]) -> Iterator[dict]:
-    """One question for a detailed description of each picture, to evaluate on; all captions are references."""
+    """Evaluation entries: one detailed description per picture, with all captions as references."""
     for picture, text in detailed_pictures(pictures):
         captions = [text] if picture.get("sentences") else [tidy_caption(caption) for caption in picture["captions"]]
         yield entry_of(
@@ -232,7 +237,7 @@ def details_only(pictures: Sequence[dict]) -> Iterator[dict]:
 
 
 def questions_only(pictures: Sequence[dict], rng: random.Random) -> Iterator[dict]:
-    """Each question that the captions answer as a conversation of its own, with its kind, to evaluate on."""
+    """Evaluation entries: each question that the captions answer, with its kind."""
     pictures = [picture for picture in pictures if not picture.get("sentences")]
     for picture, questions in zip(pictures, ask(pictures, rng), strict=True):
         for number, question in enumerate(questions):

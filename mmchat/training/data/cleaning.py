@@ -1,11 +1,11 @@
-"""Cleaning of training answers."""
+"""Removes punctuation and stop words from training answers."""
 
 from __future__ import annotations
 
 import string
 from typing import Any
 
-# What says nothing by itself. A list of our own: nltk's has to be downloaded, and this works without a network.
+# Our own list: nltk's must be downloaded, and this module works offline.
 STOP_WORDS = frozenset(
     "a an the this that these those there here it its he she they them his her their i you we me us my your our "
     "of in on at by to from with for as into onto over under about and or but so if then than is are was were be "
@@ -16,19 +16,19 @@ STOP_WORDS = frozenset(
 
 
 def clean_answer(text: str) -> str:
-    """An answer without punctuation and stop words: "The dog is brown." → "dog brown".
+    """Removes punctuation and stop words: "The dog is brown." → "dog brown".
 
-    An answer that has nothing else, such as "No.", keeps its words.
+    An answer of stop words alone, such as "No.", keeps them.
     """
     from nltk.tokenize import wordpunct_tokenize
 
     words = [word for word in wordpunct_tokenize(text) if any(letter not in string.punctuation for letter in word)]
-    telling = [word for word in words if word.lower() not in STOP_WORDS]
-    return " ".join(telling or words)
+    content = [word for word in words if word.lower() not in STOP_WORDS]
+    return " ".join(content or words)
 
 
 def clean_answers(entry: dict[str, Any]) -> dict[str, Any]:
-    """A LLaVA-Instruct entry with its answers cleaned."""
+    """A copy of a LLaVA-Instruct entry with cleaned answers."""
     turns = [
         {**turn, "value": clean_answer(turn["value"])} if turn["from"] == "gpt" else turn
         for turn in entry["conversations"]

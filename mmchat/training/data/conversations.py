@@ -1,8 +1,8 @@
-"""LLaVA-Instruct JSON, the one format of training data: read as it is, streamed, checked, written.
+"""LLaVA-Instruct JSON, the format of all training data: streaming reader, checks, writer.
 
-The format is LLaVA's own (Liu et al. 2023, arXiv 2304.08485): a list of
-``{"id", "image", "conversations": [{"from": "human" | "gpt", "value": text}, …]}`` with ``<image>`` in the human text
-where the picture is shown.
+The format is that of LLaVA (Liu et al. 2023, arXiv 2304.08485): a list of
+``{"id", "image", "conversations": [{"from": "human" | "gpt", "value": text}, …]}``, with ``<image>`` in the human text
+where the picture stands.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from ...errors import BadInput
 
 IMAGE_MARK = "<image>"
 SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}
-CHUNK = 1 << 20  # characters read at a time
+CHUNK = 1 << 20  # characters per read
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One training example: messages whose pictures are file names."""
+    """A training example: messages whose images are file names."""
 
     id: str
     messages: tuple[Message, ...]
 
     @property
     def images(self) -> tuple[str, ...]:
-        """In reading order."""
+        """The file names, in the order of the messages."""
         return tuple(image for message in self.messages for image in message.images)
 
 
 def read_conversations(path: str | Path) -> Iterator[Conversation]:
-    """The conversations of a file, one after the other, so that a file of any size takes little memory.
+    """Streams the conversations of a file; memory does not grow with its size.
 
     Raises:
-        BadInput: it is no such file; the message names the file and the line.
+        BadInput: the file is unreadable or malformed; the message names the file and the line.
     """
     path = Path(path)
     count = 0
@@ -50,7 +50,7 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
 
 
 def write_conversations(path: str | Path, entries: Iterable[dict]) -> int:
-    """Writes LLaVA-Instruct entries, one on each line of a JSON list, and returns how many."""
+    """Writes LLaVA-Instruct entries as a JSON list, one per line, and returns their number."""
     count = 0
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with Path(path).open("w", encoding="utf-8") as sink:
@@ -61,36 +61,41 @@ def write_conversations(path: str | Path, entries: Iterable[dict]) -> int:
 
 
 def entry_of(identifier: str, image: str | None, turns: Sequence[tuple[str, str]], **extra: Any) -> dict:
-    """A LLaVA-Instruct entry of questions and answers, the picture shown with the first question.
+    """A LLaVA-Instruct entry of questions and answers, with the picture before the first question.
 
-    ``extra`` fields are carried along and ignored in training; evaluate.py reads ``kind``, ``references`` and
-    ``accepted``.
+    Args:
+        extra: further fields of the entry. Training ignores them; evaluate.py reads ``kind``, ``references`` and
+            ``accepted``.
     """
-    spoken = []
-    for number, (question, answer) in enumerate(turns):
-        shown = f"{IMAGE_MARK}\n{question}" if image and number == 0 else question
-        spoken.append({"from": "human", "value": shown})
-        spoken.append({"from": "gpt", "value": answer})
-    return {"id": identifier, **({"image": image} if image else {}), "conversations": spoken, **extra}
+    messages = []
+    for index, (question, answer) in enumerate(turns):
+        text = f"{IMAGE_MARK}\n{question}" if image and index == 0 else question
+        messages.append({"from": "human", "value": text})
+        messages.append({"from": "gpt", "value": answer})
+    return {"id": identifier, **({"image": image} if image else {}), "conversations": messages, **extra}
 
 
 def split_by_image(path: str | Path, share: float, rng: Any) -> tuple[list[dict], list[dict]]:
-    """The entries of a file in two parts; those about one picture stay together.
+    """Splits the entries of a file into two parts; all entries about a picture go to the same part.
 
     Args:
-        share: of the pictures, 0 to 1, that go to the second part.
+        share: the fraction of the pictures, 0 to 1, that goes to the second part.
         rng: a ``random.Random``.
     """
     entries = [entry for _, entry in stream_entries(Path(path))]
     pictures = sorted({str(entry.get("image")) for entry in entries})
-    apart = set(rng.sample(pictures, round(share * len(pictures))))
+    chosen = set(rng.sample(pictures, round(share * len(pictures))))
     return tuple(
-        [entry for entry in entries if (str(entry.get("image")) in apart) == second] for second in (False, True)
+        [entry for entry in entries if (str(entry.get("image")) in chosen) == second] for second in (False, True)
     )
 
 
 def stream_entries(path: Path) -> Iterator[tuple[int, Any]]:
-    """The members of a JSON list, each with the line on which it begins."""
+    """Streams the elements of a JSON list, each with the line on which it begins.
+
+    Raises:
+        BadInput: the file is unreadable or not a JSON list.
+    """
     decoder = json.JSONDecoder()
     try:
         with path.open(encoding="utf-8") as source:
@@ -111,7 +116,7 @@ def stream_entries(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 class _Window:
-    """The part of a file that has been read and not yet used."""
+    """The text that has been read from a file and not yet parsed."""
 
     def __init__(self, source: Any):
         self.source = source
@@ -123,12 +128,12 @@ class _Window:
         self.text = self.text[count:]
 
     def more(self) -> bool:
-        chunk = self.source.read(max(CHUNK, len(self.text)))  # doubling, so that a long entry is not parsed often
+        chunk = self.source.read(max(CHUNK, len(self.text)))  # doubles the window, so a long entry is parsed few times
         self.text += chunk
         return bool(chunk)
 
     def next_character(self) -> str:
-        """The next one that is no space, without using it up; empty at the end of the file."""
+        """Peeks at the next character that is not whitespace; empty at the end of the file."""
         while True:
             space = len(self.text) - len(self.text.lstrip())
             if space < len(self.text):
@@ -151,26 +156,33 @@ class _Window:
                 return entry
 
 
-def conversation_of(entry: Any, place: str) -> Conversation:
-    """One entry, checked; ``place`` names it in the message of BadInput."""
+def conversation_of(entry: Any, label: str) -> Conversation:
+    """Checks and converts an entry.
+
+    Args:
+        label: names the entry in errors.
+
+    Raises:
+        BadInput: the entry is malformed.
+    """
     if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
-        raise BadInput(f'{place}: an entry needs a list "conversations".')
+        raise BadInput(f'{label}: an entry needs a list "conversations".')
     image = entry.get("image")
     if image is not None and not isinstance(image, str):
-        raise BadInput(f'{place}: "image" must be a file name.')
-    messages = tuple(_message(turn, image, place) for turn in entry["conversations"])
+        raise BadInput(f'{label}: "image" must be a file name.')
+    messages = tuple(_message(turn, image, label) for turn in entry["conversations"])
     if not any(message.role == "assistant" for message in messages):
-        raise BadInput(f"{place}: there is no answer to learn from.")
-    return Conversation(str(entry.get("id", place)), messages)
+        raise BadInput(f"{label}: there is no answer to train on.")
+    return Conversation(str(entry.get("id", label)), messages)
 
 
-def _message(turn: Any, image: str | None, place: str) -> Message:
+def _message(turn: Any, image: str | None, label: str) -> Message:
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or turn.get("from") not in SPEAKERS:
-        raise BadInput(f'{place}: a turn needs "from" ({", ".join(SPEAKERS)}) and a text "value".')
+        raise BadInput(f'{label}: a turn needs "from" ({", ".join(SPEAKERS)}) and a text "value".')
     text, speaker = turn["value"], turn["from"]
     shows = IMAGE_MARK in text and speaker == "human"
     if shows and image is None:
-        raise BadInput(f'{place}: a turn shows {IMAGE_MARK}, but the entry has no "image".')
+        raise BadInput(f'{label}: a turn has {IMAGE_MARK}, but the entry has no "image".')
     return Message(
         SPEAKERS[speaker], (text.replace(IMAGE_MARK, "") if shows else text).strip(), [image] if shows else []
     )

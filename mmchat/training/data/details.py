@@ -1,8 +1,8 @@
-"""Longer descriptions, three to five sentences, put together from what people wrote of a picture.
+"""Detailed descriptions of three to five sentences, composed from human captions.
 
-Either one person wrote sentences that belong together, or several wrote one caption each. Of those, a sentence is taken
-only if it names something new and disputes nothing: no other number or color of a thing, no man where another sees a
-woman.
+Some data sets have several sentences by one person. Otherwise captions by several people are combined: a caption is
+added only if it names something new and contradicts nothing, such as another count or color of an object, or a woman
+where an earlier caption has a man.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ DETAIL_WORDINGS = (
     "Provide a long description of the picture.", "Explain in detail what the image shows.",
     "Please describe this photo thoroughly.", "What is there to see? Leave nothing out.",
 )  # fmt: skip
-FEWEST, MOST = 3, 5  # sentences
-MOST_CAPTIONS = 4  # of several people's; the fifth hardly ever says anything new
-FEWEST_WORDS = 15
-NEW_THINGS = 2  # that a sentence has to name
+MIN_SENTENCES, MAX_SENTENCES = 3, 5
+MAX_CAPTIONS = 4  # a fifth caption rarely adds anything
+MIN_WORDS = 15
+MIN_NEW_OBJECTS = 2  # per caption
 
-# Words that name nothing to be seen.
+# Words that name no visible object.
 EMPTY = set(
     "a an the of in on at to with and or by for from his her its their is are be being was were has have while as that "
     "this these those there it he she they who which some something someone near next beside behind front back side "
@@ -34,35 +34,36 @@ EMPTY = set(
     "three four five six several many group pair couple few lot large small big little young old very can seen "
     "view background foreground picture photo image shot look looks looking".split()
 )
-# Somebody may be called by either word of a pair, but not by both in one description.
-DISPUTED = (("man", "woman"), ("boy", "girl"), ("man", "boy"), ("woman", "girl"), ("man", "girl"), ("woman", "boy"))
-DISPUTED += (("dog", "cat"), ("bicycle", "motorcycle"), ("car", "truck"), ("snow", "sand"), ("beach", "field"))
+# Captions contradict each other if one uses the first word of a pair and the other the second.
+CONFLICTING = (("man", "woman"), ("boy", "girl"), ("man", "boy"), ("woman", "girl"), ("man", "girl"), ("woman", "boy"))
+CONFLICTING += (("dog", "cat"), ("bicycle", "motorcycle"), ("car", "truck"), ("snow", "sand"), ("beach", "field"))
 
 
 def detailed(picture: dict) -> str | None:
-    """A description of several sentences that do not contradict each other; None where there is too little for one.
+    """A description of several consistent sentences; None if the captions do not suffice.
 
     Args:
-        picture: as ``read_captions`` gives it; its ``sentences`` are preferred.
+        picture: from ``read_captions``; its ``sentences`` take precedence.
     """
-    for told in picture.get("sentences") or ():
-        text = _together(told)
+    for sentences in picture.get("sentences") or ():
+        text = _joined(sentences)
         if text:
             return text
-    if picture.get("sentences"):  # then its captions are the same sentences
+    if picture.get("sentences"):  # the captions repeat these sentences
         return None
     chosen = choose(picture["captions"])
-    return _together(_second_mentions(chosen)) if len(chosen) >= FEWEST else None
+    return _joined(_second_mentions(chosen)) if len(chosen) >= MIN_SENTENCES else None
 
 
-def _together(told: Sequence[str]) -> str | None:
-    sentences = [tidy_sentence(sentence) for sentence in told if len(sentence.split()) >= 2][:MOST]
-    text = " ".join(sentences)
-    return text if len(sentences) >= FEWEST and len(text.split()) >= FEWEST_WORDS else None
+def _joined(sentences: Sequence[str]) -> str | None:
+    """A text of the first MAX_SENTENCES sentences; None if it is too short."""
+    tidy = [tidy_sentence(sentence) for sentence in sentences if len(sentence.split()) >= 2][:MAX_SENTENCES]
+    text = " ".join(tidy)
+    return text if len(tidy) >= MIN_SENTENCES and len(text.split()) >= MIN_WORDS else None
 
 
 def tidy_sentence(text: str) -> str:
-    """A capital first, a full stop last, small numbers as words, no space before a comma."""
+    """Capitalizes, ends with a period, spells out small numbers, and removes spaces before punctuation."""
     text = re.sub(r"\s+", " ", text).strip()
     text = re.sub(r"\s+([.,!?;:'])", r"\1", text)
     text = re.sub(r"(?<![\w.,:/-])([2-6])(?= [a-z])", lambda found: NUMBERS[int(found[1]) - 1], text)
@@ -72,30 +73,31 @@ def tidy_sentence(text: str) -> str:
 
 
 def choose(captions: Sequence[str]) -> list[str]:
-    """Up to MOST_CAPTIONS captions, the fullest first, each of which adds something and disputes nothing before it."""
-    left = [caption for caption in dict.fromkeys(captions) if 4 <= len(caption.split()) <= 30 and _one(caption)]
+    """Chooses up to MAX_CAPTIONS consistent captions, greedily by the number of new objects they name."""
+    remaining = [
+        caption for caption in dict.fromkeys(captions) if 4 <= len(caption.split()) <= 30 and _is_one_sentence(caption)
+    ]
     chosen: list[str] = []
-    said: set[str] = set()
-    while left and len(chosen) < MOST_CAPTIONS:
-        agreeing = [caption for caption in left if not any(disputes(caption, other) for other in chosen)]
-        if not agreeing:
+    named: set[str] = set()
+    while remaining and len(chosen) < MAX_CAPTIONS:
+        consistent = [caption for caption in remaining if not any(contradict(caption, other) for other in chosen)]
+        if not consistent:
             break
-        best = max(agreeing, key=lambda caption: len(_named(caption) - said))  # of equals the first
-        if len(_named(best) - said) < NEW_THINGS:
+        best = max(consistent, key=lambda caption: len(_objects(caption) - named))  # the first of equals
+        if len(_objects(best) - named) < MIN_NEW_OBJECTS:
             break
         chosen.append(best)
-        said |= _named(best)
-        left.remove(best)
+        named |= _objects(best)
+        remaining.remove(best)
     return chosen
 
 
-def _one(caption: str) -> bool:
-    """Whether it is one sentence."""
+def _is_one_sentence(caption: str) -> bool:
     return not re.search(r"[.!?]\s+\w", caption)
 
 
-def _named(caption: str) -> set[str]:
-    """The things it names, in the singular: words before a verb, a small word or a comma. People are no news."""
+def _objects(caption: str) -> set[str]:
+    """The objects a caption names, in the singular: words before a verb, a function word or a comma; not people."""
     found = set()
     words = re.findall(r"[a-z]+|[,.;]", f"{caption.lower()} .")
     for word, after in zip(words, words[1:], strict=False):
@@ -106,15 +108,15 @@ def _named(caption: str) -> set[str]:
     return found - EMPTY - COLORS - PEOPLE.keys() - PEOPLE_WORDS
 
 
-def disputes(one: str, other: str) -> bool:
-    """Whether two captions name different numbers or colors of a thing, or different people."""
+def contradict(one: str, other: str) -> bool:
+    """Whether two captions give different counts or colors of an object, or different people."""
     first, second = _facts(one), _facts(other)
     for noun in first.keys() & second.keys():
         for fact in ("number", "color"):
             if first[noun][fact] and second[noun][fact] and first[noun][fact] != second[noun][fact]:
                 return True
     kinds = [{SINGULARS.get(word, word) for word in words_of(caption)} for caption in (one, other)]
-    for pair in DISPUTED:
+    for pair in CONFLICTING:
         if any(
             a in kinds[0] and a not in kinds[1] and b in kinds[1] and b not in kinds[0] for a, b in (pair, pair[::-1])
         ):
@@ -123,12 +125,12 @@ def disputes(one: str, other: str) -> bool:
 
 
 def _facts(caption: str) -> dict[str, dict[str, frozenset[str] | str]]:
-    """Each thing's number ("one" of a singular) and colors."""
+    """The count ("one" for a singular) and the colors of each object."""
     words = words_of(re.sub(r"\b([2-6])\b", lambda found: NUMBERS[int(found[1]) - 1], caption))
     found = {}
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         single = SINGULARS.get(word, word)
-        before = words[max(place - 4, 0) : place]
+        before = words[max(index - 4, 0) : index]
         if single in EMPTY or single in COLORS:
             continue
         number = next((word for word in reversed(before) if word in NUMBERS), "")
@@ -140,14 +142,14 @@ def _facts(caption: str) -> dict[str, dict[str, frozenset[str] | str]]:
 
 
 def _people(caption: str) -> int | None:
-    """How many people it speaks of; None where it does not say."""
+    """How many people a caption mentions; None if it does not say."""
     words = words_of(caption)
     total = 0
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         if word in PEOPLE or word in ("person", "someone"):
             total += 1
         elif word in SINGULARS and SINGULARS[word] in PEOPLE or word in ("people", "adults", "men"):
-            number = next((word for word in reversed(words[max(place - 3, 0) : place]) if word in NUMBERS), None)
+            number = next((word for word in reversed(words[max(index - 3, 0) : index]) if word in NUMBERS), None)
             if number is None:
                 return None
             total += NUMBERS.index(number) + 1
@@ -157,7 +159,7 @@ def _people(caption: str) -> int | None:
 
 
 def _second_mentions(chosen: Sequence[str]) -> list[str]:
-    """ "A dog …" becomes "The dog …" in a sentence after the first that named one."""
+    """Changes "A dog …" to "The dog …" if an earlier sentence has a dog."""
     said: set[str] = set()
     result = []
     for caption in chosen:
@@ -171,10 +173,10 @@ def _second_mentions(chosen: Sequence[str]) -> list[str]:
 
 
 def asked_for_detail(rng: random.Random) -> str:
-    """One of the wordings; half of the time the plain one."""
+    """A random wording, the plain one half of the time."""
     return DETAIL if rng.random() < 0.5 else rng.choice(DETAIL_WORDINGS)
 
 
 def detailed_pictures(pictures: Iterable[dict]) -> Iterable[tuple[dict, str]]:
-    """The pictures that there is a detailed description of, with it."""
+    """The pictures that have a detailed description, each with it."""
     return ((picture, text) for picture in pictures if (text := detailed(picture)))

@@ -1,7 +1,7 @@
 """easy-VQA (Zhou 2019): questions about one colored shape on a plain background, a first test of any recipe.
 
-4,000 pictures with 38,575 questions to train on, 1,000 with 9,673 to test on, in the package ``easy-vqa`` of the Python
-package index under the MIT licence.
+It has 4,000 training pictures with 38,575 questions and 1,000 test pictures with 9,673. The package ``easy-vqa`` of the
+Python package index carries it under the MIT license.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ SPLITS = ("train", "test")
 
 
 def extract_pictures(folder: str | Path, split: str, limit: int | None = None) -> int:
-    """Writes the pictures of a split as ``<number>.png`` and returns how many.
+    """Writes the pictures of a split as ``<number>.png`` and returns how many there are.
 
     Raises:
-        AssetError: the package could not be had.
+        AssetError: the package cannot be fetched.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def extract_pictures(folder: str | Path, split: str, limit: int | None = None) -
 
 
 def questions(split: str, limit: int | None = None) -> dict[str, list[tuple[str, str]]]:
-    """Picture file name → its questions and answers as sentences, of the first ``limit`` pictures."""
+    """File name → questions and answers as sentences, for the first ``limit`` pictures."""
     with zipfile.ZipFile(fetch_wheel(PACKAGE, VERSION, SHA256)) as archive:
         entries = json.loads(archive.read(f"easy_vqa/data/{split}/questions.json"))
     found: dict[str, list[tuple[str, str]]] = defaultdict(list)
@@ -54,7 +54,7 @@ def questions(split: str, limit: int | None = None) -> dict[str, list[tuple[str,
 def conversations(
     split: str, rng: random.Random, *, limit: int | None = None, turns: int = 3, per_image: int | None = None
 ) -> Iterator[dict]:
-    """LLaVA-Instruct entries of at most ``turns`` questions each, ``per_image`` of them about one picture."""
+    """LLaVA-Instruct entries of at most ``turns`` questions each, with ``per_image`` questions about each picture."""
     for picture, asked in questions(split, limit).items():
         chosen = rng.sample(asked, min(per_image or len(asked), len(asked)))
         for number, start in enumerate(range(0, len(chosen), turns)):
@@ -62,7 +62,7 @@ def conversations(
 
 
 def questions_only(split: str, *, limit: int | None = None) -> Iterator[dict]:
-    """Each question as a conversation of its own, with its kind, to evaluate on."""
+    """Evaluation entries: one question each, with its kind."""
     for picture, asked in questions(split, limit).items():
         for number, turn in enumerate(asked):
             yield entry_of(f"easy-vqa-{picture}-{number}", picture, [turn], kind="easy-vqa")

@@ -1,4 +1,4 @@
-"""Picture features on disk: computed once, then read by every epoch of every run."""
+"""Image features on disk, computed once and read by every epoch of every run."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 PICTURES_PER_SHARD = 512
-MIRRORED = "mirrored/"  # before a picture's name: left and right exchanged
+MIRRORED = "mirrored/"  # prefix of a picture's name: flipped left to right
 SUFFIXES = {".jpg", ".jpeg", ".tif"} | {f".{name.lower()}" for name in FORMATS}
 
 
 def encoder_identity(preset: ImageEncoderPreset) -> dict[str, Any]:
-    """What features depend on: the encoder, the revision of its weights, and how a picture is prepared for it."""
+    """What features depend on: the encoder, the revision of its weights, and the kind of features."""
     return {
         "name": preset.name,
         "revision": preset.revision,
@@ -40,51 +40,55 @@ def encoder_identity(preset: ImageEncoderPreset) -> dict[str, Any]:
 
 
 class FeatureStore:
-    """The features of a folder of pictures: shards of half-precision numbers, mapped into memory, and a manifest.
+    """The features of a folder of pictures: memory-mapped fp16 shards and a manifest.
 
-    ``store[name]`` is the features of a picture, [features, width]; ``name`` its path below the folder, with slashes.
+    ``store[name]`` returns the features of a picture, [features, image_dim]. A name is the path below the folder, with
+    slashes.
 
     Raises:
-        BadInput: the folder holds no feature store, or not all of one.
+        BadInput: the folder holds no feature store, or an incomplete one.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         manifest = _read_manifest(self.folder)
         self.encoder: dict[str, Any] = manifest["encoder"]
-        self.pictures = Path(manifest["pictures"])  # where they lay when they were embedded
+        self.pictures = Path(manifest["pictures"])  # the folder of the pictures when they were embedded
         self.unreadable: dict[str, str] = manifest["unreadable"]
-        self._places: dict[str, tuple[np.ndarray, int]] = {}
+        self._rows: dict[str, tuple[np.ndarray, int]] = {}
         for shard in manifest["shards"]:
             try:
                 features = np.load(self.folder / shard["file"], mmap_mode="r")
             except (OSError, ValueError) as error:
-                raise BadInput(f"{shard['file']} in '{self.folder.name}' is missing or damaged; embed anew.") from error
+                raise BadInput(
+                    f"{shard['file']} in '{self.folder.name}' is missing or damaged: delete the folder and run "
+                    "embed_images.py again."
+                ) from error
             for row, name in enumerate(shard["pictures"]):
-                self._places[name] = (features, row)  # of a picture embedded twice, the later shard holds
+                self._rows[name] = (features, row)  # later shards replace earlier versions of a picture
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._rows)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._rows
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        features, row = self._places[name]
-        return torch.from_numpy(features[row].copy())  # [features, width]
+        features, row = self._rows[name]
+        return torch.from_numpy(features[row].copy())  # [features, image_dim]
 
     def check(self, preset: ImageEncoderPreset) -> None:
-        """Raises BadInput if the features were made by another encoder, or in another way."""
+        """Raises BadInput if the features come from another encoder, revision or kind of features."""
         for key, expected in encoder_identity(preset).items():
             if self.encoder.get(key) != expected:
                 raise BadInput(
                     f"The features in '{self.folder.name}' were made with {key} '{self.encoder.get(key)}', but "
-                    f"{preset.name} as it is used here has '{expected}'. Run embed_images.py again."
+                    f"{preset.name} here has '{expected}': run embed_images.py again."
                 )
 
 
 class PictureFolder:
-    """Pictures encoded as they are asked for, in place of a FeatureStore; one picture costs what it costs."""
+    """Encodes pictures on demand; the slower alternative to a FeatureStore."""
 
     def __init__(self, folder: str | Path, encoder: Any):
         self.pictures = Path(folder)
@@ -95,14 +99,14 @@ class PictureFolder:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         features = self.encoder.encode([read_picture(self.pictures, name)])[0]
-        return features.half().cpu()  # rounded as a store rounds, so that both train to the same weights
+        return features.half().cpu()  # fp16, like a FeatureStore, so both train the same weights
 
 
 def read_picture(folder: Path, name: str) -> Image.Image:
-    """A picture by its name below a folder, mirrored if the name says so.
+    """Opens a picture by its name below a folder; the prefix MIRRORED flips it.
 
     Raises:
-        BadInput: it cannot be read.
+        BadInput: the picture is unreadable.
     """
     picture = open_image(folder / name.removeprefix(MIRRORED))
     return ImageOps.mirror(picture) if name.startswith(MIRRORED) else picture
@@ -110,11 +114,11 @@ def read_picture(folder: Path, name: str) -> Image.Image:
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """What ``embed_folder`` did."""
+    """The result of ``embed_folder``."""
 
     embedded: int
-    kept: int  # embedded by an earlier run, and unchanged since
-    unreadable: dict[str, str]  # name -> the reason
+    kept: int  # embedded by an earlier run and unchanged since
+    unreadable: dict[str, str]  # name → reason
 
 
 def embed_folder(
@@ -129,14 +133,14 @@ def embed_folder(
 ) -> EmbedReport:
     """Computes the features of every picture below ``pictures`` and writes them to ``folder``.
 
-    A shard is written under a temporary name and renamed before the manifest names it, so a run that was killed is
-    gone on with, from its last whole shard.
+    If interrupted, it resumes after the last complete shard: a shard is written under a temporary name and renamed
+    before the manifest lists it.
 
     Args:
-        encoder: as ``load_image_encoder(preset)`` gives it.
-        batch_size: pictures that a GPU encodes at once; a CPU encodes each by itself, several side by side.
-        mirror: embed every picture a second time, mirrored, under its name after ``MIRRORED``: more to learn from.
-        progress: wraps the iterator of pictures, as tqdm does; called with it and the number of pictures.
+        encoder: from ``load_image_encoder(preset)``.
+        batch_size: pictures per batch on a GPU; a CPU encodes single pictures in parallel.
+        mirror: also embed every picture flipped, as data augmentation, under the prefix ``MIRRORED``.
+        progress: wraps the iterator of pictures, like tqdm; called with the iterator and the number of pictures.
 
     Raises:
         BadInput: there are no pictures, or the folder holds features of another encoder.
@@ -154,7 +158,7 @@ def embed_folder(
     batch_size = 1 if device.type == "cpu" else batch_size
 
     def embed(batch: list[str]) -> list[tuple[str, np.ndarray | str]]:
-        """Each picture's name with its features, [features, width], or with the reason why it cannot be read."""
+        """Each picture's name with its features, [features, image_dim], or the reason why it is unreadable."""
         found = {name: _pixels(pictures, name, encoder) for name in batch}
         readable = [name for name, pixels in found.items() if not isinstance(pixels, str)]
         if readable:
@@ -166,38 +170,38 @@ def embed_folder(
         digests = dict(
             zip(names, pool.map(lambda name: _digest(pictures / name.removeprefix(MIRRORED)), names), strict=True)
         )
-        waiting = [name for name in names if known.get(name) != digests[name]]
+        pending = [name for name in names if known.get(name) != digests[name]]
         writer = _ShardWriter(folder, manifest, digests)
-        batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
-        embedded = chain.from_iterable(_ahead(pool, embed, batches))
-        for name, found in progress(embedded, len(waiting)):
+        batches = [pending[start : start + batch_size] for start in range(0, len(pending), batch_size)]
+        embedded = chain.from_iterable(_prefetched(pool, embed, batches))
+        for name, found in progress(embedded, len(pending)):
             if isinstance(found, str):
                 manifest["unreadable"][name] = found
             else:
                 writer.add(name, found)
         writer.flush()
     unreadable = {name: reason for name, reason in manifest["unreadable"].items() if name in digests}
-    return EmbedReport(writer.written, len(names) - len(waiting), unreadable)
+    return EmbedReport(writer.written, len(names) - len(pending), unreadable)
 
 
-def _pictures_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Through links to folders, too, unless they lead back to a folder on the way there (``above``)."""
-    here = folder.resolve()
-    if not here.is_dir() or here in above:
+def _pictures_below(folder: Path, parents: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Walks a folder and follows links, except those back to one of its ``parents``."""
+    resolved = folder.resolve()
+    if not resolved.is_dir() or resolved in parents:
         return
     for path in folder.iterdir():
         if path.is_dir():
-            yield from _pictures_below(path, (*above, here))
+            yield from _pictures_below(path, (*parents, resolved))
         elif path.suffix.lower() in SUFFIXES and path.is_file():
             yield path
 
 
 @contextmanager
 def _workers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
-    """Threads that read, decode and encode pictures side by side.
+    """A pool of threads that read, decode and encode pictures.
 
-    On a CPU each computes with one core: as many pictures at once as there are cores take half the time of one picture
-    after another with all of them.
+    On a CPU each thread uses one core: one picture per core takes half the time of one picture after another on all
+    cores.
     """
     if device.type != "cpu":
         with ThreadPoolExecutor() as pool:
@@ -216,8 +220,8 @@ def _features(encoder: Any, pixels: torch.Tensor) -> np.ndarray:
     return encoder(pixels).half().cpu().numpy()
 
 
-def _ahead(pool: ThreadPoolExecutor, work: Callable, items: list, depth: int = 8) -> Iterator:
-    """``map`` in other threads, at most ``depth`` items ahead, so that memory stays bounded."""
+def _prefetched(pool: ThreadPoolExecutor, work: Callable, items: list, depth: int = 8) -> Iterator:
+    """Maps in other threads, at most ``depth`` items ahead, to bound memory."""
     futures = [pool.submit(work, item) for item in items[:depth]]
     for position in range(len(items)):
         result = futures.pop(0).result()
@@ -227,7 +231,7 @@ def _ahead(pool: ThreadPoolExecutor, work: Callable, items: list, depth: int = 8
 
 
 def _pixels(folder: Path, name: str, encoder: Any) -> torch.Tensor | str:
-    """What the encoder reads, [3, height, width], or why there is nothing to read."""
+    """The encoder's input, [3, height, width], or the reason why the picture is unreadable."""
     try:
         return encoder.pixels(read_picture(folder, name))
     except BadInput as error:
@@ -239,7 +243,7 @@ def _digest(path: Path) -> str:
 
 
 class _ShardWriter:
-    """Gathers features until a shard is full."""
+    """Buffers features and writes them in shards."""
 
     def __init__(self, folder: Path, manifest: dict, digests: dict[str, str]):
         self.folder, self.manifest, self.digests = folder, manifest, digests
@@ -254,13 +258,13 @@ class _ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was gathered, and the manifest."""
+        """Writes the buffered features and the manifest."""
         if self.names:
             file = f"features-{len(self.manifest['shards']):05d}.npy"
-            unfinished = self.folder / f".{file}"
-            with unfinished.open("wb") as sink:
+            temporary = self.folder / f".{file}"
+            with temporary.open("wb") as sink:
                 np.save(sink, np.stack(self.arrays))
-            unfinished.replace(self.folder / file)
+            temporary.replace(self.folder / file)
             self.manifest["shards"].append({"file": file, "pictures": {n: self.digests[n] for n in self.names}})
             self.written += len(self.names)
             self.names, self.arrays = [], []
@@ -284,13 +288,16 @@ def _read_manifest(folder: Path) -> dict:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise BadInput(f"'{folder.name}' holds no features: embed_images.py writes them.") from error
+        raise BadInput(f"'{folder.name}' holds no features: write them with embed_images.py.") from error
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise BadInput(f"The features in '{folder.name}' are of a format this mmchat does not read; embed anew.")
+        raise BadInput(
+            f"The features in '{folder.name}' have a format that this version cannot read: delete the folder and run "
+            "embed_images.py again."
+        )
     return manifest
 
 
 def _write_manifest(folder: Path, manifest: dict) -> None:
-    unfinished = folder / f".{MANIFEST}"
-    unfinished.write_text(json.dumps(manifest, indent=1))
-    unfinished.replace(folder / MANIFEST)
+    temporary = folder / f".{MANIFEST}"
+    temporary.write_text(json.dumps(manifest, indent=1))
+    temporary.replace(folder / MANIFEST)

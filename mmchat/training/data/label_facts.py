@@ -1,7 +1,7 @@
-"""What is known of rooms and things beyond their labels: other names, and what rules another out.
+"""Facts about rooms and things beyond their labels: synonyms, and what a label rules out.
 
-"No" is said only where the labels leave no doubt: of a photo with a single label, only of what nobody would find beside
-it (no shark beside a harp).
+A question is answered "no" only if the labels leave no doubt. A photo with a single label denies only things that
+nobody would find next to it, such as a shark next to a harp.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ ROOMS = {
     "wine cellar barrel storage": "wine cellar", "wine cellar bottle storage": "wine cellar", "bow window indoor": "",
     "youth hostel": "hostel room", "chicken coop indoor": "chicken coop",
 }  # fmt: skip
-# Rooms that people may take for each other: of these none is denied for another.
+# Rooms that people may confuse: a picture of one never answers "no" to another of the same group.
 LIKE_ROOMS = (
     "bedroom|hotel room|dorm room|child's room|nursery|hostel room|attic|playroom|living room",
     "living room|parlor|game room|playroom|home office|basement|poolroom|dining room|wet bar|attic|"
@@ -33,12 +33,12 @@ OTHER_ROOM_NAMES = {
     "game room": ("poolroom", "playroom"), "dining room": ("dinette",), "closet": ("wardrobe", "walk-in closet"),
 }  # fmt: skip
 
-# The main thing of a photo, even with a person beside it.
+# The main object of a photo, even if it also shows people.
 MAIN = set(
     "dog cat horse cow sheep bird bear elephant giraffe zebra airplane train bus truck motorcycle boat car "
     "bicycle".split()
 )
-# Seen in photos of anything, so that no single label rules them out.
+# Things that appear in photos of anything, so a single label never rules them out.
 COMMON = set(
     "person fence chair table lamp car boat ship building house barn tree rock wall rope cup plate bowl pot "
     "bottle ball bench bed sofa bag hat shoe cage sign street beach lakeshore cliff mountain valley sandbar dock "
@@ -51,22 +51,22 @@ TAME |= {"insect", "fly", "bee", "spider", "ant", "butterfly", "parrot", "chicke
 
 
 def room_name(scene: str) -> str:
-    """What people call a dataset's scene; empty where it is none that they would name."""
+    """The everyday name of a dataset's scene; empty if it has none."""
     return ROOMS.get(scene, scene)
 
 
 def may_be_taken_for(room: str, other: str) -> bool:
-    """Whether nobody can be sure that a picture of the one is not one of the other."""
+    """Whether a picture of one room may also pass for the other."""
     return room == other or any({room, other} <= set(rooms.split("|")) for rooms in LIKE_ROOMS)
 
 
 def a_room(room: str) -> str:
-    """Its name as an answer gives it: "a kitchen"."""
+    """The room's name with its article, as in an answer: "a kitchen"."""
     return f"the {room}" if room == "front of a house" else with_article(room)
 
 
 def rules_out(names: Names, asked: Names) -> bool:
-    """Whether a photo with a single label, of a thing of these names, surely does not show the thing asked for."""
+    """Whether a photo labeled with the thing ``names`` alone certainly does not show the thing ``asked``."""
     if not names.group or not asked.group or names.group == asked.group:
         return False
     if {asked.name, asked.basic} & {names.name, names.basic, *names.others}:

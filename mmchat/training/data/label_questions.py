@@ -1,4 +1,4 @@
-"""Questions that labels answer, made by rules, as conversations to train on and questions to evaluate on."""
+"""Rule-based questions about labeled pictures, as training conversations and as evaluation questions."""
 
 from __future__ import annotations
 
@@ -19,46 +19,46 @@ def conversations(
     dictionary: Dictionary | None = None,
     per_image: int | None = None,
 ) -> Iterator[dict]:
-    """LLaVA-Instruct entries to train on, a question in each.
+    """LLaVA-Instruct training entries, one question each.
 
     Args:
-        per_image: only so many questions about a picture, drawn by chance.
+        per_image: maximum number of questions about a picture, sampled at random.
     """
     asked = Asker(pictures, rng, dictionary).ask()
-    drawn = _evened([_drawn(questions, rng, per_image) for questions in asked], rng)
-    for picture, questions in zip(pictures, drawn, strict=True):
+    sampled = _balanced([_sampled(questions, rng, per_image) for questions in asked], rng)
+    for picture, questions in zip(pictures, sampled, strict=True):
         for number, question in enumerate(questions):
             yield entry_of(f"{picture.image}-label-{number}", picture.image, [(question.text, question.answer)])
 
 
-def _evened(drawn: Sequence[list[LabelQuestion]], rng: random.Random) -> list[list[LabelQuestion]]:
-    """Leaves out what drawing left too much of: each thing is affirmed as often as denied again."""
+def _balanced(sampled: Sequence[list[LabelQuestion]], rng: random.Random) -> list[list[LabelQuestion]]:
+    """Drops questions until each subject has as many yes as no answers, which sampling has unbalanced."""
     by_subject: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: {"Yes.": [], "No.": []})
-    for question in (question for questions in drawn for question in questions if question.subject):
+    for question in (question for questions in sampled for question in questions if question.subject):
         about = "room" if question.kind == "is room" else "thing"
         by_subject[about, question.subject][question.answer].append(id(question))
-    left_out: set[int] = set()
+    dropped: set[int] = set()
     for answers in by_subject.values():
         fewer = min(map(len, answers.values()))
         for found in answers.values():
-            left_out.update(rng.sample(found, len(found) - fewer))
-    return [[question for question in questions if id(question) not in left_out] for questions in drawn]
+            dropped.update(rng.sample(found, len(found) - fewer))
+    return [[question for question in questions if id(question) not in dropped] for questions in sampled]
 
 
-def _drawn(questions: Sequence[LabelQuestion], rng: random.Random, count: int | None) -> list[LabelQuestion]:
-    """So many questions, drawn by chance, half of them at most to be answered with yes or no."""
-    mixed = rng.sample(questions, len(questions))
+def _sampled(questions: Sequence[LabelQuestion], rng: random.Random, count: int | None) -> list[LabelQuestion]:
+    """At most ``count`` random questions, at most half of them yes/no questions."""
+    shuffled = rng.sample(questions, len(questions))
     if count is None:
-        return mixed
-    yes_no = [question for question in mixed if question.answer in ("Yes.", "No.")]
-    left_out = {id(question) for question in yes_no[max(count // 2, 1) :]}
-    return [question for question in mixed if id(question) not in left_out][:count]
+        return shuffled
+    yes_no = [question for question in shuffled if question.answer in ("Yes.", "No.")]
+    dropped = {id(question) for question in yes_no[max(count // 2, 1) :]}
+    return [question for question in shuffled if id(question) not in dropped][:count]
 
 
 def questions_only(
     pictures: Sequence[Labeled], rng: random.Random, *, dictionary: Dictionary | None = None
 ) -> Iterator[dict]:
-    """Entries to evaluate on, each with its ``kind`` and, where there are several right answers, ``accepted``."""
+    """Evaluation entries, each with its ``kind`` and, if several answers are right, ``accepted``."""
     for picture, questions in zip(pictures, Asker(pictures, rng, dictionary, evaluation=True).ask(), strict=True):
         for number, question in enumerate(questions):
             extra = {"accepted": list(question.accepted)} if question.accepted else {}

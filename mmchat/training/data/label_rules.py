@@ -1,8 +1,8 @@
-"""What is asked about labeled pictures and what is answered: what is this, which room, is there a …, how many, where.
+"""The rules that turn labels into questions and answers: what is this, which room, is there a …, how many, where.
 
-"No" is said only of the kinds that were looked for in every picture of a group, and of what the single label of a photo
-rules out. Half of the things denied are drawn by chance, half are those that most often come with what is there, as
-POPE's adversarial ones (Li et al. 2023, arXiv 2305.10355).
+A question is answered "no" only for kinds that were annotated in every picture of a group, and for things that a
+photo's single label rules out. Half of the negatives are random; the other half are adversarial, as in POPE (Li et al.
+2023, arXiv 2305.10355): things that often occur together with what the picture shows.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from .naming import Dictionary, Names, counted, listed, plural, sentence, with_a
 COLORS = set(
     "white black brown red blue green yellow orange pink purple gray grey tan beige silver gold maroon".split()
 )
-MOST = 5  # the highest number asked for
-REPEATS = 3  # a rare number is asked for in so many wordings at most
-BESIDE = 0.15  # of the picture's width between two things, one of which is to the left of the other
+MAX_COUNT = 5  # the highest count that is asked for
+REPEATS = 3  # maximum wordings for one count question, so that rare counts are asked as often as frequent ones
+MIN_GAP = 0.15  # minimum gap between two things side by side, as a fraction of the picture's width
 
 
 @dataclass(frozen=True)
 class LabelQuestion:
-    """A question about a picture, its answer, and other right answers in lower case."""
+    """A question about a picture and its answer."""
 
     text: str
     answer: str
     kind: str
-    accepted: tuple[str, ...] = ()
-    subject: str = ""  # what a question is about that is affirmed as often as denied
+    accepted: tuple[str, ...] = ()  # all right answers in lower case; () if `answer` is the only one
+    subject: str = ""  # of a yes/no question; each subject has as many yes as no answers
 
 
 class Asker:
-    """Everything that can be asked about a collection of labeled pictures.
+    """Asks every question that the labels of a collection of pictures answer.
 
     Args:
-        evaluation: ask in wordings of their own, and only the kinds that are measured.
+        evaluation: use wordings that training never uses, and only the kinds that are measured.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Asker:
         names = {(label, synset): look_up(label, synset or synset_of(label)) for label, synset in labels}
         self.names = [names.get((picture.label, picture.synset)) for picture in pictures]
         self.objects = [self._readable(picture) for picture in pictures]
-        self.kinds: dict[str, set[str]] = defaultdict(set)  # looked for in every picture of a group
+        self.kinds: dict[str, set[str]] = defaultdict(set)  # kinds annotated in every picture of a group
         for picture, objects in zip(pictures, self.objects, strict=True):
             self.kinds[picture.group] |= objects.keys()
 
@@ -68,20 +68,20 @@ class Asker:
         """The questions of each picture, in the order of the pictures."""
         found: list[list[LabelQuestion]] = [[] for _ in self.pictures]
         for rule in (self._presence, self._rooms_or_not, self._numbers):
-            for number, question in rule():
-                found[number].append(question)
-        for number, picture in enumerate(self.pictures):
-            found[number] += self._name(number)
-            found[number] += self._room(picture)
-            found[number] += self._people_asked(picture)
+            for index, question in rule():
+                found[index].append(question)
+        for index, picture in enumerate(self.pictures):
+            found[index] += self._name(index)
+            found[index] += self._room(picture)
+            found[index] += self._people_asked(picture)
             if not self.evaluation:
-                found[number] += self._things(number)
-                found[number] += self._boxes(picture)
+                found[index] += self._things(index)
+                found[index] += self._boxes(picture)
         return found
 
     @staticmethod
     def _readable(picture: Labeled) -> dict[str, int | None]:
-        """Its objects under the names that people use; a crowd of one of two merged kinds makes a crowd."""
+        """The objects under their everyday names. Merged kinds add up; None, a crowd, stays None."""
         found: dict[str, int | None] = {}
         for name, count in (picture.objects or {}).items():
             name = naming.readable(name)
@@ -89,32 +89,32 @@ class Asker:
             found[name] = None if count is None or before is None else before + count
         return found
 
-    # What it is
+    # What is this?
 
-    def _name(self, number: int) -> list[LabelQuestion]:
-        names = self.names[number]
+    def _name(self, index: int) -> list[LabelQuestion]:
+        names = self.names[index]
         if names is None:
-            return self._main_object(number)
+            return self._main_object(index)
         right = tuple(naming.accepted(names))
         if not self.evaluation and names.animal and self.rng.random() < 1 / 3:
             question = LabelQuestion(self.wordings.ask("animal"), sentence(with_article(names.basic)), "name", right)
         else:
             question = LabelQuestion(self.wordings.ask("name"), _both_levels(names), "name", right)
-        return [question, *([] if self.evaluation else self._variety(number, names))]
+        return [question, *([] if self.evaluation else self._variety(index, names))]
 
-    def _variety(self, number: int, names: Names) -> list[LabelQuestion]:
-        fine = self.pictures[number].fine
-        said = (names.name, f"{names.name}s", self.pictures[number].label)
-        if fine and fine.lower() not in map(str.lower, said):
+    def _variety(self, index: int, names: Names) -> list[LabelQuestion]:
+        fine = self.pictures[index].fine
+        known = (names.name, f"{names.name}s", self.pictures[index].label)
+        if fine and fine.lower() not in map(str.lower, known):
             return [LabelQuestion(self.wordings.ask("fine", noun=names.name), f"{fine}.", "name")]
         if not names.says_basic and names.animal:
             answer = sentence(with_article(names.name))
             return [LabelQuestion(self.wordings.ask("fine", noun=names.basic), answer, "name")]
         return []
 
-    def _main_object(self, number: int) -> list[LabelQuestion]:
-        """The only kind that is there, or the only one besides people that a photo is taken for."""
-        objects = self.objects[number]
+    def _main_object(self, index: int) -> list[LabelQuestion]:
+        """The only kind of object, or the only one besides people if it is a typical main object."""
+        objects = self.objects[index]
         main = list(objects) if len(objects) == 1 else [name for name in objects if name != "person"]
         if len(main) != 1 or (len(objects) > 1 and main[0] not in MAIN):
             return []
@@ -122,7 +122,7 @@ class Asker:
         right = tuple(naming.accepted(self.dictionary.names_of(main[0])))
         return [LabelQuestion(self.wordings.ask("name"), answer, "name", right)]
 
-    # Where it is
+    # Which room is this?
 
     def _room(self, picture: Labeled) -> list[LabelQuestion]:
         room = room_name(picture.scene)
@@ -132,51 +132,51 @@ class Asker:
         return [LabelQuestion(self.wordings.ask("room"), sentence(a_room(room)), "room", right)]
 
     def _rooms_or_not(self) -> Iterator[tuple[int, LabelQuestion]]:
-        """ "Is this a kitchen?", each room as often affirmed as denied."""
+        """ "Is this a kitchen?", with as many yes as no answers for each room."""
         if self.evaluation:
             return
         rooms = [room_name(picture.scene) for picture in self.pictures]
         for room in sorted(set(rooms) - {""}):
-            affirmed = [number for number, other in enumerate(rooms) if other == room]
-            denied = [number for number, other in enumerate(rooms) if other and not may_be_taken_for(room, other)]
-            for number, answer in self._evenly(affirmed, denied):
+            yes = [index for index, other in enumerate(rooms) if other == room]
+            no = [index for index, other in enumerate(rooms) if other and not may_be_taken_for(room, other)]
+            for index, answer in self._balanced(yes, no):
                 text = self.wordings.ask("is room", a_noun=a_room(room))
-                yield number, LabelQuestion(text, answer, "is room", subject=room)
+                yield index, LabelQuestion(text, answer, "is room", subject=room)
 
-    def _evenly(self, affirmed: Sequence[int], denied: Sequence[int]) -> list[tuple[int, str]]:
-        count = min(len(affirmed), len(denied))
-        drawn = [(number, "Yes.") for number in self.rng.sample(affirmed, count)]
-        return drawn + [(number, "No.") for number in self.rng.sample(denied, count)]
+    def _balanced(self, yes: Sequence[int], no: Sequence[int]) -> list[tuple[int, str]]:
+        """Equally many random pictures for each answer."""
+        count = min(len(yes), len(no))
+        sampled = [(index, "Yes.") for index in self.rng.sample(yes, count)]
+        return sampled + [(index, "No.") for index in self.rng.sample(no, count)]
 
-    # Whether it is there
+    # Is there a …?
 
     def _presence(self) -> Iterator[tuple[int, LabelQuestion]]:
-        """Each name affirmed as often as denied; of those denied, half are likely beside what is there."""
-        affirmed: dict[str, list[int]] = defaultdict(list)
+        """As many yes as no answers for each name; half of the no answers are adversarial."""
+        positives: dict[str, list[int]] = defaultdict(list)
         all_names: dict[str, Names] = {}
-        for number, objects in enumerate(self.objects):
+        for index, objects in enumerate(self.objects):
             for name in objects:
-                affirmed[name].append(number)
+                positives[name].append(index)
                 all_names.setdefault(name, self.dictionary.names_of(name))
-            names = self.names[number]
+            names = self.names[index]
             for name in dict.fromkeys((names.name, names.basic)) if names else ():
                 if " or " not in name:
-                    affirmed[name].append(number)
+                    positives[name].append(index)
                     all_names[name] = names if name == names.name else Names(name, name, names.group)
-        together = self._together()
-        for name in sorted(affirmed):
-            denied = [number for number in range(len(self.pictures)) if self.may_deny(number, all_names[name])]
-            count = min(len(affirmed[name]), len(denied))
-            likely = self._likeliest(name, denied, count // 2, together)
-            by_chance = self.rng.sample(sorted(set(denied) - set(likely)), count - len(likely))
-            there = self.rng.sample(affirmed[name], count)
-            for place, number in enumerate(there):
-                yield number, self._is_there(name, "Yes.", adversarial=place < len(likely))
-            for number in likely + by_chance:
-                yield number, self._is_there(name, "No.", adversarial=number in likely)
+        cooccurrence = self._cooccurrence()
+        for name in sorted(positives):
+            negatives = [index for index in range(len(self.pictures)) if self.may_deny(index, all_names[name])]
+            count = min(len(positives[name]), len(negatives))
+            adversarial = self._adversarial(name, negatives, count // 2, cooccurrence)
+            others = self.rng.sample(sorted(set(negatives) - set(adversarial)), count - len(adversarial))
+            for position, index in enumerate(self.rng.sample(positives[name], count)):
+                yield index, self._is_there(name, "Yes.", adversarial=position < len(adversarial))
+            for index in adversarial + others:
+                yield index, self._is_there(name, "No.", adversarial=index in adversarial)
 
-    def _together(self) -> dict[str, Counter]:
-        """How often each thing is in a picture with each other one, as a share of the pictures with it."""
+    def _cooccurrence(self) -> dict[str, Counter]:
+        """For each thing, the fraction of its pictures that also show each other thing."""
         single: Counter = Counter()
         pairs: dict[str, Counter] = defaultdict(Counter)
         for objects in self.objects:
@@ -188,49 +188,51 @@ class Asker:
             for one, others in pairs.items()
         }
 
-    def _likeliest(self, name: str, denied: Sequence[int], count: int, together: dict[str, Counter]) -> list[int]:
-        """Of the pictures without a thing, those whose other things it most often comes with."""
+    def _adversarial(
+        self, name: str, negatives: Sequence[int], count: int, cooccurrence: dict[str, Counter]
+    ) -> list[int]:
+        """The pictures without a thing whose objects most often occur together with it."""
         scores = {
-            number: max((together.get(other, {}).get(name, 0) for other in self.objects[number]), default=0)
-            for number in denied
+            index: max((cooccurrence.get(other, {}).get(name, 0) for other in self.objects[index]), default=0)
+            for index in negatives
         }
-        mixed = self.rng.sample(denied, len(denied))
-        best = sorted((number for number in mixed if scores[number] > 0), key=lambda number: -scores[number])
+        shuffled = self.rng.sample(negatives, len(negatives))
+        best = sorted((index for index in shuffled if scores[index] > 0), key=lambda index: -scores[index])
         return sorted(self.rng.sample(best[: 2 * count], min(count, len(best[: 2 * count]))))
 
-    def may_deny(self, number: int, asked: Names) -> bool:
-        """Whether what is said of a picture leaves no doubt that there is no such thing."""
-        picture, names = self.pictures[number], self.names[number]
+    def may_deny(self, index: int, asked: Names) -> bool:
+        """Whether the labels of a picture leave no doubt that it does not show a thing."""
+        picture, names = self.pictures[index], self.names[index]
         if picture.objects is not None:
-            return asked.name in self.kinds[picture.group] and asked.name not in self.objects[number]
+            return asked.name in self.kinds[picture.group] and asked.name not in self.objects[index]
         return names is not None and rules_out(names, asked)
 
     def _is_there(self, name: str, answer: str, adversarial: bool) -> LabelQuestion:
         kind = "presence adversarial" if adversarial else "presence"
         return LabelQuestion(self.wordings.presence(name), answer, kind, subject=name)
 
-    # How many there are
+    # How many …?
 
     def _numbers(self) -> Iterator[tuple[int, LabelQuestion]]:
-        """How many of a kind, each number from one to MOST asked for equally often as far as they reach."""
-        by_count: dict[int, list[tuple[int, str]]] = {count: [] for count in range(1, MOST + 1)}
-        for number, objects in enumerate(self.objects):
+        """Asks for the count of a kind, each count from 1 to MAX_COUNT equally often as far as the data allows."""
+        by_count: dict[int, list[tuple[int, str]]] = {count: [] for count in range(1, MAX_COUNT + 1)}
+        for index, objects in enumerate(self.objects):
             for name, count in objects.items():
                 if count in by_count and not naming.is_mass(name) and not naming.is_plural(name):
-                    by_count[count].append((number, name))
-        present = [len(places) for places in by_count.values() if places]
+                    by_count[count].append((index, name))
+        present = [len(found) for found in by_count.values() if found]
         wanted = REPEATS * min(present, default=0)
-        for count, places in by_count.items():
-            mixed = self.rng.sample(places, len(places))
-            for turn, (number, name) in enumerate((mixed * REPEATS)[:wanted]):
-                text = self.wordings.how_many("people" if name == "person" else plural(name), turn // len(mixed))
+        for count, found in by_count.items():
+            shuffled = self.rng.sample(found, len(found))
+            for turn, (index, name) in enumerate((shuffled * REPEATS)[:wanted]):
+                text = self.wordings.how_many("people" if name == "person" else plural(name), turn // len(shuffled))
                 answer = naming.NUMBERS[count]
-                yield number, LabelQuestion(text, f"{answer.capitalize()}.", "how many", (answer, str(count)))
+                yield index, LabelQuestion(text, f"{answer.capitalize()}.", "how many", (answer, str(count)))
 
-    # Several things
+    # Lists of things, left and right, the biggest
 
-    def _things(self, number: int) -> list[LabelQuestion]:
-        objects = self.objects[number]
+    def _things(self, index: int) -> list[LabelQuestion]:
+        objects = self.objects[index]
         if not 2 <= len(objects) <= 5:
             return []
         everything = listed([counted(name, count) for name, count in objects.items()])
@@ -241,14 +243,14 @@ class Asker:
         ]
 
     def _boxes(self, picture: Labeled) -> list[LabelQuestion]:
-        """Left of, right of, and the biggest: of things of which there is one."""
+        """Left and right, between things that occur once, and the biggest thing."""
         counts = Counter(box.name for box in picture.boxes)
         single = [box for box in picture.boxes if counts[box.name] == 1]
         found = []
         width = max((box.right for box in picture.boxes), default=0)
         pairs = [
-            (left, right) for left in single for right in single if right.left - left.right > BESIDE * width
-        ]  # nothing of the one reaches the other
+            (left, right) for left in single for right in single if right.left - left.right > MIN_GAP * width
+        ]  # without horizontal overlap
         if pairs:
             pair = self.rng.choice(pairs)
             found += self._sides(picture, *pair)
@@ -267,7 +269,7 @@ class Asker:
             for box in picture.boxes
             if box is not asked and (box.right < asked.left if side == "left" else box.left > asked.right)
         ]
-        if len(beside) == 1:  # else another thing would be as right
+        if len(beside) == 1:  # otherwise several answers would be right
             text = self.wordings.ask("side", side=side, the_noun=f"the {asked_name}")
             yield LabelQuestion(text, sentence(with_article(other_name)), "side")
         claimed = self.rng.choice(("left", "right"))
@@ -276,7 +278,7 @@ class Asker:
         text = WHICH_SIDE.format(other=other_name, noun=asked_name)
         yield LabelQuestion(text, f"On the {side}.", "which side")
 
-    # What people asked
+    # Questions written by people
 
     def _people_asked(self, picture: Labeled) -> list[LabelQuestion]:
         found = []
@@ -284,14 +286,15 @@ class Asker:
             things = [thing.strip().replace("_", " ") for thing in answer.split(",") if thing.strip()]
             if not things or (self.evaluation and len(things) > 1):
                 continue
-            said = [_number_word(thing) for thing in things]
-            right = tuple(dict.fromkeys(form for thing in (*things, *said) for form in (thing, *_other_number(thing))))
-            found.append(LabelQuestion(tidy_question(question), sentence(listed(said)), "daquar", right))
+            spelled = [_number_word(thing) for thing in things]
+            forms = (form for thing in (*things, *spelled) for form in (thing, *_other_number(thing)))
+            right = tuple(dict.fromkeys(forms))
+            found.append(LabelQuestion(tidy_question(question), sentence(listed(spelled)), "daquar", right))
         return found
 
 
 def _both_levels(names: Names) -> str:
-    """ "A hammerhead, a kind of shark."; just "A tiger shark." where the name says it."""
+    """ "A hammerhead, a kind of shark."; only "A tiger shark." if the name contains the kind."""
     named = sentence(with_article(names.name))
     if names.says_basic or names.basic in names.name.lower().split():
         return named
@@ -303,7 +306,7 @@ def _number_word(text: str) -> str:
 
 
 def _other_number(word: str) -> list[str]:
-    """The plural of one thing, the one of several; nothing of a number or a color."""
+    """The plural of a singular noun or the singular of a plural; nothing for a number or a color."""
     if not re.fullmatch(r"[a-z ]+", word) or word in naming.NUMBERS or word in COLORS:
         return []
     single = naming._inflect().singular_noun(word)

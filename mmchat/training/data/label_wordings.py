@@ -1,4 +1,4 @@
-"""How questions about labels are worded: templates, and people's own questions tidied up."""
+"""Wordings of questions about labels: templates, and cleanup of questions that people wrote."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ WORDINGS = {
         "What is the largest object{shown}?",
     ),
 }  # fmt: skip
-# Asked only in evaluation, so that it is not the wording that is recognized.
+# Used in evaluation only, so that recognizing a training wording does not help.
 EVALUATION_WORDINGS = {
     "name": (
         "What thing can you recognize?", "What do you call the thing in this photograph?",
@@ -98,10 +98,10 @@ TYPING_ERRORS = {
 
 
 class Wordings:
-    """Words questions, in templates drawn by chance.
+    """Words questions with random templates.
 
     Args:
-        evaluation: take the templates that training never uses.
+        evaluation: use the templates that training never uses.
     """
 
     def __init__(self, rng: random.Random, evaluation: bool = False):
@@ -112,7 +112,7 @@ class Wordings:
         return self._fill((EVALUATION_WORDINGS if self.evaluation else WORDINGS)[kind], **parts)
 
     def presence(self, name: str) -> str:
-        """Whether there is such a thing."""
+        """A question whether the picture shows a thing."""
         several, mass = naming.is_plural(name), naming.is_mass(name)
         some = "some" if mass else "any" if several else with_article(name).split(" ")[0]
         templates = (EVALUATION_WORDINGS if self.evaluation else WORDINGS)["presence"]
@@ -120,8 +120,8 @@ class Wordings:
         return self._fill(fitting, a=some, noun=name, plural=plural(name))
 
     def how_many(self, things: str, repeat: int) -> str:
-        """How many things there are, asked of this number for the ``repeat``-th time."""
-        if self.evaluation:  # asked again, the question must not be the same
+        """A question for a count; ``repeat`` counts earlier questions about the same things and picture."""
+        if self.evaluation:  # every repeat needs another wording
             return EVALUATION_WORDINGS["how many"][repeat].format(plural=things)
         return self.ask("how many", plural=things)
 
@@ -132,7 +132,7 @@ class Wordings:
 
 
 def _fits(text: str, several: bool, mass: bool) -> bool:
-    """Whether a wording asks for shorts ("any shorts", never "a shorts") or for milk ("some milk", never "milks")."""
+    """Whether a wording fits a plural noun ("any shorts", never "a shorts") or a mass noun (never "milks")."""
     if several:
         return "{plural}" in text or "find {a}" in text or "see {a}" in text
     if mass:
@@ -141,7 +141,7 @@ def _fits(text: str, several: bool, mass: bool) -> bool:
 
 
 def tidy_question(question: str) -> str:
-    """A capital first, one question mark last, frequent typing errors put right."""
+    """Capitalizes, ends with one question mark, and corrects frequent typing errors."""
     text = re.sub(r"\s+", " ", question).strip().rstrip(" ?.") + "?"
     text = re.sub(r"[A-Za-z]+", lambda found: TYPING_ERRORS.get(found[0], found[0]), text)
     text = re.sub(r"\b(in the )?image\s?\d+\b", lambda found: "in the picture" if found[1] else "the picture", text)

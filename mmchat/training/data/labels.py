@@ -1,4 +1,4 @@
-"""Labeled pictures, read from the usual formats: class folders, COCO, Pascal VOC, a JSON list, DAQUAR's questions."""
+"""Reads labeled pictures: class folders, COCO, Pascal VOC, a JSON list, and DAQUAR's questions."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ...errors import BadInput
 from .captions import read_splits
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
-MANY = "many"  # a crowd that nobody counted
+MANY = "many"  # an uncounted crowd
 
 
 @dataclass(frozen=True)
 class Box:
-    """Where a thing is, in pixels from the upper left corner."""
+    """A named bounding box, in pixels from the upper left corner."""
 
     name: str
     left: float
@@ -35,27 +35,27 @@ class Box:
 
 @dataclass(frozen=True)
 class Labeled:
-    """A picture and what is said of it. At least one of the fields after ``group`` is filled."""
+    """A picture and its labels. At least one of the fields after ``group`` is set."""
 
     image: str
-    group: str = ""  # pictures labeled together: what any of them names was looked for in all of them
-    objects: dict[str, int | None] | None = None  # name -> count, None for a crowd; every thing of the known kinds
+    group: str = ""  # pictures labeled together: the kinds of any picture were annotated in all of them
+    objects: dict[str, int | None] | None = None  # name → count, None for a crowd; complete for the group's kinds
     boxes: tuple[Box, ...] = ()
-    label: str = ""  # the one thing the photo was collected for; it may show other things, too
-    synset: str = ""  # WordNet 3.0's number of it, such as n01440764
-    fine: str = ""  # its variety
+    label: str = ""  # the thing that the photo was collected for; it may show others, too
+    synset: str = ""  # the label's WordNet 3.0 synset, such as n01440764
+    fine: str = ""  # the label's variety
     scene: str = ""
-    questions: tuple[tuple[str, str], ...] = ()  # asked and answered by people
+    questions: tuple[tuple[str, str], ...] = ()  # question and answer, written by people
 
 
 def read_labels(path: str | Path, kind: str | None = None) -> list[Labeled]:
-    """The labeled pictures of a file or folder.
+    """Reads the labeled pictures of a file or folder.
 
     Args:
-        kind: a key of FORMATS; None: find out.
+        kind: a key of FORMATS; None detects the format.
 
     Raises:
-        BadInput: it cannot be read, or an entry is not as it should be; the message names the file and the entry.
+        BadInput: the file is unreadable or an entry is malformed; the message names the file and the entry.
     """
     path = Path(path)
     if not path.exists():
@@ -68,15 +68,15 @@ def read_labels(path: str | Path, kind: str | None = None) -> list[Labeled]:
 
 
 def of_split(pictures: Sequence[Labeled], splits: str | Path | None, split: str | None) -> list[Labeled]:
-    """The pictures of one split of a JSON file, name of a split -> file names.
+    """The pictures of one split of a JSON file, split name → file names.
 
     Raises:
-        BadInput: there is no such file, no such split, or no labeled picture in it.
+        BadInput: the file is unreadable, or has no such split, or the split has no labeled picture.
     """
     if not split:
         return list(pictures)
     if not splits:
-        raise BadInput("Labels name no splits themselves: give a file of splits with --splits, or leave --split out.")
+        raise BadInput("Labels have no splits of their own: name a file of splits with --splits, or omit --split.")
     named = read_splits(splits)
     if split not in named:
         raise BadInput(f"{splits} has no split '{split}', only {', '.join(named)}.")
@@ -88,7 +88,7 @@ def of_split(pictures: Sequence[Labeled], splits: str | Path | None, split: str 
 
 
 def in_folder(pictures: Sequence[Labeled], folder: str) -> list[Labeled]:
-    """The same, with their names below a folder."""
+    """The pictures with their names prefixed by a folder."""
     folder = folder.strip("/")
     return [replace(picture, image=f"{folder}/{picture.image}") if folder else picture for picture in pictures]
 
@@ -103,8 +103,8 @@ def _format_of(path: Path) -> str:
     if isinstance(first, dict) and "image" in first:
         return "daquar" if "question" in first else "list"
     raise BadInput(
-        f"{path.name} is no file of labels I know: COCO's instances, a JSON list of images with objects, a label or a "
-        "scene, or a JSON list of images with questions and answers."
+        f"{path.name} is in no known label format; use COCO instances, a JSON list of images with objects, a label or "
+        "a scene, or a JSON list of images with questions and answers."
     )
 
 
@@ -119,14 +119,14 @@ def _json_of(path: Path) -> Any:
 
 
 def _entries(path: Path, content: Any, read: Callable[[dict], Any]) -> Iterator[Any]:
-    """Each entry of a list, read; BadInput names the first that cannot be."""
+    """Converts each entry of a list; BadInput names the first malformed one."""
     if not isinstance(content, list):
-        raise BadInput(f"{path.name} has no list where its entries should be.")
+        raise BadInput(f"{path.name} has no list of entries.")
     for number, entry in enumerate(content, start=1):
         try:
             yield read(entry)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"{path.name}, entry {number}: it is not as it should be ({error!r}).") from error
+            raise BadInput(f"{path.name}, entry {number} is malformed ({error!r}).") from error
 
 
 def _text(entry: dict, name: str, default: str | None = None) -> str:
@@ -140,7 +140,7 @@ def _count(value: Any) -> int | None:
     if value == MANY:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f'a count is a whole number from 1, or "{MANY}", not {value!r}')
+        raise ValueError(f'a count must be a whole number from 1, or "{MANY}", not {value!r}')
     return value
 
 
@@ -155,14 +155,14 @@ def _from_list(path: Path) -> list[Labeled]:
             **{name: _text(entry, name, "") for name in ("label", "synset", "fine", "scene")},
         )
         if found.objects is None and not found.label and not found.scene:
-            raise ValueError('it needs "objects", "label" or "scene"')
+            raise ValueError('an entry needs "objects", "label" or "scene"')
         return found
 
     return list(_entries(path, _json_of(path), read))
 
 
 def _from_folders(path: Path) -> list[Labeled]:
-    """``cat/1.jpg`` shows a cat; ``polar_bear/1.jpg`` a polar bear."""
+    """``cat/1.jpg`` is labeled "cat", ``polar_bear/1.jpg`` "polar bear"."""
     files = (file for file in path.glob("*/**/*") if file.suffix.lower() in PICTURES)
     names = sorted(file.relative_to(path).as_posix() for file in files)
     return [Labeled(name, label=re.sub(r"[_\s]+", " ", name.split("/")[0]).strip()) for name in names]
@@ -171,7 +171,7 @@ def _from_folders(path: Path) -> list[Labeled]:
 def _from_coco(path: Path) -> list[Labeled]:
     content = _json_of(path)
     if not isinstance(content, dict):
-        raise BadInput(f"{path.name} is not COCO's: it has no lists of images, annotations and categories.")
+        raise BadInput(f"{path.name} is not COCO JSON: it has no lists of images, annotations and categories.")
     lists = {name: content.get(name) for name in ("categories", "images", "annotations")}
     names = dict(_entries(path, lists["categories"], lambda entry: (entry["id"], _text(entry, "name"))))
     boxes: dict[Any, list[Box]] = {}
@@ -210,7 +210,7 @@ def _voc_picture(file: Path) -> Labeled:
     except ElementTree.ParseError as error:
         raise BadInput(f"{file.name}, line {error.position[0]}: this is not XML ({error}).") from error
     except (OSError, ValueError) as error:
-        raise BadInput(f"{file.name} is not Pascal VOC's: {error}.") from error
+        raise BadInput(f"{file.name} is not Pascal VOC XML: {error}.") from error
 
 
 def _voc_text(element: ElementTree.Element, name: str) -> str:

@@ -1,10 +1,10 @@
-"""What a labeled thing is called: "a cup", "some milk", "two dogs", and what it is a kind of.
+"""Everyday names for labeled things: "a cup", "some milk", "two dogs", and the kind that a thing belongs to.
 
-Dataset labels are no everyday English ("tvmonitor", "swine", "head cabbage"); RENAMED says what people say instead.
+Dataset labels are often not everyday English ("tvmonitor", "swine", "head cabbage"); RENAMED maps them to it.
 
-Rosch et al. (1976) call the level at which people name things first the basic level: a dog rather than a bull mastiff
-or an animal. It is found by walking up WordNet from a thing to the first name on a list of ours. Without WordNet's
-files, a thing is called by its label alone.
+Rosch et al. (1976) call the level at which people first name things the basic level: a dog rather than a bull mastiff
+or an animal. We find it by walking up WordNet from a thing to the first name in BASIC_NAMES. Without WordNet's files,
+a thing has only its label as a name.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ OTHER_NAMES = {
     "electric locomotive": ("train", "locomotive"), "warplane": ("airplane", "plane", "jet"),
     "t-shirt": ("shirt", "tee"), "long-sleeved shirt": ("shirt", "long sleeve shirt", "sweater"),
 }  # fmt: skip
-# One word for several things ("crane", "racer"): renamed only where a synset says which.
+# Ambiguous labels ("crane", "racer"): the synset selects the meaning.
 RENAMED_SYNSETS = {
     "n03126707": "construction crane", "n02012849": "crane", "n03710721": "swimsuit", "n03710637": "swimsuit",
     "n02963159": "cardigan", "n02113186": "Cardigan corgi", "n02190166": "fly", "n01608432": "kite",
@@ -94,8 +94,8 @@ PLURAL_ONLY = set(
     "socks boots gloves stairs tongs pliers".split()
 ) | {"swimming trunks", "bathing trunks", "parallel bars"}
 
-# What people call things first, and where WordNet has it, if not under that word's first sense: "cow=cattle". A thing
-# on this list is called nothing broader: an ox is "an ox", a lion is not "a kind of big cat".
+# Basic-level names, each with its WordNet sense unless that is the word's first one: "cow=cattle". The walk up WordNet
+# stops at the first of them: an ox is "an ox", and a lion is not "a kind of big cat".
 BASIC_NAMES = (
     "fish|shark|ray#7|eel#2|bird|owl|parrot|duck|goose|swan|penguin|rooster=cock#4|rooster=cock#5|hen|hen=hen#2|"
     "turkey|chicken#2|frog|salamander|turtle#2|tortoise|lizard|snake|crocodile|alligator#2|dinosaur|spider|"
@@ -117,7 +117,7 @@ BASIC_NAMES = (
     "broccoli#2|cauliflower#2|cucumber#2|potato|pepper#4|artichoke#2|carrot#3|onion#3|squash#2|mushroom#5|fungus|"
     "flower|bread|pretzel|hot dog#2|meat loaf|hamburger|sandwich|soup|stew#2|dessert|ice cream|wine|coffee"
 )  # fmt: skip
-# Things of two groups are not mistaken for each other; what is in several of these is in the first.
+# Nobody confuses things of different groups. A thing that belongs to several gets the first.
 GROUPS = {
     "bird": "bird", "reptile": "reptile", "amphibian#3": "reptile", "crustacean": "sea", "arthropod": "insect",
     "fish": "sea", "aquatic mammal": "sea", "mollusk": "sea", "coelenterate": "sea", "echinoderm": "sea",
@@ -130,12 +130,12 @@ GROUPS = {
 
 @dataclass
 class Names:
-    """What a thing is called and what it is a kind of."""
+    """The names of a thing."""
 
     name: str  # "bull mastiff"
-    basic: str = ""  # "dog"; the name itself where nothing is known
-    group: str = ""  # things of two groups are not mistaken for each other; "" where nothing is known
-    others: tuple[str, ...] = ()  # further words for it, and for what it is below the basic level: "mastiff"
+    basic: str = ""  # the basic-level name, "dog"; equal to ``name`` if unknown
+    group: str = ""  # nobody confuses things of different groups; "" if unknown
+    others: tuple[str, ...] = ()  # synonyms, and names of kinds below the basic level: "mastiff"
 
     @property
     def animal(self) -> bool:
@@ -143,12 +143,12 @@ class Names:
 
     @property
     def says_basic(self) -> bool:
-        """Whether the name itself tells the basic name: "tiger shark", "goldfish"."""
+        """Whether the name ends with the basic name: "tiger shark", "goldfish"."""
         return self.name.lower().endswith(self.basic.lower())
 
 
 class Dictionary:
-    """Knows what labels mean, from WordNet; without it, from the few words in this module."""
+    """Looks up the names of labels, in WordNet if available, and in the tables of this module."""
 
     def __init__(self, wordnet: WordNet | None = None):
         self.wordnet = wordnet
@@ -157,11 +157,15 @@ class Dictionary:
 
     @classmethod
     def read(cls, folder: str | Path | None) -> Dictionary:
-        """Raises BadInput: the folder does not hold WordNet 3.0's nouns."""
+        """A dictionary with the WordNet of a folder; None: without WordNet.
+
+        Raises:
+            BadInput: the folder does not hold WordNet 3.0's nouns.
+        """
         return cls(WordNet(folder) if folder else None)
 
     def _found(self, entries: Iterable[tuple[str, str]]) -> dict[int, str]:
-        """The names by synset, of pairs of a name and a sense, "crane#5"; an empty sense is the name's own."""
+        """Synset → name, from pairs of a name and a sense such as "crane#5"; an empty sense is the name's first."""
         found = {}
         for name, sense in entries if self.wordnet else ():
             word, _, number = (sense or name).partition("#")
@@ -171,17 +175,17 @@ class Dictionary:
         return found
 
     def synset_of(self, label: str) -> str:
-        """The WordNet number of a label that means one thing only, a kind of something on our list; else empty."""
+        """The synset of an unambiguous label with a basic-level name; otherwise empty."""
         senses = self.wordnet.senses(label) if self.wordnet else ()
         if len(senses) != 1 or not self._basics.keys() & set(self.wordnet.upwards(senses[0])):
             return ""
         return f"n{senses[0]:08d}"
 
     def names_of(self, label: str, synset: str = "") -> Names:
-        """Of a dataset's label and, if it has one, its WordNet number.
+        """The names of a dataset's label and, if known, its synset.
 
         Raises:
-            BadInput: WordNet has no such number.
+            BadInput: WordNet has no such synset.
         """
         name = readable(label, synset)
         others = [*([] if " or " in label else [label]), *OTHER_NAMES.get(label, ()), *OTHER_NAMES.get(name, ())]
@@ -193,25 +197,25 @@ class Dictionary:
         return Names(name, basic or name, group, tuple(dict.fromkeys(other for other in others if other != name)))
 
     def _looked_up(self, synset: str) -> tuple[str, str, list[str]]:
-        """The basic name, "" where there is none; the group; the words for all that is below the basic level."""
+        """The basic-level name or "", the group, and the words for everything below the basic level."""
         if not re.fullmatch(r"n\d{8}", synset):
             raise BadInput(f"{synset!r} is not the number of a noun in WordNet, such as n02084071.")
         upwards = list(self.wordnet.upwards(int(synset[1:])))
-        basic = next((number for number in upwards if number in self._basics), upwards[0])
-        below = [number for number in upwards[1:] if number != basic and basic in self.wordnet.upwards(number)]
-        words = [*self.wordnet.synset(upwards[0]).words, *(self.wordnet.synset(number).words[0] for number in below)]
-        group = next((group for number, group in self._groups.items() if number in upwards), "")
-        if group == "other animal":  # each is a group of its own
+        basic = next((offset for offset in upwards if offset in self._basics), upwards[0])
+        below = [offset for offset in upwards[1:] if offset != basic and basic in self.wordnet.upwards(offset)]
+        words = [*self.wordnet.synset(upwards[0]).words, *(self.wordnet.synset(offset).words[0] for offset in below)]
+        group = next((group for offset, group in self._groups.items() if offset in upwards), "")
+        if group == "other animal":  # each kind is its own group
             group += f" {self._basics.get(basic, words[0])}"
         return self._basics.get(basic, ""), group, [word for word in words if not self._is_latin(word)]
 
     def _is_latin(self, name: str) -> bool:
-        """Whether it is a species's scientific name: "Tinca tinca", of the "genus Tinca"."""
+        """Whether a name is scientific: "Tinca tinca", of the "genus Tinca"."""
         return name[:1].isupper() and bool(self.wordnet.senses(f"genus {name.split()[0]}"))
 
 
 def readable(label: str, synset: str = "") -> str:
-    """What people say for a dataset's label."""
+    """The everyday name of a dataset's label."""
     return RENAMED_SYNSETS.get(synset) or RENAMED.get(label, label)
 
 
@@ -231,13 +235,13 @@ def is_plural(name: str) -> bool:
 
 
 def with_article(name: str) -> str:
-    """ "a cup", "an umbrella"; "milk" and "shorts" without one."""
+    """ "a cup", "an umbrella"; mass nouns and plurals without an article."""
     return name if is_mass(name) or is_plural(name) else _inflect().a(name)
 
 
 @cache
 def plural(name: str) -> str:
-    """ "cups"; "milk" and "shorts" stay as they are."""
+    """ "cups"; mass nouns and plurals unchanged."""
     if is_mass(name) or is_plural(name):
         return name
     head, *rest = re.split(r"( with | of | for )", name, maxsplit=1)  # "hats with a wide brim"
@@ -259,7 +263,7 @@ def _plural_word(word: str) -> str:
 
 
 def counted(name: str, count: int | None) -> str:
-    """ "a dog", "two dogs", "13 dogs"; "many dogs" of a crowd."""
+    """ "a dog", "two dogs"; "many dogs" for a crowd or more than twelve."""
     if is_mass(name) or count == 1:
         return with_article(name)
     if is_plural(name):
@@ -274,12 +278,12 @@ def listed(phrases: Sequence[str]) -> str:
 
 
 def sentence(phrase: str) -> str:
-    """An answer: a capital first ("iPod" keeps its own), a full stop last."""
+    """An answer: capitalized, except names such as "iPod", and with a period."""
     first = phrase.split(" ")[0]
     return (phrase if re.match(r"[a-z]+[A-Z]", first) else phrase[:1].upper() + phrase[1:]).rstrip(".") + "."
 
 
 def accepted(names: Names) -> list[str]:
-    """Right answers to "What is this?", lower case: the name, other words for it, the basic name; one and several."""
+    """Right answers to "What is this?" in lower case: name, synonyms and basic name, singular and plural."""
     words = dict.fromkeys([names.name, *names.others, names.basic])
     return list(dict.fromkeys(form.lower() for word in words if word for form in (word, plural(word))))

@@ -1,4 +1,4 @@
-"""Conversations → batches: tokenised, with the features of their pictures, common beginnings laid out only once."""
+"""Conversations → batches: tokenizes, packs conversations that share a prefix into one sequence, adds features."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Features(Protocol):
-    """Features of pictures by name: a ``FeatureStore``, or a ``PictureFolder``."""
+    """Image features by picture name: a ``FeatureStore`` or a ``PictureFolder``."""
 
     def __contains__(self, name: str) -> bool: ...
 
@@ -31,22 +31,21 @@ class Features(Protocol):
 
 @dataclass
 class PackedSequence:
-    """Conversations about the same pictures, packed into one sequence of tokens.
+    """Conversations about the same pictures, packed into one sequence of tokens as an attention tree.
 
-    Their tokens form a tree: the picture and the words that several conversations begin with stand in the sequence
-    once, and each goes on from there. A token attends to those on its own way from the root and no others, so the model
-    computes for each conversation exactly what it would compute for it alone. A single conversation is a tree of one
-    branch.
+    The sequence holds a shared prefix once, such as the picture and a common question, and each conversation branches
+    off from it. A token attends only to its ancestors, so the loss equals that of each conversation alone. A single
+    conversation is a tree of one branch.
     """
 
-    token_ids: list[int] = field(default_factory=list)  # depth first: a branch is whole before the next one begins
+    token_ids: list[int] = field(default_factory=list)  # depth first
     is_answer: list[bool] = field(default_factory=list)
-    parent: list[int] = field(default_factory=list)  # index of the token before it in its conversation; -1 for none
-    position: list[int] = field(default_factory=list)  # how many tokens come before it in its conversation
+    parent: list[int] = field(default_factory=list)  # index of the previous token of the conversation; -1 at the root
+    position: list[int] = field(default_factory=list)  # position id: the token's depth in the tree
     subtree_end: list[int] = field(default_factory=list)  # index after the last token that attends to this one
-    weight: list[float] = field(default_factory=list)  # of its loss
+    weight: list[float] = field(default_factory=list)  # loss weight
     images: list[str] = field(default_factory=list)  # in the order of their IMAGE_TOKEN_IDs
-    open_questions: list[Any] = field(default_factory=list)  # taken out of it, to be rewarded (self_critical.py)
+    open_questions: list[Any] = field(default_factory=list)  # removed from the sequence, for SCST (self_critical.py)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -60,13 +59,13 @@ class PackedSequence:
         return any(weight != 1 for weight in self.weight)
 
     def without(self, indices: set[int]) -> PackedSequence:
-        """The sequence without whole branches, which show no picture of their own."""
+        """The sequence without the tokens at ``indices``, which must be whole branches without pictures."""
         kept = [index for index in range(len(self)) if index not in indices]
-        now_at = {index: position for position, index in enumerate(kept)} | {-1: -1}
+        new_index = {old: new for new, old in enumerate(kept)} | {-1: -1}
         return PackedSequence(
             token_ids=[self.token_ids[index] for index in kept],
             is_answer=[self.is_answer[index] for index in kept],
-            parent=[now_at[self.parent[index]] for index in kept],
+            parent=[new_index[self.parent[index]] for index in kept],
             position=[self.position[index] for index in kept],
             subtree_end=[bisect_left(kept, self.subtree_end[index]) for index in kept],
             weight=[self.weight[index] for index in kept],
@@ -77,16 +76,16 @@ class PackedSequence:
 def lay_out(
     conversations: Sequence[EncodedConversation], max_length: int, weights: Sequence[float] | None = None
 ) -> list[PackedSequence]:
-    """Conversations about the same pictures → sequences of at most ``max_length`` tokens.
+    """Packs conversations about the same pictures into sequences of at most ``max_length`` tokens.
 
-    Sorted, those that begin alike are neighbors, so each has to be compared with the one before it only. Answers are
-    never shared: each of their tokens is learned once for each conversation that has it.
+    Sorting puts conversations with a common prefix side by side, so each is compared only with the one before it.
+    Answers are never shared: every answer token is trained once per conversation.
 
     Args:
-        weights: what the loss of each conversation is multiplied by; 1 if None.
+        weights: the loss weight of each conversation; 1 if None.
     """
     rows: list[PackedSequence] = []
-    path: list[int] = []  # indices in the sequence of the tokens of the conversation packed last
+    path: list[int] = []  # indices of the tokens of the last conversation, root first
     last: EncodedConversation | None = None
     weighted = zip(conversations, weights or [1.0] * len(conversations), strict=True)
     for conversation, weight in sorted(weighted, key=lambda pair: pair[0].token_ids):
@@ -114,24 +113,24 @@ def lay_out(
 
 
 def _shared_length(first: EncodedConversation, second: EncodedConversation) -> int:
-    """How many tokens two conversations begin with alike, before either answers."""
+    """Length of the common prefix of two conversations, up to the first answer token."""
     pairs = zip(first.token_ids, second.token_ids, first.is_answer, second.is_answer, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1] and not (pair[2] or pair[3]), pairs))
 
 
 class ConversationDataset(Dataset):
-    """Rows of conversations with the features of their pictures.
+    """Packed sequences of conversations, each with the features of its pictures.
 
     Args:
-        conversations: of one or many pictures; neighbours that show the same pictures share a row.
-        features: of every picture that is shown.
-        tokens_per_image: how many tokens the projector makes of one picture.
-        max_length: in tokens; what is longer is cut off at its end.
-        share: whether conversations about the same pictures share a row.
-        image_text: what is said about a picture after it, such as its tags.
+        conversations: may show any pictures; those that show the same ones share a sequence.
+        features: the features of every picture.
+        tokens_per_image: projector tokens per picture.
+        max_length: maximum tokens in a sequence; longer conversations are truncated.
+        share: pack conversations about the same pictures into one sequence.
+        image_text: returns the text that follows a picture in the prompt, such as its tags.
 
     Raises:
-        BadInput: a picture has no features, or nothing is left to learn from.
+        BadInput: a picture has no features, or no answer is left after truncation.
     """
 
     def __init__(
@@ -148,25 +147,25 @@ class ConversationDataset(Dataset):
     ):
         self.features = features
         groups: dict[Any, list[EncodedConversation]] = {}
-        self.count = cut = 0
-        for number, conversation in enumerate(conversations):
+        self.count = truncated = 0
+        for index, conversation in enumerate(conversations):
             for name in conversation.images:
                 if name not in features:
                     raise BadInput(f"Conversation {conversation.id} shows '{name}', which has no features.")
             encoded = encode(conversation.messages, tokenizer, chat_format, tokens_per_image, image_text=image_text)
             if len(encoded.token_ids) > max_length:
-                encoded, cut = _cut(encoded, max_length), cut + 1
+                encoded, truncated = _truncate(encoded, max_length), truncated + 1
             if any(encoded.is_answer):
-                groups.setdefault(conversation.images if share and conversation.images else number, []).append(encoded)
+                groups.setdefault(conversation.images if share and conversation.images else index, []).append(encoded)
                 self.count += 1
-        if cut:
-            logger.warning("%d conversations were longer than %d tokens and were cut off there", cut, max_length)
+        if truncated:
+            logger.warning("%d conversations were truncated to %d tokens", truncated, max_length)
         if not groups:
-            raise BadInput(f"No conversation has an answer within its first {max_length} tokens.")
+            raise BadInput(f"No conversation has an answer within its first {max_length} tokens: raise max_length.")
         self.rows = [row for group in groups.values() for row in lay_out(group, max_length)]
 
     def with_rows(self, rows: list[PackedSequence]) -> ConversationDataset:
-        """A dataset with other rows and the same features."""
+        """A copy of the dataset with other sequences and the same features."""
         changed = copy(self)
         changed.rows = rows
         return changed
@@ -180,14 +179,14 @@ class ConversationDataset(Dataset):
         return {"row": row, "features": torch.stack(features) if features else None}
 
 
-def _cut(encoded: EncodedConversation, length: int) -> EncodedConversation:
+def _truncate(encoded: EncodedConversation, length: int) -> EncodedConversation:
     if IMAGE_TOKEN_ID in encoded.token_ids[length:]:
-        return EncodedConversation([], [], [])  # part of a picture would be left
+        return EncodedConversation([], [], [])  # the cut would leave part of a picture
     return EncodedConversation(encoded.token_ids[:length], encoded.is_answer[:length], encoded.images)
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Rows → what ``MultimodalModel.forward`` takes, padded on the right."""
+    """Stacks examples into the arguments of ``MultimodalModel.forward``, padded on the right."""
     rows = [example["row"] for example in examples]
 
     def pad(name: str, value: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
@@ -203,10 +202,10 @@ def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         "attention_mask": is_token.long(),
     }
     if any(row.is_branched for row in rows):
-        end = pad("subtree_end", 0).where(is_token, index + 1)  # padding attends to itself, or it would become NaN
-        reads = (index <= index[:, None]) & (index[:, None] < end[:, None, :])  # [batch, length, length]
+        end = pad("subtree_end", 0).where(is_token, index + 1)  # padding attends to itself; an empty row gives NaN
+        attends = (index <= index[:, None]) & (index[:, None] < end[:, None, :])  # [batch, length, length]
         batch |= {
-            "attention_mask": reads[:, None],
+            "attention_mask": attends[:, None],
             "position_ids": pad("position", 0),
             "parent": pad("parent", 0),
         }
@@ -214,5 +213,5 @@ def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch["label_weights"] = pad("weight", 0, torch.float32)[batch["labels"] != IGNORE_INDEX]  # [labels]
     features = [example["features"] for example in examples if example["features"] is not None]
     if features:
-        batch["image_features"] = torch.cat(features).float()  # [images, features, image_width]
+        batch["image_features"] = torch.cat(features).float()  # [images, features, image_dim]
     return batch

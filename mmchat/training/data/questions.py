@@ -1,8 +1,8 @@
-"""Questions that captions answer, made by rules: is there …, what color, how many, what is … doing, who, where.
+"""Rule-based questions that captions answer: is there …, what color, how many, what is … doing, who, where.
 
-A question is asked only where at least two captions of a picture agree on its answer, and "no" is said only where no
-caption names the thing, or anything that may be another word for it. To train on, colors and numbers can be had from
-one caption that no other contradicts: three times as many, and nearly as true.
+A question needs at least two captions of a picture that agree on its answer. The answer is "no" only if no caption
+names the thing or a possible synonym. For training, colors and counts may come from a single caption that no other
+contradicts: this gives three times as many, nearly as accurate.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-AGREEMENT = 2  # captions that have to say the same
+AGREEMENT = 2  # captions that must agree
 
 COLORS = set("black white brown red blue green yellow orange pink purple gray tan".split())
 SPELLINGS = {"grey": "gray", "colour": "color", "puppy": "dog", "puppies": "dogs", "bike": "bicycle", "kid": "child"}
@@ -31,14 +31,14 @@ ANIMALS = {"dog", "cat", "horse", "bird"}
 PLURALS = PEOPLE | THINGS
 SINGULARS = {plural: single for single, plural in PLURALS.items()}
 
-# Words that may mean a person of any kind: with one of them about, nobody can say that there is no man.
+# Words that may mean any person: next to one of them, "Is there a man?" has no certain answer.
 PEOPLE_WORDS = set(
     "person people adult adults player players couple group crowd family someone he she his her they their him male "
     "female rider climber surfer skier snowboarder skateboarder biker cyclist hiker runner skater swimmer teenager "
     "teenagers friend friends team band teen teens youth youths worker performer dancer dancers athlete bride groom "
     "mother father toddler toddlers baby child children".split()
 )
-# Other words for a thing, and words that come with it: "no" is not said beside them.
+# Synonyms of a thing, and words that suggest it: a caption with one of them rules out the answer "no".
 HINTS = {
     "dog": "poodle terrier retriever hound collie greyhound greyhounds animal animals labrador lab pet",
     "cat": "kitten kitty animal",
@@ -83,7 +83,7 @@ COLORED = set(
     "swimsuit bikini outfit flowers motorcycle hoodie jersey canoe slide bench surfboard top racecar backpack raft "
     "socks fence wall shoes snowsuit skirt kite sled wetsuit".split()
 )
-# What somebody is doing: how captions write it -> how the answer says it.
+# Verb in captions → the answer; None: no question about it.
 ACTIONS = {
     "run": "Running", "jump": "Jumping", "leap": "Jumping", "play": "Playing", "stand": "Standing", "sit": "Sitting",
     "walk": "Walking", "hold": None, "ride": "Riding", "climb": "Climbing", "swim": "Swimming", "carry": None,
@@ -104,7 +104,7 @@ PLACES = {
 }  # fmt: skip
 LIKE_PLACES = ({"beach", "sand", "ocean", "water"}, {"street", "road", "sidewalk"}, {"grass", "field", "park", "yard"})
 
-# Of the many ways to ask: a model that has seen few of them answers worse in the others.
+# Many wordings: a model trained on few of them answers others worse.
 OPENINGS = ("",) * 8 + (
     "In this picture, ", "Looking at the image, ", "Look closely: ", "Please answer briefly: ", "For this picture: ",
     "A question about this photo: ", "Hello! ", "Take a good look. ",
@@ -169,43 +169,43 @@ def words_of(caption: str) -> list[str]:
 def ask(pictures: Sequence[dict], rng: random.Random, *, agreement: int = AGREEMENT) -> list[list[Question]]:
     """The questions that the captions of each picture answer, in the order of ``pictures``.
 
-    Presence is balanced object by object over the whole collection: each is affirmed as often as it is denied, so its
-    name alone says nothing about the answer.
+    Presence questions are balanced per object over the whole collection: as many yes as no answers, so the object's
+    name says nothing about the answer.
 
     Args:
         pictures: ``{"image": file name, "captions": [text, …]}``.
-        agreement: captions that have to name the same color or number; no other may name another.
+        agreement: captions that must name the same color or count; none may name another.
     """
     captions = [[words_of(caption) for caption in picture["captions"]] for picture in pictures]
     presence = _presence(captions, rng)
     return [
-        presence[number]
+        presence[index]
         + [question for rule in (_colors, _counts) for question in rule(words, rng, agreement)]
         + [question for rule in (_actions, _people, _places) for question in rule(words, rng)]
-        for number, words in enumerate(captions)
+        for index, words in enumerate(captions)
     ]
 
 
 def word(wordings: Sequence[str], rng: random.Random, **parts: str) -> str:
-    """One of the wordings, drawn by chance, filled in; with an opening and a word on where it is shown, or without."""
+    """Fills in a random wording, with a random opening and a random "in the picture"."""
     opening, shown = rng.choice(OPENINGS), rng.choice(WHERE_SHOWN)
     text = rng.choice(wordings).format(shown=shown, shown_or_here=shown or " here", **parts)
     return opening + (text[0].lower() + text[1:] if opening.endswith((", ", ": ")) else text)
 
 
 def _agreed(captions: Iterable[Iterable[str]]) -> Counter:
-    """What is said in at least AGREEMENT captions, and in how many."""
+    """The items that at least AGREEMENT captions contain, with the number of captions."""
     counts = Counter(thing for caption in captions for thing in sorted(set(caption)))
     return Counter({thing: count for thing, count in counts.items() if count >= AGREEMENT})
 
 
 def seen_objects(captions: Sequence[Sequence[str]]) -> list[str]:
-    """Objects, in the singular, that the captions agree on."""
+    """The objects that the captions agree on, in the singular."""
     return sorted(_agreed([SINGULARS.get(word, word) for word in words] for words in captions).keys() & PLURALS.keys())
 
 
 def _may_deny(single: str, words: set[str]) -> bool:
-    """Whether captions with these words leave no doubt that there is none."""
+    """Whether captions with these words leave no doubt that the picture has no such object."""
     if {single, PLURALS[single], *HINTS.get(single, "").split()} & words:
         return False
     return single not in PEOPLE or not PEOPLE_WORDS & words
@@ -213,21 +213,21 @@ def _may_deny(single: str, words: set[str]) -> bool:
 
 def _presence(captions: Sequence[Sequence[Sequence[str]]], rng: random.Random) -> list[list[Question]]:
     everything = [{word for caption in words for word in caption} for words in captions]
-    affirmed, denied = defaultdict(list), defaultdict(list)
-    for number, words in enumerate(captions):
+    positives, negatives = defaultdict(list), defaultdict(list)
+    for index, words in enumerate(captions):
         for single in seen_objects(words):
-            affirmed[single].append(number)
+            positives[single].append(index)
         for single in PLURALS:
-            if _may_deny(single, everything[number]):
-                denied[single].append(number)
+            if _may_deny(single, everything[index]):
+                negatives[single].append(index)
     result: list[list[Question]] = [[] for _ in captions]
     for single in PLURALS:
-        count = min(len(affirmed[single]), len(denied[single]))
-        for answer, numbers in (("Yes.", affirmed[single]), ("No.", denied[single])):
-            for number in rng.sample(numbers, count):
+        count = min(len(positives[single]), len(negatives[single]))
+        for answer, indices in (("Yes.", positives[single]), ("No.", negatives[single])):
+            for index in rng.sample(indices, count):
                 article = "an" if single[0] in "aeiou" else "a"
                 text = word(WORDINGS["presence"], rng, a=article, noun=single, plural=PLURALS[single])
-                result[number].append(Question(text, answer, "presence", single))
+                result[index].append(Question(text, answer, "presence", single))
     return result
 
 
@@ -254,14 +254,14 @@ def _colors(captions: Sequence[Sequence[str]], rng: random.Random, agreement: in
 def _counts(captions: Sequence[Sequence[str]], rng: random.Random, agreement: int) -> list[Question]:
     said: dict[str, Counter] = defaultdict(Counter)
     for words in captions:
-        for place, number in enumerate(words):
+        for index, number in enumerate(words):
             plural = next(
-                (word for word in words[place + 1 : place + 4] if word in SINGULARS or word == "people"), None
+                (word for word in words[index + 1 : index + 4] if word in SINGULARS or word == "people"), None
             )
             if number in NUMBERS[1:] and plural:
                 said[plural][number] += 1
     mentioned = Counter(word for words in captions for word in set(words))
-    for single, plural in PLURALS.items():  # "one" where nearly everyone writes "a dog", and nobody "dogs"
+    for single, plural in PLURALS.items():  # "one" if most captions have "a dog" and none "dogs"
         singly = sum(any(f" {one} {single} " in f" {' '.join(words)} " for one in ("a", "one")) for words in captions)
         if singly >= 3 and not mentioned[plural] and plural not in said and rng.random() < 0.1:
             said[plural]["one"] = singly
@@ -278,14 +278,14 @@ def _actions(captions: Sequence[Sequence[str]], rng: random.Random) -> list[Ques
     mentioned = {word for words in captions for word in words}
     doers = [single for single in seen_objects(captions) if single in PEOPLE or single in ANIMALS]
     done = _agreed([answer for word in words if (answer := action_of(word))] for words in captions)
-    if len(doers) != 1 or PLURALS[doers[0]] in mentioned or not done:  # of two, who does it is not known
+    if len(doers) != 1 or PLURALS[doers[0]] in mentioned or not done:  # of two, it is unclear who acts
         return []
     answer = done.most_common(1)[0][0]
     return [Question(word(WORDINGS["doing"], rng, noun=doers[0]), f"{answer}.", "doing", doers[0])]
 
 
 def action_of(word: str) -> str | None:
-    """ "runs", "running" -> "Running"; None where it names no action."""
+    """ "runs", "running" → "Running"; None for other words."""
     for stem in (word.removesuffix("ing"), word.removesuffix("s"), word.removesuffix("es")):
         if stem != word:
             for candidate in (stem, stem[:-1] if stem[-1:] == stem[-2:-1] else f"{stem}e"):
@@ -295,7 +295,7 @@ def action_of(word: str) -> str | None:
 
 
 def _people(captions: Sequence[Sequence[str]], rng: random.Random) -> list[Question]:
-    """ "A man and two boys." where the captions agree on that; nothing where people are named in other ways too."""
+    """ "A man and two boys." if the captions agree; no question if they name people in several ways."""
     named = _agreed([pair for pair in zip(words, words[1:], strict=False) if _is_person(*pair)] for words in captions)
     nouns = Counter(SINGULARS.get(noun, noun) for _, noun in named)
     if not named or max(nouns.values()) > 1 or len(named) > 2:

@@ -1,4 +1,4 @@
-"""WordNet's nouns, read from its own files (Miller 1995, "WordNet: A Lexical Database for English")."""
+"""Reads WordNet's nouns from its own files (Miller 1995, "WordNet: A Lexical Database for English")."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ VERSION = "WordNet 3.0"  # other versions number their synsets differently
 
 @dataclass(frozen=True)
 class Synset:
-    """Words that mean the same thing, and the synsets of what it is a kind of."""
+    """A set of synonyms, and the synsets of its hypernyms."""
 
     words: tuple[str, ...]
     hypernyms: tuple[int, ...]
 
 
 class WordNet:
-    """The nouns of a folder with WordNet 3.0's ``data.noun`` and ``index.noun``.
+    """The nouns in a folder with WordNet 3.0's ``data.noun`` and ``index.noun``.
 
-    A synset's number, the digits of n02084071, is the byte in ``data.noun`` at which its line starts.
+    A synset's number, such as the digits of n02084071, is the byte offset of its line in ``data.noun``.
 
     Raises:
-        BadInput: the folder does not hold these files, or those of another version.
+        BadInput: the folder lacks these files, or they belong to another version.
     """
 
     def __init__(self, folder: str | Path):
@@ -36,32 +36,39 @@ class WordNet:
             self._senses = dict(map(_index_entry, filter(_is_entry, index.splitlines())))
         except OSError as error:
             raise BadInput(
-                f"{folder} does not hold WordNet: {Path(error.filename).name} cannot be read ({error.strerror})."
+                f"'{folder}' does not hold WordNet: {Path(error.filename).name} cannot be read ({error.strerror})."
             ) from error
         except (ValueError, IndexError) as error:
-            raise BadInput(f"index.noun in {folder} is not WordNet's index of nouns.") from error
+            raise BadInput(f"index.noun in '{folder}' is not WordNet's index of nouns.") from error
         if VERSION.encode() not in self._data[:4096]:
-            raise BadInput(f"data.noun in {folder} is not {VERSION}'s, and other versions number things differently.")
+            raise BadInput(
+                f"data.noun in '{folder}' is not from {VERSION}: use that version, since others number synsets "
+                "differently."
+            )
 
     def senses(self, word: str) -> tuple[int, ...]:
         """The synsets of a noun, the most frequent first."""
         return self._senses.get(word.lower().replace(" ", "_"), ())
 
     def synset(self, number: int) -> Synset:
-        """Raises BadInput: there is none of this number."""
+        """The synset with this number.
+
+        Raises:
+            BadInput: WordNet has no such synset.
+        """
         line = self._data[number : max(self._data.find(b"\n", number), number)].decode(errors="replace")
         if not line.startswith(f"{number:08d} "):
-            raise BadInput(f"n{number:08d} is not a noun of {VERSION}: correct the number or leave it out.")
+            raise BadInput(f"n{number:08d} is not a noun of {VERSION}: correct the number or omit it.")
         fields = line.split(" | ")[0].split()
         word_count = int(fields[3], 16)
-        pointers = fields[5 + 2 * word_count :]  # symbol, number, part of speech, and words of each
+        pointers = fields[5 + 2 * word_count :]  # for each pointer: symbol, offset, part of speech, words
         return Synset(
             tuple(word.replace("_", " ") for word in fields[4 : 4 + 2 * word_count : 2]),
             tuple(int(other) for symbol, other in zip(pointers[::4], pointers[1::4], strict=False) if symbol[0] == "@"),
         )
 
     def upwards(self, number: int) -> Iterator[int]:
-        """A synset and all that it is a kind of, the nearest first."""
+        """A synset and all its hypernyms, the nearest first."""
         found = [number]
         for one in found:
             yield one
@@ -69,7 +76,7 @@ class WordNet:
 
 
 def _is_entry(line: str) -> bool:
-    return bool(re.match(r"\S", line))  # the license's lines are indented
+    return bool(re.match(r"\S", line))  # the license text is indented
 
 
 def _index_entry(line: str) -> tuple[str, tuple[int, ...]]:

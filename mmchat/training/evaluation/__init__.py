@@ -1,1 +1,1 @@
-"""Evaluation: answers to test questions, metrics, samples, recordings."""
+"""Evaluation: answers to test questions, metrics, sample answers, and recordings."""

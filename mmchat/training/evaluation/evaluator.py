@@ -1,4 +1,4 @@
-"""Answers to a file of questions, measured; and again with other pictures, to see what language alone can guess."""
+"""Answers and scores files of questions, also with shuffled and blank pictures, to measure the language prior."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ from .metrics import (
 logger = logging.getLogger(__name__)
 
 REAL, SHUFFLED, BLANK = CONDITIONS = ("real", "shuffled", "blank")
-DESCRIPTIONS = {"caption": caption_metrics, "detail": detail_metrics}  # kinds that are scored against all references
+DESCRIPTIONS = {"caption": caption_metrics, "detail": detail_metrics}  # kinds scored against all references
 HOW_MANY = "how many"
-MAX_NEW_TOKENS = {"detail": 96}  # the longest answer of a kind that needs more than DEFAULT_MAX_NEW_TOKENS
+MAX_NEW_TOKENS = {"detail": 96}  # kinds that need more than DEFAULT_MAX_NEW_TOKENS
 DEFAULT_MAX_NEW_TOKENS = 32
 FIGURE = ("value", "low", "high", "count")
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question with its right answer, and, of a caption, everything people wrote."""
+    """A question and its right answer."""
 
-    conversation: Conversation  # its last message is the right answer
+    conversation: Conversation  # the last message is the right answer
     kind: str
-    references: tuple[str, ...]
-    accepted: tuple[str, ...] = ()  # where a thing has several right names: all of them
+    references: tuple[str, ...]  # all human texts about the picture
+    accepted: tuple[str, ...] = ()  # all right names, if there are several
 
     @property
     def question(self) -> tuple[Message, ...]:
@@ -64,15 +64,13 @@ class Item:
 
 
 def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
-    """Questions to evaluate on: LLaVA-Instruct entries, which may have more fields.
+    """Reads evaluation questions: LLaVA-Instruct entries with optional further fields.
 
-    ``kind`` groups the questions; ``references`` are all texts that people wrote of the picture, and ``accepted`` all
-    names that are right.
-
-    In a conversation of several turns the last answer is measured, the others are read as history.
+    ``kind`` groups the questions, ``references`` lists all human texts about the picture, and ``accepted`` lists all
+    right names. A conversation of several turns is scored on its last answer; the turns before are history.
 
     Raises:
-        BadInput: the file cannot be read, or an entry ends without an answer.
+        BadInput: the file is unreadable, or an entry ends without an answer.
     """
     path = Path(path)
     items = []
@@ -85,42 +83,42 @@ def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
     return items
 
 
-def _item(entry: Any, place: str) -> Item:
-    conversation = conversation_of(entry, place)
+def _item(entry: Any, label: str) -> Item:
+    conversation = conversation_of(entry, label)
     if conversation.messages[-1].role != "assistant":
-        raise BadInput(f"{place}: the conversation must end with the right answer.")
-    references, accepted = (_texts(entry, field, place) for field in ("references", "accepted"))
+        raise BadInput(f"{label}: the conversation must end with the right answer.")
+    references, accepted = (_texts(entry, field, label) for field in ("references", "accepted"))
     kind = entry.get("kind") or ("caption" if references else "answer")
     if not isinstance(kind, str):
-        raise BadInput(f'{place}: "kind" must be a text.')
+        raise BadInput(f'{label}: "kind" must be a text.')
     return Item(conversation, kind, references or (conversation.messages[-1].text,), accepted)
 
 
-def _texts(entry: dict, field: str, place: str) -> tuple[str, ...]:
+def _texts(entry: dict, field: str, label: str) -> tuple[str, ...]:
     texts = entry.get(field)
     if texts is None:
         return ()
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise BadInput(f'{place}: "{field}" must be a list of texts.')
+        raise BadInput(f'{label}: "{field}" must be a list of texts.')
     return tuple(texts)
 
 
 class ShuffledFeatures:
-    """Every picture in place of another: each name gets the features of the next one."""
+    """Replaces every picture by another one from the same questions."""
 
     def __init__(self, features: Features, names: Sequence[str]):
         self.features = features
         unique = list(dict.fromkeys(names))
-        # Half a collection further on: neighbours may be alike, as pictures of one series are.
+        # The picture half a list away: neighbors may be similar, as in a series of photos.
         self.other = {
-            name: unique[(place + max(len(unique) // 2, 1)) % len(unique)] for place, name in enumerate(unique)
+            name: unique[(index + max(len(unique) // 2, 1)) % len(unique)] for index, name in enumerate(unique)
         }
 
     def __contains__(self, name: str) -> bool:
         return name in self.other
 
     def shown(self, name: str) -> str:
-        """Which picture stands in its place."""
+        """The name of the picture that replaces this one."""
         return self.other[name]
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -128,7 +126,7 @@ class ShuffledFeatures:
 
 
 class BlankFeatures:
-    """An even gray in place of every picture."""
+    """Replaces every picture by a uniform gray one."""
 
     def __init__(self, encoder: Any):
         self.blank = encoder.encode([Image.new("RGB", (256, 256), (128, 128, 128))])[0]
@@ -137,7 +135,7 @@ class BlankFeatures:
         return True
 
     def shown(self, name: str) -> str:
-        """The same for every picture."""
+        """The same name for every picture."""
         return BLANK
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -145,11 +143,11 @@ class BlankFeatures:
 
 
 class Evaluator:
-    """One model, asked many questions at once.
+    """Asks a model many questions in batches.
 
     Args:
-        model, tokenizer, chat_format: as training and chat use them.
-        progress: wraps an iterator of known length, as tqdm does.
+        model, tokenizer, chat_format: as in training and chat.
+        progress: wraps an iterator of batches, like tqdm; called with the iterator and a description.
     """
 
     def __init__(
@@ -173,21 +171,20 @@ class Evaluator:
         options: SamplingOptions,
         max_new_tokens: Mapping[str, int] = MappingProxyType({}),
     ) -> list[str]:
-        """What the model answers, greedily or by beam search, in the order of ``items``.
+        """The model's answers, by greedy decoding or beam search, in the order of ``items``.
 
-        A prompt that occurs several times is answered once, and a picture that several questions of a batch are about
-        is read once.
+        Repeated prompts are answered once, and questions of a batch about the same picture share its prefill.
 
         Args:
-            max_new_tokens: the longest answer to some kinds of questions, in place of that of the options.
+            max_new_tokens: kind → limit; overrides the options' limit for these kinds.
         """
-        longest = [max_new_tokens.get(item.kind, options.max_new_tokens) for item in items]
+        limits = [max_new_tokens.get(item.kind, options.max_new_tokens) for item in items]
         result = [""] * len(items)
-        for length in dict.fromkeys(longest):
-            places = [place for place, one in enumerate(longest) if one == length]
-            texts = self._answers([items[place] for place in places], features, replace(options, max_new_tokens=length))
-            for place, text in zip(places, texts, strict=True):
-                result[place] = text
+        for limit in dict.fromkeys(limits):
+            chosen = [index for index, one in enumerate(limits) if one == limit]
+            texts = self._answers([items[index] for index in chosen], features, replace(options, max_new_tokens=limit))
+            for index, text in zip(chosen, texts, strict=True):
+                result[index] = text
         return result
 
     def _answers(self, items: Sequence[Item], features: Features, options: SamplingOptions) -> list[str]:
@@ -205,19 +202,19 @@ class Evaluator:
         return [result[key] for key in keys]
 
     def _batches_of_prompts(self, prompts: Iterable[_Key]) -> list[list[_Key]]:
-        """Batches of equally long prefixes; in them pictures asked about more than once lie together, then lengths."""
+        """Batches with prefixes of equal length; within them, prompts with a common prefix are adjacent."""
         counts = Counter(key.prefix for key in prompts)
         lengths = sorted({len(key.prefix[0]) for key in prompts})
         batches = []
         for length in lengths:
             chosen = [key for key in prompts if len(key.prefix[0]) == length]
-            chosen.sort(key=lambda key: (key.prefix if counts[key.prefix] > 1 else ((), ()), len(key.rest)))
+            chosen.sort(key=lambda key: (key.prefix if counts[key.prefix] > 1 else ((), ()), len(key.suffix)))
             batches += _batches(chosen, self.batch_size)
         return batches
 
     @torch.inference_mode()
     def perplexity(self, items: Sequence[Item], features: Features) -> Estimate:
-        """e to the mean loss of a token of the right answers; lower is better, 1 is certainty."""
+        """The perplexity of the right answers, exp of the mean loss per token; 1 is certainty."""
         dataset = ConversationDataset(
             [item.conversation for item in items],
             features,
@@ -226,16 +223,16 @@ class Evaluator:
             self.model.tokens_per_image,
             image_text=self._tags(features),
         )
-        order = sorted(range(len(dataset)), key=lambda place: len(dataset.rows[place]))
-        rows_per_batch = max(1, self.batch_size * len(dataset) // dataset.count)  # a row holds several conversations
+        order = sorted(range(len(dataset)), key=lambda index: len(dataset.rows[index]))
+        rows_per_batch = max(1, self.batch_size * len(dataset) // dataset.count)  # a row packs several conversations
         losses, counts = [], []
-        for places in self.progress(_batches(order, rows_per_batch), "perplexity"):
+        for indices in self.progress(_batches(order, rows_per_batch), "perplexity"):
             batch = {
-                name: tensor.to(self.model.device) for name, tensor in collate([dataset[p] for p in places]).items()
+                name: tensor.to(self.model.device) for name, tensor in collate([dataset[i] for i in indices]).items()
             }
             logits, expected = self.model.label_logits(**batch)
-            loss = torch.nn.functional.cross_entropy(logits.float(), expected, reduction="none")
-            per_conversation = [count for place in places for count in _answer_lengths(dataset.rows[place])]
+            loss = torch.nn.functional.cross_entropy(logits.float(), expected, reduction="none")  # [labels]
+            per_conversation = [count for index in indices for count in _answer_lengths(dataset.rows[index])]
             losses += [part.sum().item() for part in loss.split(per_conversation)]
             counts += per_conversation
         loss, count = torch.tensor(losses, dtype=torch.float64).numpy(), torch.tensor(counts).numpy()
@@ -252,11 +249,11 @@ class Evaluator:
         )
 
     def _tags(self, features: Features) -> Callable[[str], str]:
-        """What is said about a picture: the tags of what is shown in its place."""
+        """Picture name → its tag text, which follows the features that replace the picture."""
         return cache(lambda name: self.model.tags(features[name]))
 
     def _embed(self, prompt: EncodedConversation, features: Features) -> torch.Tensor:
-        """[length, token_width]."""
+        """The input embeddings of a prompt, [length, hidden_size]."""
         device = self.model.device
         found = [features[name].to(device).float() for name in prompt.images]
         token_ids = torch.tensor([prompt.token_ids], device=device)
@@ -264,9 +261,9 @@ class Evaluator:
 
 
 def measure(items: Sequence[Item], answers: Sequence[str]) -> dict[str, dict[str, Estimate]]:
-    """Kind of question → metric → figure.
+    """Scores answers: kind of question → metric → estimate.
 
-    Where any answer hedges, the share that does and the accuracy of the others are among the metrics.
+    If any answer of a kind hedges, its metrics include the share of hedged answers and the accuracy of the others.
     """
     result = {}
     for kind in dict.fromkeys(item.kind for item in items):
@@ -276,14 +273,14 @@ def measure(items: Sequence[Item], answers: Sequence[str]) -> dict[str, dict[str
         hedged = [is_hedged(answer) for _, answer in chosen]
         if any(hedged):
             result[kind]["hedged"] = share(hedged)
-            flat = [pair for pair, is_so in zip(chosen, hedged, strict=True) if not is_so]
-            if flat and "accuracy" in result[kind]:
-                result[kind]["accuracy, not hedged"] = score(*zip(*flat, strict=True))["accuracy"]
+            plain = [pair for pair, has_hedge in zip(chosen, hedged, strict=True) if not has_hedge]
+            if plain and "accuracy" in result[kind]:
+                result[kind]["accuracy, not hedged"] = score(*zip(*plain, strict=True))["accuracy"]
     return result
 
 
 def _score_of(kind: str, items: Sequence[Item]) -> Callable[[Sequence[Item], Sequence[str]], dict[str, Estimate]]:
-    """What computes the metrics of a kind, from items of it and their answers."""
+    """The metric function of a kind; it takes items and their answers."""
     if kind in DESCRIPTIONS:
         return lambda items, said: DESCRIPTIONS[kind](said, [item.references for item in items])
     metrics = count_metrics if kind == HOW_MANY else metrics_for([item.answer for item in items])
@@ -294,21 +291,21 @@ def _score_of(kind: str, items: Sequence[Item]) -> Callable[[Sequence[Item], Seq
 
 @dataclass(frozen=True)
 class _Key:
-    """A prompt as the model reads it; equal ones get equal answers."""
+    """The identity of a prompt: prompts with equal keys get equal answers."""
 
-    prefix: tuple[tuple[int, ...], tuple[str, ...]]  # its tokens up to the end of the last picture, and the pictures
-    rest: tuple[int, ...]  # tokens after that
+    prefix: tuple[tuple[int, ...], tuple[str, ...]]  # the tokens up to the end of the last picture, and the pictures
+    suffix: tuple[int, ...]  # the tokens after it
 
     @classmethod
     def of(cls, prompt: EncodedConversation, features: Features) -> _Key:
         token_ids = tuple(prompt.token_ids)
-        end = max((place + 1 for place, token_id in enumerate(token_ids) if token_id == IMAGE_TOKEN_ID), default=0)
-        shown = getattr(features, "shown", str)  # some features are those of another picture
+        end = max((index + 1 for index, token_id in enumerate(token_ids) if token_id == IMAGE_TOKEN_ID), default=0)
+        shown = getattr(features, "shown", str)  # shuffled and blank features replace pictures
         return cls((token_ids[:end], tuple(map(shown, prompt.images))), token_ids[end:])
 
 
 def _answer_lengths(row: PackedSequence) -> list[int]:
-    """How many tokens of answers each conversation of a row has; one begins wherever a branch of the tree does."""
+    """The number of answer tokens in each branch of the tree, so in each conversation."""
     counts = [0]
     for index, (parent, is_answer) in enumerate(zip(row.parent, row.is_answer, strict=True)):
         if parent != index - 1:
@@ -324,25 +321,25 @@ def _batches(order: list, size: int) -> list[list]:
 def condition_features(
     condition: str, features: Features, items: Sequence[Item], encoder: Callable[[], Any]
 ) -> Features:
-    """The features that are shown under a condition; the encoder is loaded only where it is needed."""
+    """The features for a condition. ``encoder`` is called, and loads the encoder, only if needed."""
     if condition == SHUFFLED:
         return ShuffledFeatures(features, [name for item in items for name in item.conversation.images])
     return BlankFeatures(encoder()) if condition == BLANK else features
 
 
 def flatten(results: dict[str, dict[str, Estimate]]) -> Iterator[tuple[str, str, Estimate]]:
-    """(kind, metric, figure), one after the other."""
+    """Yields (kind, metric, estimate)."""
     for kind, metrics in results.items():
         for metric, estimate in metrics.items():
             yield kind, metric, estimate
 
 
 def table(results: Sequence[dict]) -> tuple[list[tuple[str, str]], list[list[str]]]:
-    """The figures of evaluate.py's results as text.
+    """The estimates in evaluate.py's results as a table of text.
 
     Returns:
-        (weights, condition) of each column, and rows: file, kind, metric, n, then a figure for each column, "" where
-        there is none. Where columns rest on different numbers of questions, n names them all.
+        The columns, as (weights, condition), and the rows: file, kind, metric, n, and one cell per column, "" if
+        missing. If the columns have different numbers of questions, n lists all of them.
     """
     columns = list(dict.fromkeys((result["weights"], result["condition"]) for result in results))
     lines: dict[tuple[str, str, str], dict] = {}
@@ -359,7 +356,7 @@ def table(results: Sequence[dict]) -> tuple[list[tuple[str, str]], list[list[str
 
 
 def markdown(results: Sequence[dict]) -> str:
-    """``table`` for a model card."""
+    """``table`` as Markdown, for a model card."""
     columns, rows = table(results)
     headings = ["file", "kind", "metric", "n", *(f"{Path(weights).name}, {shown}" for weights, shown in columns)]
     cells = [headings, ["---"] * len(headings), *rows]

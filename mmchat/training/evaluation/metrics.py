@@ -1,4 +1,4 @@
-"""How good answers are, against what people wrote; every figure with the interval it may lie in."""
+"""Metrics of answers against human references, each with a bootstrap confidence interval."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 RESAMPLES = 1000
 
-# What takes an assertion back, with the "I am" and the "but" around it.
+# Hedges, with the "I am" and the "but" around them.
 HEDGE = re.compile(
     r"\b(?:(?:i am|i['’]m) )?not sure\b(?:,? but\b)?"
     r"|\b(?:perhaps|maybe|might be|may be|looks like|probably|possibly)\b",
@@ -22,35 +22,35 @@ NUMBER_WORDS = (
     "eighteen nineteen twenty"
 ).split()
 NUMBERS = {word: number for number, word in enumerate(NUMBER_WORDS)} | {"couple": 2, "pair": 2, "both": 2, "dozen": 12}
-WEAK_NUMBERS = {"a": 1, "an": 1, "no": 0, "none": 0}  # count only where no number is named: "a group of three"
+WEAK_NUMBERS = {"a": 1, "an": 1, "no": 0, "none": 0}  # used only without another number: "a group of three" is 3
 ARTICLES = {"a", "an", "the"}
 IRREGULAR = {
     "man": "men", "woman": "women", "child": "children", "person": "people", "mouse": "mice", "goose": "geese",
     "foot": "feet", "tooth": "teeth",
 }  # fmt: skip
-WORDS_THAT_COUNT = 8  # of an answer that names a thing; "This is a picture of a golden retriever" has eight
-REFERENCES = 5  # captions that a description of several sentences is compared with
-FREQUENT_NAMES = 50  # tried as the one answer to every question
+NAME_WORDS = 8  # words of an answer in which a name counts: "This is a picture of a golden retriever" has eight
+DETAIL_REFERENCES = 5  # captions that a detailed description is compared with
+CONSTANT_CANDIDATES = 50  # most frequent names that are tried as the constant answer
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95% interval, by resampling the questions with replacement (Efron 1979, the bootstrap)."""
+    """A value with its 95% confidence interval by bootstrap (Efron 1979)."""
 
     value: float
     low: float
     high: float
-    count: int  # questions it rests on
+    count: int  # number of questions
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def bootstrap(count: int, statistic: Callable[[np.ndarray], float], seed: int = 0) -> Estimate:
-    """The estimate of a statistic of ``count`` items.
+    """Estimates a statistic of ``count`` items and its 95% interval, by resampling the items with replacement.
 
     Args:
-        statistic: takes the numbers of the items to compute it on, [count].
+        statistic: computes the value from item indices, [count].
     """
     random_numbers = np.random.default_rng(seed)
     resampled = [statistic(random_numbers.integers(0, count, count)) for _ in range(RESAMPLES)]
@@ -59,38 +59,38 @@ def bootstrap(count: int, statistic: Callable[[np.ndarray], float], seed: int = 
 
 
 def words(text: str) -> str:
-    """Lower-case words without punctuation, a space between them: how answers are compared."""
+    """Normalizes text for comparison: lower-case words without punctuation, separated by spaces."""
     return " ".join(re.findall(r"[a-z0-9]+(?:['-][a-z0-9]+)*", text.lower()))
 
 
 def sentences(text: str) -> list[str]:
-    """Its sentences that have words in them, as ``words`` writes them."""
+    """The sentences of a text, normalized by ``words``."""
     return [found for part in re.split(r"[.!?]+(?:\s|$)", text) if (found := words(part))]
 
 
 def is_hedged(answer: str) -> bool:
-    """Whether an answer says that it may be wrong."""
+    """Whether an answer expresses doubt."""
     return bool(HEDGE.search(answer))
 
 
 def statement(answer: str) -> str:
-    """What an answer states, hedges aside, as ``words`` writes it: "Perhaps a dog." -> "a dog"."""
+    """An answer without hedges, normalized by ``words``: "Perhaps a dog." → "a dog"."""
     return words(HEDGE.sub(" ", answer))
 
 
-def share(is_so: Sequence[bool]) -> Estimate:
-    """The share of questions for which something holds."""
-    return bootstrap(len(is_so), _mean(is_so))
+def share(flags: Sequence[bool]) -> Estimate:
+    """The fraction of true flags."""
+    return bootstrap(len(flags), _mean(flags))
 
 
 def caption_metrics(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Estimate]:
     """BLEU-1 to 4 (Papineni et al. 2002), ROUGE-L (Lin 2004) and CIDEr (Vedantam et al. 2015), as COCO computes them.
 
-    COCO's tokeniser needs Java; ``words`` stands in for it.
+    ``words`` replaces COCO's tokenizer, which needs Java.
 
     Args:
-        answers: one for each picture.
-        references: what people wrote of each picture.
+        answers: one per picture.
+        references: the human captions of each picture.
     """
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
@@ -103,16 +103,16 @@ def caption_metrics(answers: Sequence[str], references: Sequence[Sequence[str]])
 
 
 def detail_metrics(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Estimate]:
-    """How well several sentences describe a picture, how many they are, and how much they repeat themselves.
+    """Quality, length and repetition of detailed descriptions.
 
-    CIDEr goes without its penalty for a length that differs from the references': these are captions of one sentence,
-    and a description of four would score zero whatever it says.
+    CIDEr is computed without its length penalty: the references are captions of one sentence, and the penalty would
+    give any description of four sentences a score of zero.
 
     Args:
-        answers: one for each picture.
-        references: what people wrote of each picture, of which the first REFERENCES count.
+        answers: one per picture.
+        references: the human captions of each picture; the first DETAIL_REFERENCES are used.
     """
-    references = [texts[:REFERENCES] for texts in references]
+    references = [texts[:DETAIL_REFERENCES] for texts in references]
     return {
         "CIDEr, any length": cider(answers, references, sigma=float("inf")),
         "ROUGE-L": rouge_l(answers, references),
@@ -123,7 +123,7 @@ def detail_metrics(answers: Sequence[str], references: Sequence[Sequence[str]]) 
 
 
 def cider(answers: Sequence[str], references: Sequence[Sequence[str]], sigma: float = 6.0) -> Estimate:
-    """CIDEr-D; ``sigma`` is the difference in words, to the references, at which a score falls to 0.61."""
+    """CIDEr-D. ``sigma`` sets the length penalty: a difference of ``sigma`` words multiplies a score by 0.61."""
     from pycocoevalcap.cider.cider_scorer import CiderScorer
 
     scorer = CiderScorer(n=4, sigma=sigma)
@@ -133,7 +133,7 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]], sigma: fl
 
 
 def rouge_l(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Estimate:
-    """The longest common subsequence with the reference, as an F-measure; 0 for an empty answer."""
+    """ROUGE-L: the F-measure of the longest common subsequence; 0 for an empty answer."""
     from pycocoevalcap.rouge.rouge import Rouge
 
     scores = [
@@ -144,18 +144,18 @@ def rouge_l(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Esti
 
 
 def four_grams(text: str) -> list[tuple[str, ...]]:
-    """Every four words in a row."""
+    """The word 4-grams of a text."""
     found = words(text).split()
     return list(zip(found, found[1:], found[2:], found[3:], strict=False))
 
 
 def repeated(parts: Sequence) -> float:
-    """The share of parts that occurred before, 0 to 1."""
+    """The fraction of parts that repeat an earlier one, 0 to 1."""
     return 1 - len(set(parts)) / len(parts) if parts else 0.0
 
 
 def _corpus_bleu(tests: list[dict], order: int) -> Callable[[np.ndarray], float]:
-    """BLEU of a sample, from the counts that pycocoevalcap made of each answer: they add up over a collection."""
+    """Corpus BLEU of a sample, summed from pycocoevalcap's counts for each answer."""
     guessed = np.array([test["guess"][:order] for test in tests], dtype=float)  # [answers, order]
     correct = np.array([test["correct"][:order] for test in tests], dtype=float)
     length = np.array([test["testlen"] for test in tests], dtype=float)
@@ -178,16 +178,16 @@ def _mean(values: Sequence[float]) -> Callable[[np.ndarray], float]:
 
 
 def accuracy(answers: Sequence[str], expected: Sequence[str]) -> Estimate:
-    """The share of answers that are the expected one, word for word, hedges aside."""
+    """The fraction of answers that match exactly, after normalization and without hedges."""
     return share([statement(a) == statement(b) for a, b in zip(answers, expected, strict=True)])
 
 
 def macro_f1(answers: Sequence[str], expected: Sequence[str]) -> Estimate:
-    """F1 of each answer that is expected somewhere, averaged over these: rare answers count like frequent ones."""
+    """Macro F1: the mean of F1 over the expected answers, so rare answers count as much as frequent ones."""
     classes = sorted({statement(text) for text in expected})
-    number = {text: index for index, text in enumerate(classes)}
-    said = np.array([number.get(statement(text), -1) for text in answers])
-    right = np.array([number[statement(text)] for text in expected])
+    index_of = {text: index for index, text in enumerate(classes)}
+    said = np.array([index_of.get(statement(text), -1) for text in answers])
+    right = np.array([index_of[statement(text)] for text in expected])
 
     def statistic(sample: np.ndarray) -> float:
         scores = []
@@ -201,9 +201,9 @@ def macro_f1(answers: Sequence[str], expected: Sequence[str]) -> Estimate:
 
 
 def yes_no_metrics(answers: Sequence[str], expected: Sequence[str]) -> dict[str, Estimate]:
-    """Accuracy, F1 of "yes" and how often "yes" is said, as POPE counts them (Li et al. 2023, arXiv 2305.10355).
+    """Accuracy, F1 of "yes" and the fraction of "yes", as in POPE (Li et al. 2023, arXiv 2305.10355).
 
-    The first word of an answer decides, and that of the right answer.
+    Only the first words of the answer and of the right answer are compared.
     """
     said, right = [_first_word(text) for text in answers], [_first_word(text) for text in expected]
     is_said, is_right = np.array([text == "yes" for text in said]), np.array([text == "yes" for text in right])
@@ -220,13 +220,13 @@ def _first_word(text: str) -> str:
 
 
 def count_metrics(answers: Sequence[str], expected: Sequence[str]) -> dict[str, Estimate]:
-    """Accuracy and macro F1 of the numbers that are said, in words or in digits."""
+    """Accuracy and macro F1 of the numbers in the answers, as words or digits."""
     said = ["" if (number := number_of(text)) is None else str(number) for text in answers]
     return answer_metrics(said, [str(number_of(text)) for text in expected])
 
 
 def number_of(answer: str) -> int | None:
-    """The first number in an answer, "There are three dogs." -> 3; without one, "a dog" is 1 and "no dog" 0."""
+    """The first number in an answer: "There are three dogs." → 3. Without a number, "a dog" is 1 and "no dog" 0."""
     found = statement(answer).split()
     strong = (int(word) if word.isdecimal() else NUMBERS.get(word) for word in found)
     weak = (WEAK_NUMBERS.get(word) for word in found)
@@ -234,14 +234,14 @@ def number_of(answer: str) -> int | None:
 
 
 def is_number(text: str) -> bool:
-    """Whether a right answer is a number and nothing else."""
+    """Whether a right answer consists of a number alone."""
     text = words(text)
     return text.isdecimal() or text in NUMBER_WORDS
 
 
 def name_metrics(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> dict[str, Estimate]:
-    """Accuracy where a thing has several right names, and that of the best single name given every time."""
-    frequent = Counter(words(name) for names in accepted for name in names).most_common(FREQUENT_NAMES)
+    """Accuracy with several right names per question, and the accuracy of the best constant answer."""
+    frequent = Counter(words(name) for names in accepted for name in names).most_common(CONSTANT_CANDIDATES)
     best = max((name for name, _ in frequent), key=lambda name: sum(is_named(name, names) for names in accepted))
     return {
         "accuracy": share([is_named(answer, names) for answer, names in zip(answers, accepted, strict=True)]),
@@ -250,12 +250,12 @@ def name_metrics(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> d
 
 
 def is_named(answer: str, accepted: Sequence[str]) -> bool:
-    """Whether an answer holds one of the accepted names, as whole words, in the singular or the plural.
+    """Whether an answer contains an accepted name, as whole words, singular or plural.
 
-    Only the first eight words of its first sentence count, so that listing things is no way to be right, and nothing
-    counts where they hold "no" or "not".
+    Only the first NAME_WORDS words of the first sentence count, so listing many things does not pay. If they contain
+    "no" or "not", no name counts.
     """
-    said = next(iter(sentences(HEDGE.sub(" ", answer))), "").split()[:WORDS_THAT_COUNT]
+    said = next(iter(sentences(HEDGE.sub(" ", answer))), "").split()[:NAME_WORDS]
     return not {"no", "not"} & set(said) and any(_occurs(_without_article(words(name)), said) for name in accepted)
 
 
@@ -277,7 +277,7 @@ def _same_noun(one: str, other: str) -> bool:
 
 
 def _plurals(noun: str) -> set[str]:
-    """How its plural may be spelled; some that no dictionary has do no harm."""
+    """Possible spellings of a plural; wrong ones among them do no harm."""
     found = {IRREGULAR.get(noun, f"{noun}s")}
     if noun.endswith(("s", "x", "z", "ch", "sh", "o")):
         found.add(f"{noun}es")
@@ -289,7 +289,7 @@ def _plurals(noun: str) -> set[str]:
 
 
 def answer_metrics(answers: Sequence[str], expected: Sequence[str]) -> dict[str, Estimate]:
-    """Accuracy and macro F1 of answers that are right word for word."""
+    """Accuracy and macro F1 of exact matches."""
     return {
         "accuracy": accuracy(answers, expected),
         "always the same answer": always_the_same(expected),
@@ -298,21 +298,21 @@ def answer_metrics(answers: Sequence[str], expected: Sequence[str]) -> dict[str,
 
 
 def metrics_for(expected: Sequence[str]) -> Callable[[Sequence[str], Sequence[str]], dict[str, Estimate]]:
-    """The metrics that fit right answers: all of them yes or no, all of them numbers, or anything else."""
+    """The metrics for a set of right answers: all yes or no, all numbers, or anything else."""
     if {_first_word(text) for text in expected} <= {"yes", "no"}:
         return yes_no_metrics
     return count_metrics if all(map(is_number, expected)) else answer_metrics
 
 
 def always_the_same(expected: Sequence[str]) -> Estimate:
-    """The accuracy of giving the most frequent answer to every question."""
+    """The majority baseline: the accuracy of the most frequent answer."""
     right = [statement(text) for text in expected]
     frequent, _ = Counter(right).most_common(1)[0]
     return share([text == frequent for text in right])
 
 
 def word_error_rate(heard: Sequence[str], spoken: Sequence[str]) -> Estimate:
-    """Words wrongly heard, missed or made up, for each word spoken, both sides through Whisper's English normaliser."""
+    """Word error rate: substitutions, deletions and insertions per spoken word, after Whisper's English normalizer."""
     import jiwer
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 

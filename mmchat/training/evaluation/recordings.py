@@ -1,4 +1,4 @@
-"""Recordings with what is said in them, to measure speech recognition on."""
+"""Reads recordings with their transcripts, to evaluate speech recognition."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ...errors import BadInput
 
 @dataclass(frozen=True)
 class Recording:
-    """What is said in a file; ``name`` is how the list calls it, relative to the list's folder."""
+    """A recording and its transcript."""
 
-    name: str
+    name: str  # the path in the list, relative to the list's folder
     path: Path
     text: str
 
 
 def read_recordings(path: str | Path) -> list[Recording]:
-    """A JSON list of ``{"audio": path, "text": what is said}``.
+    """Reads a JSON list of ``{"audio": path, "text": transcript}``.
 
     Raises:
-        BadInput: it cannot be read, is of another form, or a recording is not there.
+        BadInput: the file is unreadable or malformed, or a recording does not exist.
     """
     path = Path(path)
     try:
@@ -32,7 +32,7 @@ def read_recordings(path: str | Path) -> list[Recording]:
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path.name} is not JSON.") from error
     if not isinstance(entries, list) or not entries:
-        raise BadInput(f'{path.name} has to be a list of {{"audio": path, "text": what is said}}.')
+        raise BadInput(f'{path.name} must be a list of {{"audio": path, "text": transcript}}.')
     return [_recording(entry, number, path) for number, entry in enumerate(entries, start=1)]
 
 
@@ -40,7 +40,7 @@ def _recording(entry: object, number: int, source: Path) -> Recording:
     found = entry if isinstance(entry, dict) else {}
     name, text = found.get("audio"), found.get("text")
     if not (isinstance(name, str) and isinstance(text, str) and name and text.strip()):
-        raise BadInput(f'{source.name}, entry {number} is not {{"audio": path, "text": what is said}}.')
+        raise BadInput(f'{source.name}, entry {number} is not {{"audio": path, "text": transcript}}.')
     if not (source.parent / name).is_file():
         raise BadInput(f"{source.name}, entry {number}: there is no recording '{name}'.")
     return Recording(name, source.parent / name, text)

@@ -1,4 +1,4 @@
-"""A few pictures with what the model says about them: the first thing to look at after training."""
+"""Writes a few pictures with the model's answers, the first thing to look at after training."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from .evaluator import Evaluator, Item
 
 logger = logging.getLogger(__name__)
 
-WIDTH = 44  # characters in a line under a picture
+WIDTH = 44  # characters per line above a picture
 
 
 def write_samples(
     evaluator: Evaluator, path: str | Path, features: FeatureStore | PictureFolder, count: int, folder: Path | None
 ) -> None:
-    """Writes samples.json and samples.png: ``count`` pictures of a file of conversations, with question and answer.
+    """Answers the first question about each of ``count`` pictures and writes samples.json and samples.png.
 
-    Without a folder the questions are answered, and nothing is written.
+    Args:
+        path: a file of conversations.
+        folder: where to write; None writes nothing, for the other processes of a sharded model.
     """
     items = list(islice(_first_questions(path), count))
     answers = evaluator.answers(items, features, SamplingOptions(temperature=0, max_new_tokens=48))
@@ -48,7 +50,7 @@ def _first_questions(path: str | Path):
     """The first question about each picture."""
     seen = set()
     for conversation in read_conversations(path):
-        first = next(place for place, message in enumerate(conversation.messages) if message.role == "assistant")
+        first = next(index for index, message in enumerate(conversation.messages) if message.role == "assistant")
         opening = Conversation(conversation.id, conversation.messages[: first + 1])
         if opening.images and opening.images[0] not in seen:
             seen.add(opening.images[0])
@@ -65,10 +67,10 @@ def _draw(samples: list[dict], pictures: Path, path: Path) -> None:
         axes.axis("off")
         try:
             axes.imshow(read_picture(pictures, sample["image"]))
-        except BadInput as error:  # features may outlive the pictures they were made of
+        except BadInput as error:  # the pictures may be gone, the features remain
             logger.info("%s is not drawn: %s", sample["image"], error)
-        said = [sample["question"], f"→ {sample['answer']}"]
-        shown = ["".join(letter if letter.isprintable() else " " for letter in text) for text in said]
-        lines = [line for text in shown for line in textwrap.wrap(text, WIDTH)]
+        texts = [sample["question"], f"→ {sample['answer']}"]
+        printable = ["".join(letter if letter.isprintable() else " " for letter in text) for text in texts]
+        lines = [line for text in printable for line in textwrap.wrap(text, WIDTH)]
         axes.set_title("\n".join(lines), fontsize=10, loc="left", parse_math=False)
     figure.savefig(path, dpi=110)
