@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from .errors import BadInput
 from .fetching.hub import can_fetch
+from .fetching.sources import HubRepository
 from .presets import PHI_3_5, SMOL, Preset
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the page's start does not wait for it
@@ -97,7 +98,7 @@ def choose_preset() -> tuple[Preset, str]:
         needed = model.parameters * BYTES_PER_4BIT_WEIGHT + HEADROOM
         if free < needed:
             return SMOL, f"Phi-3.5 needs {needed / 1e9:.0f} GB of GPU memory, and {free / 1e9:.0f} are free"
-    if not can_fetch(model.source):
+    if isinstance(model.source, HubRepository) and not can_fetch(model.source):
         return SMOL, "Phi-3.5 is not on this machine, and the Hugging Face Hub cannot be reached"
     return PHI_3_5, f"it fits on this GPU ({device.reason})"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
@@ -128,7 +128,7 @@ class LocalEngine:
         self.speech_recognizer.load()
 
     @cached_property
-    def image_encoder(self):
+    def image_encoder(self) -> Any:
         return load_image_encoder(self.preset.image_encoder).to(self.device.type)
 
     def transcribe(self, path: str | Path) -> Transcript:
@@ -199,7 +199,9 @@ class LocalEngine:
             with self._lock.reentrant():  # garbage collection may run while this thread holds the lock
                 pieces.close()
 
-    def _generate(self, encoded: EncodedConversation, options: SamplingOptions, with_adapter: bool) -> Iterator[str]:
+    def _generate(
+        self, encoded: EncodedConversation, options: SamplingOptions, with_adapter: bool
+    ) -> Generator[str, None, None]:
         """Streams the answer to an encoded conversation, prefilling only what the prefix cache lacks."""
         if options.beams > 1:  # no streaming and no prefix cache
             switch_adapter(self.model.language_model, with_adapter)

@@ -49,7 +49,7 @@ def open_image(source: str | Path | BinaryIO) -> Image.Image:
     except BadInput:
         raise
     except FileNotFoundError as error:
-        raise BadInput(f"There is no picture '{Path(source).name}'.") from error
+        raise BadInput(f"There is no picture '{Path(str(source)).name}'.") from error
     except Image.DecompressionBombError as error:
         raise too_large from error
     except Exception as error:  # on damaged files decoders raise almost anything

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
 from contextlib import closing
 from itertools import count, takewhile
 from typing import Any
@@ -21,7 +21,7 @@ def stop_token_ids(model: nn.Module) -> set[int]:
 
 def stream_text(
     decoder: Decoder, tokenizer: Any, embeddings: torch.Tensor, options: SamplingOptions, cache: Cache | None = None
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Streams the answer in pieces of whole characters.
 
     Each piece is computed when it is requested, so closing the iterator stops generation.
@@ -135,7 +135,7 @@ def _beam_settings(options: SamplingOptions, stop_ids: set[int]) -> Any:
     )
 
 
-def _logits_processors(options: SamplingOptions):
+def _logits_processors(options: SamplingOptions) -> Any:
     from transformers import (
         LogitsProcessorList,
         RepetitionPenaltyLogitsProcessor,

@@ -67,14 +67,17 @@ def build_image_encoder(network: EfficientNet, resolution: int) -> bytes:
 class _Graph:
     """Builds an ONNX graph node by node. Each method adds nodes and returns the name of its output."""
 
-    def __init__(self):
-        self.nodes, self.weights, self.inputs, self.outputs = [], [], [], []
+    def __init__(self) -> None:
+        self.nodes: list[Any] = []
+        self.weights: list[Any] = []
+        self.inputs: list[tuple[str, int, list[int | str]]] = []
+        self.outputs: list[tuple[str, int, list[int | str]]] = []
 
     def finish(self) -> Any:
         """The graph as an ONNX model."""
         from onnx import helper
 
-        def infos(values):
+        def infos(values: list[tuple[str, int, list[int | str]]]) -> list[Any]:
             return [helper.make_tensor_value_info(name, kind, shape) for name, kind, shape in values]
 
         graph = helper.make_graph(self.nodes, "network", infos(self.inputs), infos(self.outputs), self.weights)
@@ -95,7 +98,7 @@ class _Graph:
         self.weights.append(numpy_helper.from_array(tensor.detach().contiguous().numpy(), name))
         return name
 
-    def _input(self, name: str, kind: int, shape: list) -> str:
+    def _input(self, name: str, kind: int, shape: list[int | str]) -> str:
         self.inputs.append((name, kind, shape))
         return name
 
@@ -129,7 +132,8 @@ class _EfficientNet(_Graph):
 class _Decoder(_Graph):
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.config, self.correction = model.config, {}
+        self.config = model.config
+        self.correction: dict[str, Any] = {}
         decoder = model.get_decoder()
         self._input("embeddings", FLOAT, [1, "tokens", self.config.hidden_size])
         self._input("last", INT32, [1])

@@ -62,7 +62,7 @@ class PrefixCache:
         best = max(candidates, key=lambda prefix: _common(prefix.tokens, tokens), default=None)
         common = _common(best.tokens, tokens) if best else 0
         length = max((end for end in ends[:-1] if end <= common), default=0)
-        if not length:
+        if not best or not length:
             return CachedPrefix(with_adapter, self.decoder.new_cache(with_adapter))
         if length < len(best.tokens) // 2:
             return CachedPrefix(with_adapter, best.cache.prefix(length), tokens[:length])

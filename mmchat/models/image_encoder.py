@@ -16,7 +16,8 @@ from torch import nn
 
 from ..errors import BadInput, WeightsError
 from ..fetching import fetch
-from ..presets import EFFICIENTNETS, HubRepository, ImageEncoderPreset, tuned_image_encoder
+from ..fetching.sources import HubRepository
+from ..presets import EFFICIENTNETS, ImageEncoderPreset, tuned_image_encoder
 from .efficientnet import EfficientNet
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,9 @@ import numpy as np
 from ..conversation import SpeechSegment, Transcript
 from ..errors import AssetError, BadInput, WeightsError
 from ..fetching import fetch
+from ..fetching.sources import HubRepository
 from ..media import SAMPLE_RATE, read_audio
-from ..presets import HubRepository, SpeechPreset
+from ..presets import SpeechPreset
 
 # Whisper sizes whose repository does not follow the naming rule of _repository.
 REPOSITORIES = {
@@ -60,6 +61,7 @@ class SpeechRecognizer:
         if len(samples) < MIN_SECONDS * SAMPLE_RATE or np.abs(samples).max() < SILENT_LEVEL:
             raise _no_speech()
         self.load()
+        assert self._transcribe
         transcript = self._transcribe(samples)
         if not any(character.isalnum() for character in transcript.text):
             raise _no_speech()

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import BadInput
 from ..fetching import fetch
-from ..presets import HubRepository, ImageEncoderPreset
+from ..fetching.sources import HubRepository
+from ..presets import ImageEncoderPreset
 from .tagger import MIN_CLASS_PROBABILITY, Tag, top_tags
 
 PROMPT = "a photo of a {}."  # the paper's prompt, for every name
@@ -71,7 +73,7 @@ def load_zero_shot(names: tuple[str, ...], encoder: ImageEncoderPreset) -> ZeroS
     return ZeroShotClassifier(names, directions * model.logit_scale.exp())
 
 
-def _load_clip(encoder: ImageEncoderPreset) -> tuple:
+def _load_clip(encoder: ImageEncoderPreset) -> tuple[Any, Any]:
     """CLIP with both encoders, in evaluation mode, and its tokenizer."""
     from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
