@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .bundle import bundled
 from .errors import MmchatError
 from .fetching.sources import HubRepository, WheelMember, fingerprint
+
+if TYPE_CHECKING:
+    from .models.prompt import PictureLayout
 
 WEIGHTS_FOLDER = bundled("weights")
 IMAGE_ENCODER_FILE = "image_encoder.safetensors"  # in a folder of weights: their own image encoder
@@ -95,6 +99,7 @@ class Preset:
     speech: SpeechPreset
     projector: ProjectorPreset
     weights: Path | HubRepository  # on the Hub: a checkpoint that others published, imported into the cache
+    picture_layout: PictureLayout | None = None  # of the weights; None: the chat format's own
 
 
 def _whisper_tiny_member(name: str, sha256: str, size: int) -> WheelMember:
@@ -206,7 +211,9 @@ PHI_3_5 = Preset(
     image_encoder=CLIP,
     speech=WHISPER_BASE,
     projector=ProjectorPreset(kind="mlp", hidden_width=3072),
-    weights=HubRepository("sayanbanerjee32/multimodal-phi3_5-mini-instruct-llava_adapter"),
+    weights=HubRepository(
+        "sayanbanerjee32/multimodal-phi3_5-mini-instruct-llava_adapter", "a3728b2d7b7c337922e36126519b653a2fd2bbd7"
+    ),
 )
 
 PRESETS = {preset.name: preset for preset in (SMOL, PHI_2, PHI_3_5)}

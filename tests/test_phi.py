@@ -24,6 +24,7 @@ from mmchat.models.vision_language_model import MultimodalModel
 from mmchat.presets import PHI_2, PHI_3_5, PRESETS, SMOL, HubRepository
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
+from tests import tiny as tiny_models
 from tests.close import assert_close
 
 # What Phi-3.5-mini-instruct's own template says, in fewer words.
@@ -42,21 +43,8 @@ CONVERSATION = [
 @pytest.fixture(scope="module")
 def phi_3_tokenizer():
     """A tokenizer built as Phi-3.5's is: SentencePiece's space in front, special tokens that swallow what follows."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     text = [message.text for message in CONVERSATION] + ["You are a helpful assistant.\n"]
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", *bytes_])
-    tokenizer.train_from_iterator(text, trainer)
-    names = ("<|endoftext|>", "<|assistant|>", "<|end|>", "<|system|>", "<|user|>")
-    tokenizer.add_special_tokens(
-        [AddedToken(name, rstrip=name != "<|endoftext|>", normalized=False, special=True) for name in names]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", chat_template=PHI_3_TEMPLATE)
+    return tiny_models.phi_3_tokenizer(text, PHI_3_TEMPLATE)
 
 
 def test_phi_3_5_is_asked_in_its_own_template(phi_3_tokenizer):
@@ -299,12 +287,13 @@ def test_four_bits_are_nf4_and_double_quantises_the_scales(tiny, kind, is_nested
 
 
 def test_what_the_presets_name_is_pinned():
-    """Stops as the models' authors list them; models by commit, but for the weights, whose repository has one."""
+    """Stops as the models' authors list them; models and weights by commit."""
     assert set(CHAT_FORMATS["phi-3"].stops) == {"<|end|>", "<|endoftext|>"}
     assert set(CHAT_FORMATS["phi-2"].stops) == {"<|endoftext|>"}
     for preset in (PHI_2, PHI_3_5):
         for part in (preset.language_model, preset.image_encoder, preset.speech):
             assert re.fullmatch(r"[0-9a-f]{40}", part.source.revision), part
+    assert PHI_3_5.weights.revision == "a3728b2d7b7c337922e36126519b653a2fd2bbd7"
 
 
 def test_padding_is_no_stop():
