@@ -5,6 +5,7 @@ Their projectors are known by the names of their tensors:
     LayerNorm, Linear, GELU, Linear     pre_norm.*, proj.0.*, proj.2.*
     Linear, GELU, Linear                layer1.*, layer2.*, and buffers initial_weights*
     Linear, residual block              weight, bias, and of the block pre_norm.*, proj.0.*, proj.2.*
+    Linear, LayerNorm, residual blocks  output.*, norm.*, projection_layers.0.0.*, projection_layers.0.2.*, …
     Linear                              linear.weight, linear.bias; or weight, bias
 
 A file may hold them as they are or, beside the trainer's state, as ``model_state_dict``. The adapter beside it is
@@ -85,17 +86,24 @@ STORED_PROJECTORS = (
         last="linear_2.weight",
     ),
     StoredProjector(
-        kind="resblock",
+        kind="normblocks",
         project="vandana1302238",
         names={
             "weight": "linear.weight",
             "bias": "linear.bias",
-            "pre_norm.": "mlp.pre_norm.",
-            "proj.0.": "mlp.proj.0.",
-            "proj.2.": "mlp.proj.2.",
+            "pre_norm.": "norm.",
+            "proj.": "blocks.0.",
         },
         first="linear.weight",
-        hidden="mlp.proj.0.weight",
+        hidden="blocks.0.0.weight",
+        last="linear.weight",
+    ),
+    StoredProjector(
+        kind="normblocks",
+        project="RInkalshah93",
+        names={"output.": "linear.", "norm.": "norm.", "projection_layers.": "blocks."},
+        first="linear.weight",
+        hidden="blocks.0.0.weight",
         last="linear.weight",
     ),
     StoredProjector(
@@ -286,6 +294,8 @@ def _build(stored: StoredProjector, tensors: Tensors, preset: Preset) -> tuple[n
             raise WeightsError(
                 f"The projector's '{name}' is {tuple(tensors[name].shape)}; expected {tuple(tensor.shape)}."
             )
+    if unknown := sorted(tensors.keys() - projector.state_dict().keys()):
+        raise WeightsError(f"A projector of the kind {config.kind} has no place for '{unknown[0]}'.")
     projector.load_state_dict(tensors)
     return projector, config
 
@@ -307,6 +317,7 @@ def _shape_of(stored: StoredProjector, tensors: Tensors, preset: Preset) -> Proj
         hidden_width=tensors[stored.hidden].shape[0] if stored.hidden else 0,
         token_width=tensors[stored.last].shape[0],
         feature_count=encoder.feature_count,
+        depth=len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}) or 1,
     )
 
 

@@ -79,7 +79,10 @@ class Recipe:
         ("none", "4bit", "4bit-double", "8bit", CPU_INT8),
     )
     projector: str | None = setting(
-        None, MODEL, "kind of a fresh projector; the preset's if absent", ("linear", "llava", "mlp", "resblock")
+        None,
+        MODEL,
+        "kind of a fresh projector; the preset's if absent",
+        ("linear", "llava", "mlp", "resblock", "normblocks"),
     )
     hidden_width: int | None = setting(None, MODEL, "of a fresh projector; the preset's if absent")
     end_of_image_token: bool = setting(False, MODEL, "a fresh projector ends every picture with a token of its own")
