@@ -6,11 +6,13 @@ import os
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from mmchat import BadInput, Message, SamplingOptions
+from mmchat import BadInput, Message, MmchatError, SamplingOptions
 from mmchat.__main__ import main
 from mmchat.device import choose_device, choose_quantization
 from mmchat.engine import LocalEngine
@@ -87,7 +89,11 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
 
 @pytest.fixture
 def zero_gpu(monkeypatch):
-    """ZeroGPU as far as it can be had without one: what goes in and out of a decorated generator is pickled."""
+    """ZeroGPU as far as it can be had without one.
+
+    What goes in and out of a decorated generator is pickled. CUDA is emulated by a torch mode, which is local to the
+    thread that enters it, as ``spaces.zero.torch.patching`` does.
+    """
     import spaces
 
     asked = []
@@ -105,7 +111,44 @@ def zero_gpu(monkeypatch):
 
     monkeypatch.setattr(spaces, "GPU", gpu)
     monkeypatch.setenv("SPACES_ZERO_GPU", "true")
-    return asked
+    with EmulatedCuda():
+        yield asked
+
+
+class EmulatedCuda(TorchFunctionMode):
+    """Makes tensors for "cuda" without one, in this thread."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device")) == "cuda":
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+def test_on_zero_gpu_models_are_loaded_by_the_thread_that_emulates_cuda(zero_gpu, monkeypatch):
+    from mmchat.serving import page, serve
+    from mmchat.serving.loading import LoadingEngine
+
+    loaded = []
+
+    def load(options=None):
+        loaded.append(torch.zeros(1, device="cuda"))
+        return SimpleNamespace(about="", warm_up=lambda: None)
+
+    elsewhere = LoadingEngine(load, print)
+    elsewhere.start()
+    with pytest.raises((RuntimeError, AssertionError)):  # no CUDA there
+        elsewhere.wait()
+
+    def launch(*arguments, **options):
+        raise OSError
+
+    monkeypatch.setattr(serve, "load_engine", load)
+    monkeypatch.setattr(page, "launch", launch)
+    options = SimpleNamespace(rate_limit="0", preset="smol", host=None, port=None)
+    with pytest.raises(MmchatError, match="address"):
+        serve.serve(options)
+    assert len(loaded) == 1
 
 
 def test_answers_borrow_a_gpu_for_as_long_as_they_need(engine, photo, zero_gpu, monkeypatch):

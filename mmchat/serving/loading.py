@@ -16,7 +16,7 @@ class LoadingEngine:
     """Stands in for an engine while that is loaded, and passes on what it is asked.
 
     Args:
-        load: gives the engine; it runs in a thread of its own.
+        load: gives the engine; it runs in a thread of its own, or in the caller's with ``load_here``.
         notify: is told to be patient, when something is asked before the engine is there.
     """
 
@@ -27,6 +27,15 @@ class LoadingEngine:
     def start(self) -> None:
         """Begins to load."""
         Thread(target=self._run, daemon=True).start()
+
+    def load_here(self) -> None:
+        """Loads in this thread; ZeroGPU emulates CUDA in the thread that imported ``spaces`` alone.
+
+        Raises:
+            MmchatError: what went wrong.
+        """
+        self._run()
+        self.wait()
 
     def wait(self) -> Engine:
         """The engine, once it is there.

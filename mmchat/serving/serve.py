@@ -33,9 +33,8 @@ def serve(options: argparse.Namespace) -> int:
     engine = LoadingEngine(lambda: load_engine(options), notify=gradio.Info)
     if options.preset != AUTO:
         get_preset(options.preset)  # a wrong name is reported before a page is shown
-    if on_zero_gpu():  # models have to be there before the page is
-        engine.start()
-        engine.wait()
+    if on_zero_gpu():  # models have to be there before the page is, and be loaded by this thread
+        engine.load_here()
     demo = page.build(engine, bundled("examples"), limit)
     address = {"server_name": options.host, "server_port": options.port}
     try:
