@@ -25,6 +25,7 @@ class LanguageModelPreset:
     source: WheelMember | HubRepository  # a wheel's GGUF file is converted once into the cache
     chat_format: str  # a key of prompt.CHAT_FORMATS
     parameters: int
+    overflows_float16: bool = False  # its attention gives NaN there, as Phi-2's does (transformers issue 28163)
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,7 @@ PHI_2 = Preset(
         source=HubRepository("microsoft/phi-2", "ef382358ec9e382308935a992d908de099b64c23"),
         chat_format="phi-2",
         parameters=2_779_683_840,
+        overflows_float16=True,
     ),
     image_encoder=CLIP_PATCHES,
     speech=WHISPER_BASE,

@@ -17,7 +17,7 @@ from mmchat.errors import BadInput
 from mmchat.inference.decoder import TorchDecoder
 from mmchat.inference.generation import _beam_settings, generate_texts, stream_text
 from mmchat.models.image_encoder import find_image_encoder, load_image_encoder
-from mmchat.models.language_model import add_adapter, load_language_model
+from mmchat.models.language_model import add_adapter, context_length, load_language_model
 from mmchat.models.projector import ProjectorConfig, build_projector
 from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
 from mmchat.models.vision_language_model import MultimodalModel
@@ -288,7 +288,7 @@ def test_four_bits_are_nf4_and_double_quantises_the_scales(tiny, kind, is_nested
 
 def test_what_the_presets_name_is_pinned():
     """Stops as the models' authors list them; models and weights by commit."""
-    assert set(CHAT_FORMATS["phi-3"].stops) == {"<|end|>", "<|endoftext|>"}
+    assert set(CHAT_FORMATS["phi-3"].stops) == {"<|end|>", "<|assistant|>", "<|endoftext|>"}
     assert set(CHAT_FORMATS["phi-2"].stops) == {"<|endoftext|>"}
     for preset in (PHI_2, PHI_3_5):
         for part in (preset.language_model, preset.image_encoder, preset.speech):
@@ -371,3 +371,39 @@ def test_the_page_keeps_the_draft_and_the_model_does_not_read_it(tiny, trained):
     assert turns[0] == {"role": "assistant", "content": draft, "metadata": {"title": "Draft"}}
     assert turns[1]["content"] == "".join(engine.rewrite(question.text, draft, options))
     assert [message.text for message in to_messages(turns)] == [turns[1]["content"]]
+
+
+@torch.no_grad()
+def test_the_context_ends_where_longrope_changes_its_factors():
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    half = tiny_models.WIDTHS["hidden_size"] // tiny_models.WIDTHS["num_attention_heads"] // 2
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * half,
+        "long_factor": [1.0 + index for index in range(half)],
+        "original_max_position_embeddings": 32,
+    }
+    config = Phi3Config(vocab_size=50, **tiny_models.WIDTHS, rope_parameters=rope, original_max_position_embeddings=32)
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(config).eval()
+    assert context_length(model.config) == 32
+    token_ids = torch.randint(0, 50, (1, 33))
+    decoder = TorchDecoder(model)
+    cache = decoder.new_cache()
+    decoder.prefill(model.get_input_embeddings()(token_ids[:, :30]), cache)
+    found = [decoder.step(token_ids[:, [position]], cache) for position in (30, 31, 32)]
+    for position in (30, 31):
+        assert_close(found[position - 30], model(token_ids[:, : position + 1]).logits[:, -1])
+    beyond = model(token_ids).logits[:, -1]
+    assert (found[2] - beyond).abs().max() > 0.1  # one token more, and what is kept would no longer fit
+
+
+def test_phi_2_never_computes_in_float16(tiny):
+    from dataclasses import replace
+
+    assert PHI_2.language_model.overflows_float16
+    preset = replace(PRESETS["phi-pooled"].language_model, overflows_float16=True)
+    assert load_language_model(preset, torch.float16)[0].dtype == torch.bfloat16
+    assert load_language_model(PRESETS["phi3-pooled"].language_model, torch.float16)[0].dtype == torch.float16

@@ -85,7 +85,7 @@ CHAT_FORMATS = {
     "phi-3": ChatFormat(
         turn_start=_for_roles("<|{role}|>\n"),
         turn_end=_for_roles("<|end|>\n"),
-        stops=("<|end|>", "<|endoftext|>"),
+        stops=("<|end|>", "<|assistant|>", "<|endoftext|>"),
         after_image="\n",
     ),
     "phi-2": ChatFormat(
