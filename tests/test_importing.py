@@ -175,7 +175,14 @@ def test_the_logits_are_those_of_the_description(tiny, tmp_path, name):
     layout = LAYOUTS[name]
     preset = PRESETS[layout.preset]
     layers, projector = publish(name, tmp_path / "published")
-    report = import_checkpoint(tmp_path / "published", tmp_path / "ours", preset, marker_token=layout.marker)
+    report = import_checkpoint(
+        tmp_path / "published",
+        tmp_path / "ours",
+        preset,
+        marker_token=layout.marker,
+        image_encoder=str(tiny / "clip") if name == "e" else None,
+    )
+    preset = preset_for_weights(preset, tmp_path / "ours")
 
     base, tokenizer = load_language_model(preset.language_model, torch.float32)
     features = torch.randn(1, preset.image_encoder.feature_count, preset.image_encoder.width)
@@ -195,6 +202,16 @@ def test_the_logits_are_those_of_the_description(tiny, tmp_path, name):
     published = {key for file in (tmp_path / "published").glob("*.pt*") for key in torch.load(file)}
     assert published <= report.taken.keys() | report.ignored.keys()
     assert len(report.ignored) == (2 if name == "b" else 0) and str(report)
+
+
+def test_the_image_encoder_can_be_named(tiny, tmp_path):
+    publish("d", tmp_path / "published")
+    preset = PRESETS["phi-patches"]
+    settings = {"image_encoder": str(tiny / "clip"), "image_layer": -1, "class_token": True}
+    report = import_checkpoint(tmp_path / "published", tmp_path / "ours", preset, **settings)
+    encoder = preset_for_weights(preset, tmp_path / "ours").image_encoder
+    assert (encoder.layer, encoder.class_token, encoder.feature_count) == (-1, True, 5)
+    assert "--image-encoder" in str(report)
 
 
 def edit(path, change):

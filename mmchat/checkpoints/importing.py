@@ -31,6 +31,7 @@ from torch import nn
 from ..errors import WeightsError
 from ..fetching import fetch
 from ..fetching.cache import convert_once
+from ..models.image_encoder import find_image_encoder
 from ..models.language_model import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -147,6 +148,10 @@ def import_checkpoint(
     projector_files: Sequence[str | Path] = (),
     marker_token: str | None = None,
     project: str = AUTO,
+    image_encoder: str | None = None,
+    image_features: str | None = None,
+    image_layer: int | None = None,
+    class_token: bool | None = None,
 ) -> ImportReport:
     """Writes a weights folder for ``preset`` from a published checkpoint.
 
@@ -157,6 +162,9 @@ def import_checkpoint(
         marker_token: the word that ends every picture, in the layouts that have one; its embedding becomes ours.
         project: whose layout of pictures and questions the weights learned: a key of ``PROJECTS``, "none" for the
             preset's own, or "auto" to tell it by the names of the projector's tensors.
+        image_encoder: the repository or folder of the image encoder that the projector reads; where it is not told, it
+            is the project's, else the preset's. Tensors do not tell: ViT-B/16 and B/32 are equally wide.
+        image_features, image_layer, class_token: what is taken of it, as ``find_image_encoder`` has them.
 
     Raises:
         WeightsError: a file is missing or unreadable, a tensor is missing, unknown or of another shape.
@@ -171,7 +179,8 @@ def import_checkpoint(
     stored, renamed = _recognize(tensors)
     report.taken |= renamed
     known = _find_project(project, stored, preset, report)
-    preset = _as_trained(preset, known, report)
+    chosen = {"features": image_features, "layer": image_layer, "class_token": class_token}
+    preset = _as_trained(preset, known, image_encoder, chosen, report)
     projector, config = _build(stored, {renamed[name]: tensor.float() for name, tensor in tensors.items()}, preset)
     report.kind = config.kind
     if config.token_width != language_model.config.hidden_size:
@@ -212,9 +221,33 @@ def _find_project(name: str, stored: StoredProjector, preset: Preset, report: Im
     return project
 
 
-def _as_trained(preset: Preset, project: Project | None, report: ImportReport) -> Preset:
-    """The preset with the picture layout that the checkpoint was trained with."""
-    return replace(preset, picture_layout=project.layout) if project else preset
+def _as_trained(
+    preset: Preset, project: Project | None, image_encoder: str | None, chosen: dict[str, Any], report: ImportReport
+) -> Preset:
+    """The preset with the picture layout and the image encoder that the checkpoint was trained with."""
+    own, settings = preset.image_encoder, {}
+    if project:
+        preset = replace(preset, picture_layout=project.layout)
+        image_encoder = image_encoder or project.image_encoder
+        settings = {
+            "features": project.image_features,
+            "layer": project.image_layer,
+            "class_token": project.class_token,
+        }
+    settings |= {name: value for name, value in chosen.items() if value is not None}
+    settings = {name: settings.get(name, getattr(own, name)) for name in chosen}
+    is_pooled = settings["features"] == own.features == "pooled"
+    is_own = is_pooled or all(getattr(own, name) == value for name, value in settings.items())
+    encoder = own
+    if image_encoder:
+        encoder = find_image_encoder(HubRepository(image_encoder), **settings)
+    elif not is_own:
+        encoder = replace(find_image_encoder(own.source, **settings), name=own.name)
+    report.notes.append(
+        f"Image encoder: {encoder.title}, {encoder.feature_kind}. Tensors do not tell which one it was; if it is "
+        "another, name it with --image-encoder."
+    )
+    return replace(preset, image_encoder=encoder)
 
 
 def import_published(source: HubRepository, preset: Preset) -> Path:
