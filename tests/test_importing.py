@@ -1,4 +1,4 @@
-"""Checkpoints of the four published layouts → folders that chat, with the logits that their descriptions give."""
+"""Checkpoints of the published layouts → folders that chat, with the logits that their descriptions give."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from torch.nn.functional import gelu, layer_norm, linear
 
 from mmchat.checkpoints.importing import import_checkpoint
-from mmchat.checkpoints.weights_folder import default_weights, load_model
+from mmchat.checkpoints.projects import PROJECTS
+from mmchat.checkpoints.weights_folder import default_weights, load_model, preset_for_weights
 from mmchat.engine import LocalEngine
 from mmchat.errors import WeightsError
 from mmchat.fetching.cache import cache_folder
@@ -80,11 +81,8 @@ class LayoutC:
 
     def project(self, t, x):
         x = linear(x, t["weight"], t["bias"])
-        inner = gelu(
-            linear(
-                layer_norm(x, (WIDTH,), t["pre_norm.weight"], t["pre_norm.bias"]), t["proj.0.weight"], t["proj.0.bias"]
-            )
-        )
+        x = layer_norm(x, (WIDTH,), t["pre_norm.weight"], t["pre_norm.bias"])
+        inner = gelu(linear(x, t["proj.0.weight"], t["proj.0.bias"]))
         return x + linear(inner, t["proj.2.weight"], t["proj.2.bias"])
 
 
@@ -100,7 +98,40 @@ class LayoutD:
         return linear(x, t["linear.weight"], t["linear.bias"])
 
 
-LAYOUTS = {"a": LayoutA(), "b": LayoutB(), "c": LayoutC(), "d": LayoutD()}
+class LayoutE:
+    """PEFT's folder on Phi-2; one linear layer that has no name; patches."""
+
+    preset, targets, marker = "phi-patches", ("q_proj", "dense", "fc1"), None
+
+    def projector(self):
+        return {"weight": matrix(WIDTH, 24), "bias": matrix(WIDTH)}
+
+    def project(self, t, x):
+        return linear(x, t["weight"], t["bias"])
+
+
+class LayoutF:
+    """PEFT's folder; a linear layer, a LayerNorm and several residual blocks; one pooled feature."""
+
+    preset, targets, marker, depth = "phi3-pooled", ("qkv_proj", "o_proj"), None, 3
+
+    def projector(self):
+        tensors = {"output.weight": matrix(WIDTH, 20), "output.bias": matrix(WIDTH)}
+        tensors |= {"norm.weight": matrix(WIDTH), "norm.bias": matrix(WIDTH)}
+        for name in (f"projection_layers.{block}.{layer}." for block in range(self.depth) for layer in (0, 2)):
+            tensors |= {f"{name}weight": matrix(WIDTH, WIDTH), f"{name}bias": matrix(WIDTH)}
+        return tensors
+
+    def project(self, t, x):
+        x = layer_norm(linear(x, t["output.weight"], t["output.bias"]), (WIDTH,), t["norm.weight"], t["norm.bias"])
+        for block in range(self.depth):
+            first, second = (f"projection_layers.{block}.{layer}." for layer in (0, 2))
+            inner = gelu(linear(x, t[f"{first}weight"], t[f"{first}bias"]))
+            x = x + linear(inner, t[f"{second}weight"], t[f"{second}bias"])
+        return x
+
+
+LAYOUTS = {"a": LayoutA(), "b": LayoutB(), "c": LayoutC(), "d": LayoutD(), "e": LayoutE(), "f": LayoutF()}
 
 
 def publish(name, folder):
@@ -144,7 +175,14 @@ def test_the_logits_are_those_of_the_description(tiny, tmp_path, name):
     layout = LAYOUTS[name]
     preset = PRESETS[layout.preset]
     layers, projector = publish(name, tmp_path / "published")
-    report = import_checkpoint(tmp_path / "published", tmp_path / "ours", preset, marker_token=layout.marker)
+    report = import_checkpoint(
+        tmp_path / "published",
+        tmp_path / "ours",
+        preset,
+        marker_token=layout.marker,
+        image_encoder=str(tiny / "clip") if name == "e" else None,
+    )
+    preset = preset_for_weights(preset, tmp_path / "ours")
 
     base, tokenizer = load_language_model(preset.language_model, torch.float32)
     features = torch.randn(1, preset.image_encoder.feature_count, preset.image_encoder.image_dim)
@@ -164,6 +202,16 @@ def test_the_logits_are_those_of_the_description(tiny, tmp_path, name):
     published = {key for file in (tmp_path / "published").glob("*.pt*") for key in torch.load(file)}
     assert published <= report.taken.keys() | report.ignored.keys()
     assert len(report.ignored) == (2 if name == "b" else 0) and str(report)
+
+
+def test_the_image_encoder_can_be_named(tiny, tmp_path):
+    publish("d", tmp_path / "published")
+    preset = PRESETS["phi-patches"]
+    settings = {"image_encoder": str(tiny / "clip"), "image_layer": -1, "class_token": True}
+    report = import_checkpoint(tmp_path / "published", tmp_path / "ours", preset, **settings)
+    encoder = preset_for_weights(preset, tmp_path / "ours").image_encoder
+    assert (encoder.layer, encoder.class_token, encoder.feature_count) == (-1, True, 5)
+    assert "--image-encoder" in str(report)
 
 
 def edit(path, change):
@@ -207,6 +255,31 @@ def test_pickled_code_is_refused(tiny, tmp_path, capsys):
     with pytest.raises(WeightsError, match="lora_weights.pt"):
         import_checkpoint(tmp_path / "published", tmp_path / "ours", PRESETS["phi3-pooled"])
     assert "burglar" not in capsys.readouterr().out
+
+
+def test_the_trainers_state_beside_a_projector_is_left(tiny, tmp_path):
+    publish("d", tmp_path / "published")
+    file = tmp_path / "published" / "image_projector.pth"
+    tensors = torch.load(file)
+    state = {"epoch": 1, "model_state_dict": tensors, "optimizer_state_dict": {"state": {}}, "loss": 1.5}
+    torch.save(state, file)
+    preset = PRESETS["phi-patches"]
+    report = import_checkpoint(tmp_path / "published", tmp_path / "ours", preset)
+    assert report.ignored.keys() == state.keys() - {"model_state_dict"} and tensors.keys() <= report.taken.keys()
+
+
+def test_the_layout_of_the_project_is_imported_with_a_note(tiny, tmp_path):
+    publish("b", tmp_path / "published")
+    preset = PRESETS["phi3-pooled"]
+    report = import_checkpoint(tmp_path / "published", tmp_path / "ours", preset)
+    assert preset_for_weights(preset, tmp_path / "ours").picture_layout == PROJECTS["sayanbanerjee32"].layout
+    assert "sayanbanerjee32" in str(report)
+    report = import_checkpoint(tmp_path / "published", tmp_path / "c", preset, project="ChintanShahDS")
+    assert "never learned to end" in str(report)
+    import_checkpoint(tmp_path / "published", tmp_path / "none", preset, project="none")
+    assert preset_for_weights(preset, tmp_path / "none").picture_layout is None
+    with pytest.raises(WeightsError, match="no project 'nobody'"):
+        import_checkpoint(tmp_path / "published", tmp_path / "x", preset, project="nobody")
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from mmchat.models.prompt import IMAGE_TOKEN_ID
 from mmchat.models.vision_language_model import IGNORE_INDEX, MultimodalModel
 from tests.close import assert_close
 
-PROJECTORS = ("linear", "mlp", "resblock")
+PROJECTORS = ("linear", "mlp", "resblock", "normblocks")
 
 
 def tiny_model(kind="mlp"):

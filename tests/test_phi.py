@@ -17,13 +17,14 @@ from mmchat.errors import BadInput
 from mmchat.inference.decoder import TorchDecoder
 from mmchat.inference.generation import _beam_settings, generate_texts, stream_text
 from mmchat.models.image_encoder import find_image_encoder, load_image_encoder
-from mmchat.models.language_model import add_adapter, load_language_model
+from mmchat.models.language_model import add_adapter, context_length, load_language_model
 from mmchat.models.projector import ProjectorConfig, build_projector
 from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
 from mmchat.models.vision_language_model import MultimodalModel
 from mmchat.presets import PHI_2, PHI_3_5, PRESETS, SMOL, HubRepository
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
+from tests import tiny as tiny_models
 from tests.close import assert_close
 
 # Phi-3.5-mini-instruct's chat template, abridged.
@@ -42,21 +43,8 @@ CONVERSATION = [
 @pytest.fixture(scope="module")
 def phi_3_tokenizer():
     """A tokenizer like Phi-3.5's: SentencePiece's leading space, and special tokens that strip the space after them."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     text = [message.text for message in CONVERSATION] + ["You are a helpful assistant.\n"]
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", *bytes_])
-    tokenizer.train_from_iterator(text, trainer)
-    names = ("<|endoftext|>", "<|assistant|>", "<|end|>", "<|system|>", "<|user|>")
-    tokenizer.add_special_tokens(
-        [AddedToken(name, rstrip=name != "<|endoftext|>", normalized=False, special=True) for name in names]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", chat_template=PHI_3_TEMPLATE)
+    return tiny_models.phi_3_tokenizer(text, PHI_3_TEMPLATE)
 
 
 def test_phi_3_5_prompts_follow_its_chat_template(phi_3_tokenizer):
@@ -303,11 +291,12 @@ def test_4bit_is_nf4_and_double_quantizes_the_scales(tiny, kind, is_nested):
 
 def test_presets_pin_their_models():
     """Stop tokens are those of the models' authors; models are pinned by commit, except the published weights."""
-    assert set(CHAT_FORMATS["phi-3"].stops) == {"<|end|>", "<|endoftext|>"}
+    assert set(CHAT_FORMATS["phi-3"].stops) == {"<|end|>", "<|assistant|>", "<|endoftext|>"}
     assert set(CHAT_FORMATS["phi-2"].stops) == {"<|endoftext|>"}
     for preset in (PHI_2, PHI_3_5):
         for part in (preset.language_model, preset.image_encoder, preset.speech):
             assert re.fullmatch(r"[0-9a-f]{40}", part.source.revision), part
+    assert PHI_3_5.weights.revision == "a3728b2d7b7c337922e36126519b653a2fd2bbd7"
 
 
 def test_padding_is_not_a_stop_token():
@@ -385,3 +374,39 @@ def test_the_page_shows_the_draft_but_the_model_does_not_see_it(tiny, trained):
     assert turns[0] == {"role": "assistant", "content": draft, "metadata": {"title": "Draft"}}
     assert turns[1]["content"] == "".join(engine.rewrite(question.text, draft, options))
     assert [message.text for message in to_messages(turns)] == [turns[1]["content"]]
+
+
+@torch.no_grad()
+def test_the_context_ends_where_longrope_changes_its_factors():
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    half = tiny_models.WIDTHS["hidden_size"] // tiny_models.WIDTHS["num_attention_heads"] // 2
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * half,
+        "long_factor": [1.0 + index for index in range(half)],
+        "original_max_position_embeddings": 32,
+    }
+    config = Phi3Config(vocab_size=50, **tiny_models.WIDTHS, rope_parameters=rope, original_max_position_embeddings=32)
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(config).eval()
+    assert context_length(model.config) == 32
+    token_ids = torch.randint(0, 50, (1, 33))
+    decoder = TorchDecoder(model)
+    cache = decoder.new_cache()
+    decoder.prefill(model.get_input_embeddings()(token_ids[:, :30]), cache)
+    found = [decoder.step(token_ids[:, [position]], cache) for position in (30, 31, 32)]
+    for position in (30, 31):
+        assert_close(found[position - 30], model(token_ids[:, : position + 1]).logits[:, -1])
+    beyond = model(token_ids).logits[:, -1]
+    assert (found[2] - beyond).abs().max() > 0.1  # one token more, and what is kept would no longer fit
+
+
+def test_phi_2_never_computes_in_float16(tiny):
+    from dataclasses import replace
+
+    assert PHI_2.language_model.overflows_float16
+    preset = replace(PRESETS["phi-pooled"].language_model, overflows_float16=True)
+    assert load_language_model(preset, torch.float16)[0].dtype == torch.bfloat16
+    assert load_language_model(PRESETS["phi3-pooled"].language_model, torch.float16)[0].dtype == torch.float16

@@ -6,11 +6,13 @@ import os
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from mmchat import BadInput, Message, SamplingOptions
+from mmchat import BadInput, Message, MmchatError, SamplingOptions
 from mmchat.__main__ import main
 from mmchat.device import choose_device, choose_quantization
 from mmchat.engine import LocalEngine
@@ -87,7 +89,10 @@ def test_a_folder_that_is_not_empty_is_rejected(tmp_path):
 
 @pytest.fixture
 def zero_gpu(monkeypatch):
-    """Simulates ZeroGPU: the input and output of a decorated generator are pickled."""
+    """Simulates ZeroGPU: a decorated generator's input and output are pickled, and CUDA is emulated by a torch mode.
+
+    The mode is local to the thread that enters it, as in ``spaces.zero.torch.patching``.
+    """
     import spaces
 
     durations = []
@@ -105,7 +110,44 @@ def zero_gpu(monkeypatch):
 
     monkeypatch.setattr(spaces, "GPU", gpu)
     monkeypatch.setenv("SPACES_ZERO_GPU", "true")
-    return durations
+    with EmulatedCuda():
+        yield durations
+
+
+class EmulatedCuda(TorchFunctionMode):
+    """Makes tensors for "cuda" without one, in this thread."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device")) == "cuda":
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+def test_on_zero_gpu_models_are_loaded_by_the_thread_that_emulates_cuda(zero_gpu, monkeypatch):
+    from mmchat.serving import page, serve
+    from mmchat.serving.loading import LoadingEngine
+
+    loaded = []
+
+    def load(options=None):
+        loaded.append(torch.zeros(1, device="cuda"))
+        return SimpleNamespace(about="", warm_up=lambda: None)
+
+    elsewhere = LoadingEngine(load, print)
+    elsewhere.start()
+    with pytest.raises((RuntimeError, AssertionError)):  # no CUDA there
+        elsewhere.wait()
+
+    def launch(*arguments, **options):
+        raise OSError
+
+    monkeypatch.setattr(serve, "load_engine", load)
+    monkeypatch.setattr(page, "launch", launch)
+    options = SimpleNamespace(rate_limit="0", preset="smol", host=None, port=None)
+    with pytest.raises(MmchatError, match="address"):
+        serve.serve(options)
+    assert len(loaded) == 1
 
 
 def test_replies_request_gpu_time_by_their_length(engine, photo, zero_gpu, monkeypatch):

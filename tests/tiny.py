@@ -9,6 +9,7 @@ import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from mmchat.training.data.conversations import entry_of, write_conversations
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 PHI_3_SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT_FORMATS = {"phi3": "phi-3", "phi": "phi-2", "llama": "smollm2"}
+SPARE_ROWS = {"phi3": 0, "phi": 8, "llama": 0}  # embeddings beyond the tokenizer's words, as Phi-2 has 905
 TEXT = ["<image> What is in this picture? Is there a dog? Yes. No. A brown dog runs on the grass. Describe the image."]
 WIDTHS = {
     "hidden_size": 64,
@@ -75,7 +77,7 @@ def make(folder: Path) -> None:
         ("phi", PhiConfig, PhiForCausalLM),
         ("llama", LlamaConfig, LlamaForCausalLM),
     ):
-        model = model_class(config_class(vocab_size=len(tokenizer), **WIDTHS))
+        model = model_class(config_class(vocab_size=len(tokenizer) + SPARE_ROWS[name], **WIDTHS))
         if name == "llama":
             round_weights(model)
         model.save_pretrained(folder / name)
@@ -86,6 +88,24 @@ def make(folder: Path) -> None:
     CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder / "clip")
     SiglipVisionModel(SiglipVisionConfig(**CLIP_WIDTHS)).save_pretrained(folder / "siglip")
     SiglipImageProcessorPil(size=size).save_pretrained(folder / "siglip")
+
+
+def phi_3_tokenizer(text: list[str], template: str | None = None) -> Any:
+    """A tokenizer built as Phi-3.5's is: SentencePiece's space in front, special tokens that swallow what follows."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", *bytes_])
+    tokenizer.train_from_iterator(text, trainer)
+    names = ("<|endoftext|>", "<|assistant|>", "<|end|>", "<|system|>", "<|user|>")
+    tokenizer.add_special_tokens(
+        [AddedToken(name, rstrip=name != "<|endoftext|>", normalized=False, special=True) for name in names]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", chat_template=template)
 
 
 @torch.no_grad()

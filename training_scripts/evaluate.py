@@ -90,7 +90,7 @@ def evaluate_questions(options):
     from mmchat.device import choose_device
     from mmchat.errors import BadInput
     from mmchat.models.image_encoder import load_image_encoder
-    from mmchat.models.prompt import CHAT_FORMATS
+    from mmchat.models.prompt import chat_format_of
     from mmchat.presets import get_preset
     from mmchat.training.data.features import FeatureStore, PictureFolder
     from mmchat.training.evaluation.evaluator import (
@@ -129,7 +129,7 @@ def evaluate_questions(options):
         evaluator = Evaluator(
             model.to(device.type),
             tokenizer,
-            CHAT_FORMATS[preset.language_model.chat_format],
+            chat_format_of(preset_for_weights(preset, weights)),
             batch_size=options.batch_size,
             progress=lambda batches, doing: tqdm(batches, desc=doing, leave=False),
         )

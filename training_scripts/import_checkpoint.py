@@ -27,6 +27,11 @@ def main():
     parser.add_argument(
         "--end-of-image-token", "--marker", metavar="TOKEN", help="the checkpoint's end-of-image token, if it has one"
     )
+    parser.add_argument("--project", default="auto", help="whose layout they learned; none: the preset's own")
+    parser.add_argument("--image-encoder", help="the CLIP or SigLIP model that the projector reads, on the Hub or here")
+    parser.add_argument("--image-features", choices=("patches", "pooled"), help="what is taken of it")
+    parser.add_argument("--image-layer", type=int, help="whose patches are taken")
+    parser.add_argument("--class-token", action=argparse.BooleanOptionalAction, help="its class token, too")
     options = parser.parse_args()
 
     from mmchat.checkpoints.importing import import_checkpoint
@@ -40,6 +45,11 @@ def main():
             get_preset(options.preset),
             projector_files=options.projector,
             marker_token=options.end_of_image_token,
+            project=options.project,
+            image_encoder=options.image_encoder,
+            image_features=options.image_features,
+            image_layer=options.image_layer,
+            class_token=options.class_token,
         )
     except MmchatError as error:
         sys.exit(str(error))

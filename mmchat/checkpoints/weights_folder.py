@@ -1,7 +1,7 @@
 """The format of a weights folder: what training leaves on disk, and what chat and training load again.
 
 mmchat.json, projector.safetensors, adapter/ as PEFT writes it, and where there are any a tagger and a tuned image
-encoder.
+encoder. mmchat.json also holds the picture layout of weights that were trained in another one than ours.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ..models.language_model import (
     save_adapter_config,
 )
 from ..models.projector import ProjectorConfig, build_projector
+from ..models.prompt import PictureLayout
 from ..models.tagger import load_tagger
 from ..models.vision_language_model import MultimodalModel
 from ..presets import (
@@ -75,6 +76,8 @@ def save_weights(model: MultimodalModel, folder: str | Path, preset: Preset, dty
         "projector": asdict(model.projector_config),
         "adapter": model.has_adapter,
     }
+    if preset.picture_layout:
+        config["picture_layout"] = asdict(preset.picture_layout)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     if model.tagger:
         model.tagger.save(folder)
@@ -147,12 +150,13 @@ def preset_trained(weights: str | Path) -> Preset:
 
 
 def preset_for_weights(preset: Preset, weights: str | Path) -> Preset:
-    """The preset with the image encoder that the weights of a folder were trained with, where that is another one.
+    """The preset with the picture layout and the image encoder that the weights of a folder were trained with.
 
     Raises:
         WeightsError: the folder is no weights folder, or was made for another language model.
     """
     config = _read_config(Path(weights))
+    preset = replace(preset, picture_layout=_layout_of(config, Path(weights)))
     if tuned := tuned_image_encoder(weights):
         return replace(preset, image_encoder=tuned)
     if named := EFFICIENTNETS.get(config.get("image_encoder")):
@@ -168,6 +172,30 @@ def preset_for_weights(preset: Preset, weights: str | Path) -> Preset:
     except (KeyError, TypeError) as error:
         raise WeightsError(f"The {CONFIG_FILE} in '{Path(weights).name}' names no image encoder I know.") from error
     return replace(preset, image_encoder=encoder)
+
+
+def _layout_of(config: dict, folder: Path) -> PictureLayout | None:
+    """The layout that weights bring; None where they were trained in their chat format's own."""
+    stored = config.get("picture_layout")
+    if stored is None:
+        return None
+    try:
+        return PictureLayout(**stored)
+    except TypeError as error:
+        raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' describes no picture layout I know.") from error
+
+
+def _teach_layout(layout: PictureLayout, language_model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Adds the layout's own tokens to the tokenizer, and the token that ends an answer to those that stop the model."""
+    if layout.added_tokens:
+        added = {"additional_special_tokens": list(layout.added_tokens)}
+        tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
+    rows = language_model.get_input_embeddings().num_embeddings
+    if any(token_id >= rows for token_id in tokenizer.convert_tokens_to_ids(list(layout.added_tokens))):
+        raise WeightsError(f"The layout in '{folder.name}' adds tokens, for which the language model has no room.")
+    end = tokenizer.encode(layout.answer_end, add_special_tokens=False)
+    if len(end) == 1 and end[0] not in language_model.generation_config.eos_token_id:
+        language_model.generation_config.eos_token_id = [*language_model.generation_config.eos_token_id, end[0]]
 
 
 def load_model(
@@ -199,6 +227,8 @@ def load_model(
         raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' describes no projector I know.") from error
     _load_projector(projector, folder)
     language_model, tokenizer = load_language_model(preset.language_model, dtype, quantization)
+    if layout := _layout_of(config, folder):
+        _teach_layout(layout, language_model, tokenizer, folder)
     if projector_config.token_width != language_model.config.hidden_size:
         raise WeightsError(f"The projector in '{folder.name}' makes tokens of another width than the model reads.")
     if has_adapter:

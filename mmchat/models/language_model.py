@@ -44,6 +44,8 @@ def load_language_model(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # loading takes a tenth of a second
+    if preset.overflows_float16 and dtype == torch.float16:
+        dtype = torch.bfloat16  # slower on a card that only emulates it, but its attention gives numbers
     folder = _model_folder(preset)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     options = {} if quantization == "none" else _quantized(quantization, dtype)
@@ -61,6 +63,18 @@ def load_language_model(
     stops = CHAT_FORMATS[preset.chat_format].stops
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(stops))
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def context_length(config: Any) -> int:
+    """How many tokens a language model reads with the same rotary factors.
+
+    longrope (Ding et al. 2024, arXiv 2402.13753), which Phi-3.5 has, takes other factors for every position once a
+    sequence is longer than the original context. Keys that were kept until then no longer fit, so we stay below.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    is_longrope = rope.get("rope_type") == "longrope" and original
+    return min(config.max_position_embeddings, original) if is_longrope else config.max_position_embeddings
 
 
 def empty_language_model(preset: LanguageModelPreset) -> nn.Module:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+KINDS = ("linear", "llava", "mlp", "resblock", "normblocks")
+
 
 @dataclass(frozen=True)
 class ProjectorConfig:
@@ -16,7 +18,9 @@ class ProjectorConfig:
         linear: one linear layer, as in LLaVA (Liu et al. 2023, arXiv 2304.08485).
         llava: Linear, GELU, Linear, as in LLaVA-1.5 (arXiv 2310.03744); the kind that can be exported.
         mlp: the same behind a LayerNorm.
-        resblock: a linear layer, then x + mlp(x).
+        resblock: a linear layer, then x + mlp(LayerNorm(x)), as weights of ours were trained.
+        normblocks: a linear layer and a LayerNorm, then ``depth`` times x + mlp(x). With a depth of one it is the
+            residual block of LLaVA's code, ``x = norm(x); x + mlp(x)``, which published checkpoints have.
     """
 
     kind: str
@@ -25,6 +29,8 @@ class ProjectorConfig:
     token_width: int
     feature_count: int  # of one picture
     marker: bool = False  # one more token, learnt, that ends every picture
+    depth: int = 1  # residual blocks of ``normblocks``
+    dropout: float = 0.0  # behind each GELU, in training
 
     @property
     def tokens_per_image(self) -> int:
@@ -34,40 +40,64 @@ class ProjectorConfig:
 class TwoLayers(nn.Module):
     """Linear → GELU → Linear, under the names that transformers' Llava gives them."""
 
-    def __init__(self, input_width: int, hidden_width: int, output_width: int):
+    def __init__(self, input_width: int, hidden_width: int, output_width: int, dropout: float = 0.0):
         super().__init__()
         self.linear_1 = nn.Linear(input_width, hidden_width)
+        self.act = _gelu(dropout)
         self.linear_2 = nn.Linear(hidden_width, output_width)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(nn.functional.gelu(self.linear_1(features)))
+        return self.linear_2(self.act(self.linear_1(features)))
 
 
 class Mlp(nn.Module):
     """LayerNorm → Linear → GELU → Linear."""
 
-    def __init__(self, input_width: int, hidden_width: int, output_width: int):
+    def __init__(self, input_width: int, hidden_width: int, output_width: int, dropout: float = 0.0):
         super().__init__()
         self.pre_norm = nn.LayerNorm(input_width)
-        self.proj = nn.Sequential(
-            nn.Linear(input_width, hidden_width), nn.GELU(), nn.Linear(hidden_width, output_width)
-        )
+        self.proj = _mlp(input_width, hidden_width, output_width, dropout)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.proj(self.pre_norm(features))
 
 
 class ResidualBlock(nn.Module):
-    """A linear layer into the token width, then x + mlp(x)."""
+    """A linear layer into the token width, then x + mlp(LayerNorm(x))."""
 
-    def __init__(self, input_width: int, hidden_width: int, output_width: int):
+    def __init__(self, input_width: int, hidden_width: int, output_width: int, dropout: float = 0.0):
         super().__init__()
         self.linear = nn.Linear(input_width, output_width)
-        self.mlp = Mlp(output_width, hidden_width, output_width)
+        self.mlp = Mlp(output_width, hidden_width, output_width, dropout)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         tokens = self.linear(features)
         return tokens + self.mlp(tokens)
+
+
+class NormalizedBlocks(nn.Module):
+    """A linear layer into the token width and a LayerNorm, then residual blocks: the norm is part of what is kept."""
+
+    def __init__(self, input_width: int, hidden_width: int, output_width: int, depth: int = 1, dropout: float = 0.0):
+        super().__init__()
+        self.linear = nn.Linear(input_width, output_width)
+        self.norm = nn.LayerNorm(output_width)
+        self.blocks = nn.ModuleList(_mlp(output_width, hidden_width, output_width, dropout) for _ in range(depth))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        tokens = self.norm(self.linear(features))  # [images, features, output_width]
+        for block in self.blocks:
+            tokens = tokens + block(tokens)
+        return tokens
+
+
+def _gelu(dropout: float) -> nn.Module:
+    """GELU and dropout as one module without weights, so that the layers around it keep their names."""
+    return nn.Sequential(nn.GELU(), nn.Dropout(dropout)) if dropout else nn.GELU()
+
+
+def _mlp(input_width: int, hidden_width: int, output_width: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(input_width, hidden_width), _gelu(dropout), nn.Linear(hidden_width, output_width))
 
 
 class Marked(nn.Module):
@@ -93,11 +123,13 @@ def build_projector(config: ProjectorConfig) -> nn.Module:
     if config.kind == "linear":
         projector = nn.Linear(config.image_width, config.token_width)
     elif config.kind == "llava":
-        projector = TwoLayers(*widths)
+        projector = TwoLayers(*widths, config.dropout)
     elif config.kind == "mlp":
-        projector = Mlp(*widths)
+        projector = Mlp(*widths, config.dropout)
     elif config.kind == "resblock":
-        projector = ResidualBlock(*widths)
+        projector = ResidualBlock(*widths, config.dropout)
+    elif config.kind == "normblocks":
+        projector = NormalizedBlocks(*widths, config.depth, config.dropout)
     else:
-        raise ValueError(f"'{config.kind}' is no kind of projector; the kinds are linear, llava, mlp and resblock")
+        raise ValueError(f"'{config.kind}' is no kind of projector; the kinds are {', '.join(KINDS)}")
     return Marked(projector, config.token_width) if config.marker else projector

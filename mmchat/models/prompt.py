@@ -8,12 +8,44 @@ can never open or close a turn: special tokens are recognised in the format's ow
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from ..conversation import ROLES, Message, has_images
 
+if TYPE_CHECKING:
+    from ..presets import Preset
+
 IMAGE_TOKEN_ID = -200  # stands in the ids where a picture's features go, once for each feature
+
+
+@dataclass(frozen=True)
+class PictureLayout:
+    """How weights were shown pictures in training, where that differs from the format of their language model.
+
+    It belongs to the weights and is stored with them: weights asked in another layout answer badly. A turn reads
+    ``turn_start``, pictures, ``before_question``, question, ``after_question``, ``turn_end``, ``answer_start``, answer,
+    ``answer_end``. The question and the text around it are one piece for the tokenizer; everything else is control
+    text, in which special tokens count.
+    """
+
+    picture_first: bool = False  # pictures stand before everything else in their turn, even before ``system``
+    system: str = ""  # opens the conversation, with its markers, unless the caller brings a system message
+    turn_start: str = ""
+    before_question: str = ""
+    after_question: str = ""
+    turn_end: str = ""
+    answer_start: str = ""
+    answer_end: str = ""  # written by the model, so it is trained
+    added_tokens: tuple[str, ...] = ()  # words in the texts above that the tokenizer has to learn as one token each
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "added_tokens", tuple(self.added_tokens))  # JSON has lists only
+        texts = [value for name, value in vars(self).items() if name not in ("picture_first", "added_tokens")]
+        if not all(isinstance(text, str) for text in (*texts, *self.added_tokens)):
+            raise TypeError("The texts of a layout are strings.")
+        if not isinstance(self.picture_first, bool):
+            raise TypeError("picture_first is true or false.")
 
 
 @dataclass(frozen=True)
@@ -27,6 +59,13 @@ class ChatFormat:
     before_text: str = ""
     after_image: str = ""
     default_system: str | None = None  # said in text-only conversations that bring no system message
+    picture_layout: PictureLayout | None = None  # of conversations with a picture, where the weights bring one
+
+    def answer_start(self, with_images: bool) -> str:
+        """What opens an answer in a conversation with or without pictures."""
+        if with_images and self.picture_layout:
+            return self.picture_layout.answer_start
+        return self.turn_start["assistant"]
 
 
 def _for_roles(text: str) -> dict[str, str]:
@@ -46,7 +85,7 @@ CHAT_FORMATS = {
     "phi-3": ChatFormat(
         turn_start=_for_roles("<|{role}|>\n"),
         turn_end=_for_roles("<|end|>\n"),
-        stops=("<|end|>", "<|endoftext|>"),
+        stops=("<|end|>", "<|assistant|>", "<|endoftext|>"),
         after_image="\n",
     ),
     "phi-2": ChatFormat(
@@ -57,6 +96,11 @@ CHAT_FORMATS = {
         before_text=" ",
     ),
 }
+
+
+def chat_format_of(preset: Preset) -> ChatFormat:
+    """The chat format of a preset's language model, with the layout that its weights bring."""
+    return replace(CHAT_FORMATS[preset.language_model.chat_format], picture_layout=preset.picture_layout)
 
 
 @dataclass(frozen=True)
@@ -89,8 +133,12 @@ def segments(
     """The conversation piece by piece.
 
     Text-only conversations open with the format's default system message, which the base model was tuned on. Ones with
-    a picture do not: the adapter was trained without, and every token counts on a small machine.
+    a picture do not: the adapter was trained without, and every token counts on a small machine. Where the weights
+    bring a layout, conversations with a picture follow it.
     """
+    if chat_format.picture_layout and has_images(messages):
+        yield from _laid_out(messages, chat_format, chat_format.picture_layout, image_text)
+        return
     if chat_format.default_system and messages[0].role != "system" and not has_images(messages):
         messages = [Message("system", chat_format.default_system), *messages]
     for message in messages:
@@ -106,6 +154,29 @@ def segments(
         yield Segment(after_image + chat_format.before_text + message.text, is_answer=is_answer)
         yield Segment(chat_format.turn_end[message.role], is_control=True, is_answer=is_answer)
         yield Segment(chat_format.between_turns, is_control=True)
+
+
+def _laid_out(
+    messages: Sequence[Message], chat_format: ChatFormat, layout: PictureLayout, image_text: Callable[[Any], str]
+) -> Iterator[Segment]:
+    """The segments of a conversation with a picture, in the layout of the weights."""
+    system = layout.system if messages[0].role != "system" else ""
+    for message in messages:
+        if message.role == "system":
+            yield Segment(chat_format.turn_start["system"], is_control=True)
+            yield Segment(chat_format.before_text + message.text)
+            yield Segment(chat_format.turn_end["system"] + chat_format.between_turns, is_control=True)
+        elif message.role == "assistant":
+            yield Segment(layout.answer_start, is_control=True)
+            yield Segment(message.text, is_answer=True)
+            yield Segment(layout.answer_end, is_control=True, is_answer=True)
+        else:
+            pictures = [part for image in message.images for part in (Segment(image=image), Segment(image_text(image)))]
+            opening = [Segment(system + layout.turn_start, is_control=True)]
+            yield from pictures + opening if layout.picture_first else opening + pictures
+            yield Segment(layout.before_question + message.text + layout.after_question)
+            yield Segment(layout.turn_end, is_control=True)
+            system = ""
 
 
 def encode(
@@ -128,7 +199,7 @@ def encode(
     """
     pieces = list(segments(messages, chat_format, image_text))
     if add_generation_prompt:
-        pieces.append(Segment(chat_format.turn_start["assistant"], is_control=True))
+        pieces.append(Segment(chat_format.answer_start(has_images(messages)), is_control=True))
     token_ids: list[int] = []
     is_answer: list[bool] = []
     for piece in pieces:

@@ -16,7 +16,7 @@ class LoadingEngine:
     """Stands in for an engine while it loads, and forwards every call to it.
 
     Args:
-        load: returns the engine; runs in its own thread.
+        load: returns the engine; runs in its own thread, or in the caller's with ``load_here``.
         notify: called with a sentence when a request has to wait for the engine.
     """
 
@@ -27,6 +27,15 @@ class LoadingEngine:
     def start(self) -> None:
         """Starts loading."""
         Thread(target=self._run, daemon=True).start()
+
+    def load_here(self) -> None:
+        """Loads in this thread; ZeroGPU emulates CUDA in the thread that imported ``spaces`` alone.
+
+        Raises:
+            MmchatError: what went wrong.
+        """
+        self._run()
+        self.wait()
 
     def wait(self) -> Engine:
         """Waits for the engine and returns it.

@@ -36,9 +36,8 @@ def serve(options: argparse.Namespace) -> int:
     engine = LoadingEngine(lambda: load_engine(options), notify=gradio.Info)
     if options.preset != AUTO:
         get_preset(options.preset)  # report a wrong name before the page opens
-    if on_zero_gpu():  # models must load before the page starts
-        engine.start()
-        engine.wait()
+    if on_zero_gpu():  # models must load before the page starts, in the thread that imported spaces
+        engine.load_here()
     demo = page.build(engine, bundled("examples"), limit)
     address = {"server_name": options.host, "server_port": options.port}
     try:

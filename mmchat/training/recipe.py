@@ -79,7 +79,10 @@ class Recipe:
         ("none", "4bit", "4bit-double", "8bit", CPU_INT8),
     )
     projector: str | None = setting(
-        None, MODEL, "kind of a fresh projector; default: the preset's", ("linear", "llava", "mlp", "resblock")
+        None,
+        MODEL,
+        "kind of a fresh projector; default: the preset's",
+        ("linear", "llava", "mlp", "resblock", "normblocks"),
     )
     hidden_width: int | None = setting(None, MODEL, "hidden size of a fresh projector; default: the preset's")
     end_of_image_token: bool = setting(False, MODEL, "add a learned end-of-image token to a fresh projector")

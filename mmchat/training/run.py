@@ -19,7 +19,7 @@ from ..errors import BadInput, MmchatError
 from ..models.image_encoder import find_image_encoder, load_image_encoder
 from ..models.language_model import add_adapter, load_language_model
 from ..models.projector import ProjectorConfig, build_projector
-from ..models.prompt import CHAT_FORMATS, no_text
+from ..models.prompt import chat_format_of, no_text
 from ..models.tagger import load_tagger
 from ..models.vision_language_model import MultimodalModel
 from ..presets import HubRepository, Preset, get_preset
@@ -61,7 +61,7 @@ def train(recipe: Recipe) -> None:
             chain.from_iterable(read_conversations(path) for path in paths),
             features,
             tokenizer,
-            CHAT_FORMATS[preset.language_model.chat_format],
+            chat_format_of(preset),
             model.tokens_per_image,
             max_length=recipe.max_length,
             share=recipe.share_rows,
@@ -96,7 +96,7 @@ def train(recipe: Recipe) -> None:
     if is_first:
         save_weights(model, out, preset, torch.float16)  # checkpoints keep full precision
     if recipe.eval and recipe.samples and (is_first or recipe.shard):  # a sharded model needs every process
-        evaluator = Evaluator(model, tokenizer, CHAT_FORMATS[preset.language_model.chat_format])
+        evaluator = Evaluator(model, tokenizer, chat_format_of(preset))
         write_samples(evaluator, recipe.eval[0], features, recipe.samples, out if is_first else None)
 
 
@@ -114,12 +114,14 @@ def _newest_checkpoint(recipe: Recipe) -> str | None:
 def chosen_preset(recipe: Recipe) -> Preset:
     """The recipe's preset, with the image encoder of the recipe or of the weights it starts from."""
     preset = get_preset(recipe.preset)
+    if recipe.start_from:
+        preset = preset_for_weights(preset, recipe.start_from)
     if recipe.image_encoder:
         encoder = find_image_encoder(
             HubRepository(recipe.image_encoder), recipe.image_features, recipe.image_layer, recipe.class_token
         )
         return replace(preset, image_encoder=encoder)
-    return preset_for_weights(preset, recipe.start_from) if recipe.start_from else preset
+    return preset
 
 
 def open_features(recipe: Recipe, preset: Preset) -> FeatureStore | PictureFolder:

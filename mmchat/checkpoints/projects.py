@@ -1,0 +1,94 @@
+"""Projects whose published checkpoints are imported: how each asked about pictures, as its training code has it.
+
+A checkpoint's tensors say what its projector computes, but neither which image encoder it read, nor what stood around
+picture and question. Both come from here, by the names of the tensors or by the name of the project.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..models.prompt import PictureLayout
+
+
+@dataclass(frozen=True)
+class Project:
+    """What a checkpoint does not say about itself."""
+
+    chat_format: str  # of its language model, a key of prompt.CHAT_FORMATS
+    layout: PictureLayout
+    image_encoder: str | None = None  # on the Hub; None: the preset's
+    image_features: str = "patches"
+    image_layer: int = -1
+    class_token: bool = False
+    marker_token: str | None = None  # the word that ends every picture
+    note: str = ""  # what to expect of its answers
+
+
+PROJECTS = {
+    # add_eos_token=True changes nothing here: its chat template writes the end of text behind <|end|> itself.
+    "sayanbanerjee32": Project(
+        chat_format="phi-3",
+        layout=PictureLayout(
+            picture_first=True,
+            system="<|system|>\nYou are a helpful assistant.<|end|>\n",
+            turn_start="<|user|>\n",
+            before_question="Given the following information, provide a detailed and accurate response:\n",
+            after_question="\n[An image is provided for this task.]\n",
+            turn_end="<|end|>\n",
+            answer_start="<|assistant|>\n",
+            answer_end="<|end|>",
+        ),
+        image_features="pooled",
+    ),
+    "ChintanShahDS": Project(
+        chat_format="phi-3",
+        layout=PictureLayout(
+            system="<|system|>\nYou are a helpful assistant good at answering questions based on the given context."
+            "<|end|>\n",
+            turn_start="<|user|>\n",
+            before_question="\n",
+            turn_end="<|end|>\n",
+            answer_start="<|assistant|>\n",
+            answer_end="<|end|>",
+        ),
+        image_features="pooled",
+        note="Its labels were shifted twice: it learned to predict the token after the next one, and it never learned "
+        "to end an answer with <|end|>. Expect broken sentences that stop at the length limit only.",
+    ),
+    # The picture, the word "comment", and the question with a token of its own behind a space.
+    "vandana1302238": Project(
+        chat_format="phi-2",
+        layout=PictureLayout(turn_end=" [QA]", answer_end="<|endoftext|>", added_tokens=("[QA]",)),
+        marker_token="comment",
+    ),
+    # In training, the space before an answer belongs to its first word; its own inference ends the prompt with one.
+    "walnashgit": Project(
+        chat_format="phi-2",
+        layout=PictureLayout(
+            before_question="\nHuman### ", after_question="\nAI### ", answer_end="<|endoftext|>", picture_first=True
+        ),
+        image_layer=-4,
+        class_token=True,
+    ),
+    "vasujoshi111": Project(
+        chat_format="phi-2",
+        layout=PictureLayout(turn_start="<iQ>", turn_end="</iQ>", answer_end="<|endoftext|>"),
+        image_encoder="openai/clip-vit-base-patch16",
+    ),
+    # Its conversations keep the <image> of LLaVA-Instruct as text.
+    "RInkalshah93": Project(
+        chat_format="phi-3",
+        layout=PictureLayout(
+            picture_first=True,
+            turn_start="<|user|>",
+            before_question="<image>\n",
+            turn_end="<|end|>",
+            answer_start="<|assistant|>",
+            answer_end="<|end|>",
+        ),
+        image_features="pooled",
+        note="It was trained on Phi-3-mini-4k-instruct, whose layers have the shapes of Phi-3.5's but other weights.",
+    ),
+}
+PROJECTS["ibrahim737701"] = PROJECTS["vandana1302238"]  # the same code on the same data, with other layers adapted

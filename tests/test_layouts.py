@@ -1,0 +1,189 @@
+"""The picture layout belongs to the weights: stored with them, and asked in it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mmchat import Message, SamplingOptions
+from mmchat.checkpoints.projects import PROJECTS
+from mmchat.checkpoints.weights_folder import load_model, preset_for_weights, save_weights
+from mmchat.engine import LocalEngine
+from mmchat.errors import WeightsError
+from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, PictureLayout, chat_format_of, encode
+from mmchat.presets import PRESETS
+from mmchat.training.recipe import Recipe
+from mmchat.training.run import chosen_preset, train
+from tests import tiny as tiny_models
+
+QUESTION = "What is there?"
+SYSTEM = "You are a helpful assistant."
+GIVEN = "Given the following information, provide a detailed and accurate response:"
+# Project → what its code puts around a picture, as the strings it hands to its tokenizer one by one; None: the picture.
+PROMPTS = {
+    "sayanbanerjee32": [
+        None,
+        f"<|system|>\n{SYSTEM}<|end|>\n<|user|>\n{GIVEN}\n{QUESTION}\n[An image is provided for this task.]\n<|end|>\n"
+        "<|assistant|>\n",
+    ],
+    "ChintanShahDS": [
+        "<|system|>\nYou are a helpful assistant good at answering questions based on the given context.<|end|>\n"
+        "<|user|>\n",
+        None,
+        f"\n{QUESTION}<|end|>\n<|assistant|>\n",
+    ],
+    "RInkalshah93": [None, f"<|user|><image>\n{QUESTION}<|end|><|assistant|>"],
+    "vandana1302238": [None, f"{QUESTION} [QA]"],
+    "ibrahim737701": [None, f"{QUESTION} [QA]"],
+    "walnashgit": [None, f"\nHuman### {QUESTION}\nAI### "],
+    "vasujoshi111": ["<iQ>", None, QUESTION, "</iQ>"],
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tiny):
+    from transformers import AutoTokenizer
+
+    return {
+        "phi-3": tiny_models.phi_3_tokenizer([QUESTION, SYSTEM, GIVEN]),
+        "phi-2": AutoTokenizer.from_pretrained(tiny / "phi"),
+    }
+
+
+def format_of(layout, name):
+    return replace(CHAT_FORMATS[name], picture_layout=layout)
+
+
+@pytest.mark.parametrize("name", PROJECTS)
+def test_each_project_is_asked_token_for_token_as_its_code_asks(tokenizers, name):
+    project = PROJECTS[name]
+    tokenizer = tokenizers[project.chat_format]
+    tokenizer.add_special_tokens({"additional_special_tokens": list(project.layout.added_tokens)}, False)
+    encoded = encode(
+        [Message("user", QUESTION, ["a.jpg"])],
+        tokenizer,
+        format_of(project.layout, project.chat_format),
+        3,
+        add_generation_prompt=True,
+    )
+    expected = []
+    for text in PROMPTS[name]:
+        expected += [IMAGE_TOKEN_ID] * 3 if text is None else tokenizer.encode(text, add_special_tokens=False)
+    assert encoded.token_ids == expected and encoded.images == ["a.jpg"]
+
+
+def test_a_token_of_the_layouts_own_is_one_token_that_nobody_can_type(tokenizers):
+    tokenizer, project = tokenizers["phi-2"], PROJECTS["vandana1302238"]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[QA]"]}, False)
+    typed = [Message("user", "Is it [QA]?", ["a.jpg"])]
+    encoded = encode(typed, tokenizer, format_of(project.layout, "phi-2"), 1)
+    own = tokenizer.convert_tokens_to_ids("[QA]")
+    assert encoded.token_ids.count(own) == 1 and encoded.token_ids[-2:] == [*tokenizer.encode(" "), own]
+
+
+def test_the_system_text_opens_the_conversation_once_and_a_callers_replaces_it(tokenizers):
+    tokenizer = tokenizers["phi-3"]
+    chat_format = format_of(PROJECTS["sayanbanerjee32"].layout, "phi-3")
+    turns = [Message("user", "One?", ["a"]), Message("assistant", "A dog."), Message("user", "Two?", ["b"])]
+    system = tokenizer.convert_tokens_to_ids("<|system|>")
+    encoded = encode(turns, tokenizer, chat_format, 1, add_generation_prompt=True)
+    assert encoded.token_ids.count(system) == 1 and encoded.token_ids[0] == IMAGE_TOKEN_ID
+    learned = [token for token, is_answer in zip(encoded.token_ids, encoded.is_answer, strict=True) if is_answer]
+    assert tokenizer.decode(learned).strip() == "A dog.<|end|>" and encoded.images == ["a", "b"]
+    mine = encode([Message("system", "Rhyme."), *turns], tokenizer, chat_format, 1)
+    assert mine.token_ids.count(system) == 1 and "helpful" not in tokenizer.decode([t for t in mine.token_ids if t > 0])
+
+
+def test_questions_without_a_picture_are_asked_as_the_base_model_was(tokenizers):
+    tokenizer, layout = tokenizers["phi-3"], PROJECTS["sayanbanerjee32"].layout
+    asked = [Message("user", QUESTION)]
+    plain = encode(asked, tokenizer, CHAT_FORMATS["phi-3"], 1, add_generation_prompt=True)
+    assert encode(asked, tokenizer, format_of(layout, "phi-3"), 1, add_generation_prompt=True) == plain
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    """Weights of our own training, which bring no layout."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(
+        Recipe(
+            train=[str(tiny / "train.json")],
+            features=str(tiny / "features-patches"),
+            preset="phi-patches",
+            out=str(folder),
+            max_steps=1,
+            report_to=["none"],
+        )
+    )
+    return folder
+
+
+@pytest.fixture
+def laid_out(trained, tmp_path):
+    """The same weights with the layout of a project that adds a token."""
+    preset = PRESETS["phi-patches"]
+    model, _ = load_model(preset, trained, torch.float32)
+    save_weights(model, tmp_path / "ours", replace(preset, picture_layout=PROJECTS["vandana1302238"].layout))
+    return tmp_path / "ours"
+
+
+def test_weights_without_a_layout_are_asked_as_before(tiny, trained):
+    assert "picture_layout" not in json.loads((trained / "mmchat.json").read_text())
+    engine = LocalEngine(PRESETS["phi-patches"], trained)
+    asked = [Message("user", QUESTION, [tiny / "pictures" / "1.png"])]
+    expected = encode(asked, engine.tokenizer, CHAT_FORMATS["phi-2"], 4, add_generation_prompt=True)
+    assert engine.encode(asked) == expected
+
+
+def test_a_layout_is_kept_with_the_weights_and_asked_in(tiny, laid_out):
+    preset, layout = PRESETS["phi-patches"], PROJECTS["vandana1302238"].layout
+    assert preset_for_weights(preset, laid_out).picture_layout == layout
+    engine = LocalEngine(preset, laid_out)
+    question = Message("user", QUESTION, [tiny / "pictures" / "1.png"])
+    encoded = engine.encode([question])
+    assert encoded.token_ids[:4] == [IMAGE_TOKEN_ID] * 4 and engine.tokenizer.decode(encoded.token_ids[-1]) == "[QA]"
+    "".join(engine.reply([question], SamplingOptions(max_new_tokens=3)))
+
+
+def test_training_goes_on_in_the_layout_of_the_weights_it_starts_from(tiny, laid_out, tmp_path):
+    recipe = Recipe(
+        train=[str(tiny / "train.json")],
+        features=str(tiny / "features-patches"),
+        preset="phi-patches",
+        start_from=str(laid_out),
+        out=str(tmp_path / "run"),
+        max_steps=1,
+        report_to=["none"],
+    )
+    train(recipe)
+    layout = PROJECTS["vandana1302238"].layout
+    assert preset_for_weights(PRESETS["phi-patches"], tmp_path / "run").picture_layout == layout
+    chosen = chosen_preset(replace(recipe, image_encoder=str(tiny / "clip")))
+    assert chat_format_of(chosen).picture_layout == layout
+
+
+def test_the_token_that_ends_an_answer_stops_the_model(tiny, trained, tmp_path):
+    preset = PRESETS["phi-patches"]
+    model, _ = load_model(preset, trained, torch.float32)
+    save_weights(model, tmp_path, replace(preset, picture_layout=PictureLayout(answer_end="<|im_end|>")))
+    model, tokenizer = load_model(preset, tmp_path, torch.float32)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in model.language_model.generation_config.eos_token_id
+
+
+@pytest.mark.parametrize("layout", [7, {"question": "x"}, {"turn_start": 3}, {"picture_first": "no"}])
+def test_a_layout_that_is_none_is_an_error(trained, laid_out, layout):
+    config = json.loads((laid_out / "mmchat.json").read_text())
+    (laid_out / "mmchat.json").write_text(json.dumps({**config, "picture_layout": layout}))
+    with pytest.raises(WeightsError, match="no picture layout"):
+        LocalEngine(PRESETS["phi-patches"], laid_out)
+
+
+def test_a_layout_with_more_tokens_than_the_model_has_room_for_is_an_error(laid_out):
+    config = json.loads((laid_out / "mmchat.json").read_text())
+    config["picture_layout"]["added_tokens"] = [f"[{number}]" for number in range(9)]
+    (laid_out / "mmchat.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="no room"):
+        load_model(PRESETS["phi-patches"], laid_out, torch.float32)
