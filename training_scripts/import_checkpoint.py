@@ -5,9 +5,8 @@
     python training_scripts/import_checkpoint.py adapter/ --projector projection.pth resblock.pth \\
         --end-of-image-token "<eoi>" --preset phi-2 --out runs/imported
 
-It reads PEFT adapter folders and lora_weights.pt, with one of four projectors: LayerNorm and two layers (pre_norm,
-proj.0, proj.2), two layers (layer1, layer2), a linear layer followed by a residual block (weight, bias, pre_norm,
-proj.0, proj.2), or one linear layer (linear). It uses every tensor; one that does not fit is an error. It reads pickled
+It reads PEFT adapter folders and lora_weights.pt, with the projectors of seven projects, which --project names: linear,
+two layers, LayerNorm and two layers, or a linear layer followed by residual blocks. It uses every tensor; one that does not fit is an error. It reads pickled
 files without running code from them.
 """
 
