@@ -5,9 +5,9 @@
     python training_scripts/import_checkpoint.py adapter/ --projector projection.pth resblock.pth \\
         --end-of-image-token "<eoi>" --preset phi-2 --out runs/imported
 
-It reads PEFT adapter folders and lora_weights.pt, with the projectors of seven projects, which --project names: linear,
-two layers, LayerNorm and two layers, or a linear layer followed by residual blocks. It uses every tensor; one that does not fit is an error. It reads pickled
-files without running code from them.
+It reads PEFT adapter folders and lora_weights.pt, with the projectors of seven projects, which --project names: one
+linear layer, two layers, LayerNorm and two layers, or a linear layer followed by residual blocks. It uses every tensor;
+one that does not fit is an error. It reads pickled files without running code from them.
 """
 
 import argparse
