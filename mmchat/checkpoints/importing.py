@@ -44,7 +44,7 @@ from ..models.language_model import (
 from ..models.projector import Marked, ProjectorConfig, build_projector
 from ..models.vision_language_model import MultimodalModel
 from ..presets import HubRepository, LanguageModelPreset, Preset
-from .projects import PROJECTS, Project
+from .projects import PROJECTS, STORED_PROJECTORS, Project, StoredProjector
 from .weights_folder import save_weights
 
 logger = logging.getLogger(__name__)
@@ -57,68 +57,6 @@ AUTO, NO_PROJECT = "auto", "none"
 PROJECTOR_FILES = ("image_projector.pth", "projector.pth", "resblock.pth")
 
 
-@dataclass(frozen=True)
-class StoredProjector:
-    """A projector as others stored it."""
-
-    kind: str  # of ProjectorConfig
-    project: str  # whose it is, a key of PROJECTS
-    names: dict[str, str]  # what their names begin with -> what ours begin with
-    first: str  # our name of the matrix that reads features
-    hidden: str | None  # of the one whose rows are the hidden width
-    last: str  # of one that writes tokens
-
-
-STORED_PROJECTORS = (
-    StoredProjector(
-        kind="mlp",
-        project="ChintanShahDS",
-        names={"pre_norm.": "pre_norm.", "proj.0.": "proj.0.", "proj.2.": "proj.2."},
-        first="proj.0.weight",
-        hidden="proj.0.weight",
-        last="proj.2.weight",
-    ),
-    StoredProjector(
-        kind="llava",
-        project="sayanbanerjee32",
-        names={"layer1.": "linear_1.", "layer2.": "linear_2."},
-        first="linear_1.weight",
-        hidden="linear_1.weight",
-        last="linear_2.weight",
-    ),
-    StoredProjector(
-        kind="normblocks",
-        project="vandana1302238",
-        names={
-            "weight": "linear.weight",
-            "bias": "linear.bias",
-            "pre_norm.": "norm.",
-            "proj.": "blocks.0.",
-        },
-        first="linear.weight",
-        hidden="blocks.0.0.weight",
-        last="linear.weight",
-    ),
-    StoredProjector(
-        kind="normblocks",
-        project="RInkalshah93",
-        names={"output.": "linear.", "norm.": "norm.", "projection_layers.": "blocks."},
-        first="linear.weight",
-        hidden="blocks.0.0.weight",
-        last="linear.weight",
-    ),
-    StoredProjector(
-        kind="linear", project="walnashgit", names={"linear.": ""}, first="weight", hidden=None, last="weight"
-    ),
-    StoredProjector(
-        kind="linear",
-        project="vasujoshi111",
-        names={"weight": "weight", "bias": "bias"},
-        first="weight",
-        hidden=None,
-        last="weight",
-    ),
-)
 SNAPSHOT_PREFIX = "initial_weights"  # copies that the second layout keeps to see how far it has moved
 
 

@@ -1,7 +1,7 @@
-"""Projects whose published checkpoints are imported: how each asked about pictures, as its training code has it.
+"""Projects whose published checkpoints are imported: how each asked about pictures, and how it stored its projector.
 
-A checkpoint's tensors say what its projector computes, but neither which image encoder it read, nor what stood around
-picture and question. Both come from here, by the names of the tensors or by the name of the project.
+A checkpoint's tensors say what its projector computes. They say neither which image encoder it read nor what stood
+around picture and question, so these come from each project's training code.
 """
 
 from __future__ import annotations
@@ -92,3 +92,67 @@ PROJECTS = {
     ),
 }
 PROJECTS["ibrahim737701"] = PROJECTS["vandana1302238"]  # the same code on the same data, with other layers adapted
+
+
+@dataclass(frozen=True)
+class StoredProjector:
+    """A projector as others stored it."""
+
+    kind: str  # of ProjectorConfig
+    project: str  # whose it is, a key of PROJECTS
+    names: dict[str, str]  # what their names begin with -> what ours begin with
+    first: str  # our name of the matrix that reads features
+    hidden: str | None  # of the one whose rows are the hidden width
+    last: str  # of one that writes tokens
+
+
+STORED_PROJECTORS = (
+    StoredProjector(
+        kind="mlp",
+        project="ChintanShahDS",
+        names={"pre_norm.": "pre_norm.", "proj.0.": "proj.0.", "proj.2.": "proj.2."},
+        first="proj.0.weight",
+        hidden="proj.0.weight",
+        last="proj.2.weight",
+    ),
+    StoredProjector(
+        kind="llava",
+        project="sayanbanerjee32",
+        names={"layer1.": "linear_1.", "layer2.": "linear_2."},
+        first="linear_1.weight",
+        hidden="linear_1.weight",
+        last="linear_2.weight",
+    ),
+    StoredProjector(
+        kind="normblocks",
+        project="vandana1302238",
+        names={
+            "weight": "linear.weight",
+            "bias": "linear.bias",
+            "pre_norm.": "norm.",
+            "proj.": "blocks.0.",
+        },
+        first="linear.weight",
+        hidden="blocks.0.0.weight",
+        last="linear.weight",
+    ),
+    StoredProjector(
+        kind="normblocks",
+        project="RInkalshah93",
+        names={"output.": "linear.", "norm.": "norm.", "projection_layers.": "blocks."},
+        first="linear.weight",
+        hidden="blocks.0.0.weight",
+        last="linear.weight",
+    ),
+    StoredProjector(
+        kind="linear", project="walnashgit", names={"linear.": ""}, first="weight", hidden=None, last="weight"
+    ),
+    StoredProjector(
+        kind="linear",
+        project="vasujoshi111",
+        names={"weight": "weight", "bias": "bias"},
+        first="weight",
+        hidden=None,
+        last="weight",
+    ),
+)

@@ -28,7 +28,7 @@ class ProjectorConfig:
     hidden_width: int  # between the two layers; not used by ``linear``
     token_width: int
     feature_count: int  # of one picture
-    marker: bool = False  # one more token, learnt, that ends every picture
+    marker: bool = False  # a learned end-of-image token follows every picture
     depth: int = 1  # residual blocks of ``normblocks``
     dropout: float = 0.0  # behind each GELU, in training
 

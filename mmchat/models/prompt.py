@@ -1,8 +1,8 @@
 """Messages → token ids: the only place that knows chat formats, used by training and chat alike.
 
 A conversation becomes a row of segments (control text of the format, what people wrote, pictures), and each segment
-is tokenised on its own. So the label mask needs no guessing about where a piece of text went, and what people wrote
-can never open or close a turn: special tokens are recognised in the format's own text only.
+is tokenized on its own. So the label mask needs no guessing about where a piece of text went, and what people wrote
+can never open or close a turn: only the format's own text may hold special tokens.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def chat_format_of(preset: Preset) -> ChatFormat:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a conversation that is tokenised by itself; exactly one of ``text`` and ``image`` is set."""
+    """A piece of a conversation that is tokenized by itself; exactly one of ``text`` and ``image`` is set."""
 
     text: str = ""
     image: Any = None
@@ -188,7 +188,7 @@ def encode(
     image_text: Callable[[Any], str] = no_text,
     add_generation_prompt: bool = False,
 ) -> EncodedConversation:
-    """Tokenises a conversation.
+    """Tokenizes a conversation.
 
     Args:
         messages: at least one.
