@@ -502,5 +502,9 @@ def test_prepare_data_labels(tmp_path):
     run = [sys.executable, SCRIPT, "labels", "--labels", tmp_path / "photos", "--out", tmp_path / "out.json"]
     subprocess.run(run, check=True, capture_output=True)
     assert "A cat." in (tmp_path / "out.json").read_text()
+    subprocess.run([*run, "--make", "names"], check=True, capture_output=True)
+    entries = json.loads((tmp_path / "out.json").read_text())
+    assert {entry["conversations"][0]["value"] for entry in entries} == {"<image>\nDescribe the image."}
+    assert [entry["conversations"][1]["value"] for entry in entries][:3] == ["cat", "cats", "a cat"]
     failed = subprocess.run([*run, "--split", "train"], capture_output=True, text=True)
     assert failed.returncode and "--splits" in failed.stderr and "Traceback" not in failed.stderr

@@ -116,6 +116,22 @@ def test_the_reward_equals_the_caption_metrics_and_is_lower_for_truncated_text()
     assert alone - 1 == pytest.approx(whole.compute_score()[1][1], abs=0.02)  # BLEU-4 is 1; 101 pictures stand for 100
 
 
+def test_descriptions_are_rewarded_for_the_name_of_a_thing_and_not_for_invented_people():
+    captions, names = ["A man drinks coffee.", "Coffee.", "He drinks."], ["espresso", "espressos", "cup of coffee"]
+    reward = Reward([captions, names, ["A red cup.", "A cup."]])
+    assert reward(
+        ["A cup of coffee.", "A table.", "A woman with a cup of coffee.", "Espressomaker."], [names] * 4
+    ).tolist() == [
+        1.0,
+        0.0,
+        0.5,
+        0.0,
+    ]
+    honest, invented = reward(["A red cup.", "A man, a red cup."], [["A red cup.", "A cup."]] * 2).tolist()
+    assert invented < honest - 0.5
+    assert reward(["A man drinks coffee."], [captions]).item() > 1  # he is there
+
+
 def test_the_baseline_is_the_mean_reward_of_the_other_samples():
     assert advantages(torch.tensor([[1.0, 2.0, 6.0]])).tolist() == [[-3.0, -1.5, 4.5]]
 

@@ -74,7 +74,10 @@ def parse():
     labels.add_argument("--per-image", type=int, help="at most N random questions about a picture")
     labels.add_argument("--kinds", help='with --make questions: only these kinds, such as "name,room"')
     labels.add_argument(
-        "--make", choices=("conversations", "questions"), default="conversations", help="as for captions"
+        "--make",
+        choices=("conversations", "questions", "names"),
+        default="conversations",
+        help="as for captions; names: what a description should mention, for self-critical training",
     )
 
     easy = commands.add_parser("easy-vqa", parents=[common], help="easy-VQA, from the Python package index")
@@ -173,6 +176,8 @@ def from_labels(options):
         return label_questions.conversations(
             pictures, random_numbers, dictionary=dictionary, per_image=options.per_image
         )
+    if options.make == "names":
+        return label_questions.names(pictures, dictionary=dictionary)
     kinds = options.kinds.split(",") if options.kinds else None
     entries = label_questions.questions_only(pictures, random_numbers, dictionary=dictionary)
     return (entry for entry in entries if kinds is None or entry["kind"] in kinds)

@@ -82,4 +82,10 @@ prepare data/world-labels-few.json labels $LABELS --per-image 4 --seed 35
 prepare data/world-daquar-few.json labels --labels "$DATA/world/questions.json" $WORLD --split train --per-image 4 \
     --seed 36
 finetune 4-rewards runs/smol-4
-echo "Chat with the weights: make run OPTIONS=\"--weights runs/smol-4\""
+
+# 6. SCST again: fewer photos of people, and labeled photos, whose descriptions should name the thing
+prepare data/flickr-part.json captions $FLICKR --split train --agreement 1 --per-image 5 --apart --limit 2400 --seed 37
+prepare data/world-names.json labels $LABELS --make names
+prepare data/easy-few.json easy-vqa $EASY --per-image 5 --turns 1 --limit 400 --seed 38
+finetune 5-things runs/smol-5
+echo "Chat with the weights: make run OPTIONS=\"--weights runs/smol-5\""

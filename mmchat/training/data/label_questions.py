@@ -6,10 +6,13 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from .captions import DESCRIBE
 from .conversations import entry_of
 from .label_rules import Asker, LabelQuestion
 from .labels import Labeled
-from .naming import Dictionary
+from .naming import Dictionary, accepted, with_article
+
+MIN_NAMES = 3
 
 
 def conversations(
@@ -69,3 +72,18 @@ def questions_only(
                 kind=question.kind,
                 **extra,
             )
+
+
+def names(pictures: Sequence[Labeled], *, dictionary: Dictionary | None = None) -> Iterator[dict]:
+    """Entries for SCST: "Describe the image." about each picture with a label, "answered" by every name of the thing.
+
+    The names carry no period, by which the reward knows them from captions. Pictures with fewer than three forms of a
+    name are left out: their question would not count as open.
+    """
+    dictionary = dictionary or Dictionary()
+    for picture in pictures:
+        if picture.label:
+            found = dictionary.names_of(picture.label, picture.synset)
+            known = list(dict.fromkeys([*accepted(found), with_article(found.name)]))
+            for number, name in enumerate(known if len(known) >= MIN_NAMES else ()):
+                yield entry_of(f"{picture.image}-name-{number}", picture.image, [(DESCRIBE, name)])
