@@ -1,4 +1,4 @@
-"""Text generation: sampling and streaming token by token, greedy and beam search in batches."""
+"""Text generation: streaming token by token, greedy and beam search in batches."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from ..conversation import SamplingOptions
 from .decoder import Cache, Decoder
+from .sampling import Sampler
 
 
 def stop_token_ids(model: nn.Module) -> set[int]:
@@ -46,22 +47,17 @@ def stream_token_ids(
     decoder: Decoder, embeddings: torch.Tensor, options: SamplingOptions, stop_ids: set[int], cache: Cache | None = None
 ) -> Iterator[int]:
     """Streams token ids, without the stop token."""
-    process = _logits_processors(options)
-    generator = torch.Generator(embeddings.device)
-    generator.manual_seed(options.seed) if options.seed is not None else generator.seed()
+    choose = Sampler(options, embeddings.device)
     cache = decoder.new_cache() if cache is None else cache
-    written = torch.empty(1, 0, dtype=torch.long, device=embeddings.device)  # [1, tokens of the answer]
     logits = decoder.prefill(embeddings, cache)  # [1, vocabulary]
-    while True:
-        token = _sample(process(written, logits.float()), options.temperature, generator)  # [1, 1]
-        token_id = token.item()
+    for number in count(1):
+        token_id = choose(logits[0])
         if token_id in stop_ids:
             return
         yield token_id
-        written = torch.cat([written, token], dim=1)
-        if written.shape[1] == options.max_new_tokens:
+        if number == options.max_new_tokens:
             return
-        logits = decoder.step(token, cache)
+        logits = decoder.step(torch.tensor([[token_id]], device=embeddings.device), cache)
 
 
 @torch.inference_mode()
@@ -133,27 +129,3 @@ def _beam_settings(options: SamplingOptions, stop_ids: set[int]) -> Any:
         eos_token_id=sorted(stop_ids),
         pad_token_id=next(token_id for token_id in count() if token_id not in stop_ids),  # any token; it is cut off
     )
-
-
-def _logits_processors(options: SamplingOptions) -> Any:
-    from transformers import (
-        LogitsProcessorList,
-        RepetitionPenaltyLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopPLogitsWarper,
-    )
-
-    process = LogitsProcessorList()
-    if options.repetition_penalty not in (None, 1):
-        process.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
-    if options.temperature > 0:
-        process.append(TemperatureLogitsWarper(float(options.temperature)))
-        if options.top_p < 1:
-            process.append(TopPLogitsWarper(options.top_p))
-    return process
-
-
-def _sample(scores: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
-    if temperature == 0:
-        return scores.argmax(dim=-1, keepdim=True)
-    return torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)
