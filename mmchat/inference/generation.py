@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..conversation import SamplingOptions
+from .batch import Answer
 from .decoder import Cache, Decoder
 from .sampling import Sampler
 
@@ -30,7 +31,7 @@ def stream_text(
     Args:
         embeddings: [1, length, hidden_size], the prompt, or the part of it that the cache lacks.
         options: ``beams`` is ignored; see ``generate_texts``.
-        cache: is extended; a new one, with the adapter, if None.
+        cache: is extended by the prompt; a new one, with the adapter, if None.
     """
     from tokenizers.decoders import DecodeStream
 
@@ -47,17 +48,10 @@ def stream_token_ids(
     decoder: Decoder, embeddings: torch.Tensor, options: SamplingOptions, stop_ids: set[int], cache: Cache | None = None
 ) -> Iterator[int]:
     """Streams token ids, without the stop token."""
-    choose = Sampler(options, embeddings.device)
+    answer = Answer(Sampler(options, embeddings.device), stop_ids, options.max_new_tokens)
     cache = decoder.new_cache() if cache is None else cache
     logits = decoder.prefill(embeddings, cache)  # [1, vocabulary]
-    for number in count(1):
-        token_id = choose(logits[0])
-        if token_id in stop_ids:
-            return
-        yield token_id
-        if number == options.max_new_tokens:
-            return
-        logits = decoder.step(torch.tensor([[token_id]], device=embeddings.device), cache)
+    yield from decoder.batch.write(answer, cache, logits[0])
 
 
 @torch.inference_mode()
