@@ -81,14 +81,14 @@ class Batch:
         """Streams the tokens of an answer, without the stop token. Closing the iterator takes it out of the batch.
 
         Args:
-            cache: of the prompt; it stays as it is.
+            cache: of the prompt; it is copied when the first token is requested.
             logits: of the prompt's last token, [vocabulary].
         """
         answer.extend(logits)
         try:
-            yield from answer.take()
-            if not answer.is_complete:
+            if not answer.is_complete:  # before the first token is given away: the cache may be extended then
                 self._answers[self._rows.add(cache)] = answer
+            yield from answer.take()
             while not answer.is_complete:
                 self._advance()
                 yield from answer.take()

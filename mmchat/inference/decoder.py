@@ -1,7 +1,7 @@
 """Decoders: embeddings → logits, with a KV cache. On a CPU, ONNX Runtime is faster than PyTorch.
 
-A prompt is prefilled alone; answers are written in one batch. Each conversation has its own cache, which is made for the
-model with the adapter or without it.
+A prompt is prefilled alone; answers are written in one batch. Each conversation has its own cache, which is made for
+the model with the adapter or without it.
 """
 
 from __future__ import annotations
