@@ -168,6 +168,97 @@ def decoding() -> Iterator[Row]:
     yield Row("an answer of 64 tokens", f"{whole:.2f} s", f"{again:.1f} s without a KV cache", again / whole, "10")
 
 
+def llama_cpp() -> Iterator[Row]:
+    """An answer without a picture, with the page's default options, against llama.cpp with the same GGUF file.
+
+    Both use as many threads as PyTorch. Needs one more package: pip install xllamacpp
+    """
+    import torch
+    import xllamacpp
+
+    from mmchat import Message, SamplingOptions
+    from mmchat.conversation import TEXT_PENALTY
+    from mmchat.fetching import fetch
+    from mmchat.inference.generation import stream_token_ids
+
+    count, question = 64, "Tell me a long story."
+    options = SamplingOptions(max_new_tokens=count, repetition_penalty=TEXT_PENALTY)
+    encoded = engine().encode([Message("user", question)])
+    embeddings = engine().embed(encoded)
+
+    def ours() -> float:
+        stream = stream_token_ids(
+            engine().decoder, embeddings, options, set(), engine().decoder.new_cache(with_adapter=False)
+        )
+        next(stream)
+        return (count - 1) / timed(lambda: list(stream))
+
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(fetch(engine().preset.language_model.source))
+    settings.n_ctx, settings.n_parallel = 1024, 1
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
+    server = xllamacpp.Server(settings)
+    request = {
+        "prompt": encoded.token_ids,
+        "n_predict": count,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "repeat_penalty": options.repetition_penalty,
+        "ignore_eos": True,
+    }
+
+    def baseline() -> float:
+        return server.handle_completions(request)["timings"]["predicted_per_second"]
+
+    ours(), baseline()
+    pairs = [(ours(), baseline()) for _ in range(5)]
+    speed, baseline_speed = (median(column) for column in zip(*pairs, strict=True))
+    yield Row(
+        "text, the page's options",
+        f"{speed:.0f} tokens/s",
+        f"{baseline_speed:.0f}, llama.cpp with the same file",
+        median(one / other for one, other in pairs),
+        "1.0",
+    )
+
+
+def together() -> Iterator[Row]:
+    """Answers written at the same time, every other one with the adapter, against one alone."""
+    from mmchat import SamplingOptions
+    from mmchat.inference.generation import stream_token_ids
+
+    count, options = 48, SamplingOptions(max_new_tokens=49)
+    embeddings = _embeddings()
+
+    def speed(answers: int) -> float:
+        caches = [engine().decoder.new_cache(with_adapter=index % 2 == 0) for index in range(answers)]
+        streams = [stream_token_ids(engine().decoder, embeddings, options, set(), cache) for cache in caches]
+        [next(stream) for stream in streams]  # prefills
+        return answers * count / timed(lambda: [list(tokens) for tokens in zip(*streams, strict=True)])
+
+    for answers in (2, 4, 8, 16):
+        pairs = [(speed(answers), speed(1)) for _ in range(3)]
+        many, one = (median(column) for column in zip(*pairs, strict=True))
+        ratio = median(many / one for many, one in pairs)
+        yield Row(f"{answers} answers at once", f"{many:.0f} tokens/s", f"{one:.0f} alone", ratio, "2.5 for four")
+
+
+def repeated() -> Iterator[Row]:
+    """Time to first token of a question that was asked before, against one that was not."""
+    from mmchat import Message
+
+    questions = [
+        Message("user", "What is the capital of France?"),
+        *(Message("user", PICTURE_QUESTION, [photo]) for photo in PHOTOS),
+    ]
+    engine().forget(pictures=True)
+    new, again = ([first_token([question]) for question in questions] for _ in range(2))
+    one, other = median(again), median(new)
+    yield Row(
+        "repeated question: first token", f"{1e3 * one:.0f} ms", f"{1e3 * other:.0f} ms new", other / one, "25 ms"
+    )
+
+
 @cache
 def _bandwidth() -> float:
     """Memory bandwidth of this machine, in bytes per second."""
@@ -454,7 +545,10 @@ def quality(captions: str, photos: str, limit: int) -> Iterator[Row]:
 
 ROWS = {
     "follow-up": follow_up,
+    "repeated": repeated,
     "decoding": decoding,
+    "llama.cpp": llama_cpp,
+    "together": together,
     "encoder-runs": encoder_runs,
     "start": start,
     "memory": memory,

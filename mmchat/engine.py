@@ -6,9 +6,9 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from .device import choose_device, choose_preset, choose_quantization
 from .errors import BadInput, MmchatError
 from .inference.decoder import load_decoder
 from .inference.fair_lock import FairLock
-from .inference.generation import generate_texts, stream_text
-from .inference.prefix_cache import CachedPrefix, PrefixCache, TokenKeys
+from .inference.generation import generate_texts, prefill, write_text
+from .inference.prefix_cache import PrefixCache, TokenKeys
 from .media import decode_image
 from .models.image_encoder import load_image_encoder
 from .models.language_model import context_length, switch_adapter
@@ -44,6 +44,7 @@ from .presets import AUTO, DEFAULT_PRESET, Preset, get_preset
 logger = logging.getLogger(__name__)
 
 CACHED_PICTURES = 64
+MIN_SHARED = 8  # tokens that all conversations share; fewer are not worth a prefill of their own
 CACHE_BUDGET = {"cpu": 2e8, "mps": 1e9, "cuda": 2e9}  # bytes of KV cache kept for idle conversations
 
 
@@ -81,8 +82,8 @@ def load(
 class LocalEngine:
     """One set of models in memory.
 
-    Threads may share an engine. Concurrent replies take turns, one piece of text each, so a short answer does not wait
-    for a long one. Prefilling a prompt takes one turn, and so does a whole beam search.
+    Threads may share an engine. Concurrent replies are written in one batch, so a short answer does not wait for a long
+    one. Prefilling a slice of a prompt takes one turn, and so does a whole beam search.
 
     Args:
         weights: a weights folder that training wrote; the preset's own weights if None.
@@ -194,7 +195,8 @@ class LocalEngine:
                     piece = next(pieces, None)
                 if piece is None:
                     return
-                yield piece
+                if piece:
+                    yield piece
         finally:
             with self._lock.reentrant():  # garbage collection may run while this thread holds the lock
                 pieces.close()
@@ -208,25 +210,21 @@ class LocalEngine:
             prompt = self.embed(encoded)[0]  # [length, hidden_size]
             yield from generate_texts(self.model.language_model, self.tokenizer, [prompt], options)
             return
-        tokens, ends = self._token_keys(encoded), _ends(encoded)
+        tokens, ends = self._token_keys(encoded), _ends(encoded, self._shared_tokens)
         prefix = self.prefix_cache.take(tokens, ends, with_adapter)
-        *earlier, last = [end for end in ends if end > len(prefix.tokens)]
-        start = len(prefix.tokens)
-        for end in earlier:
-            self.decoder.prefill(self.embed(encoded, start, end), prefix.cache)
-            start = end
-        embeddings = self.embed(encoded, start, last)
-        with closing(stream_text(self.decoder, self.tokenizer, embeddings, options, prefix.cache)) as pieces:
-            try:
-                yield from pieces
-            except GeneratorExit:  # stopped early; after an error, the layers' caches may differ in length
-                self._keep(prefix, tokens)
-                raise
-            self._keep(prefix, tokens)
-
-    def _keep(self, prefix: CachedPrefix, tokens: TokenKeys) -> None:
-        prefix.crop(tokens)  # the answer is prefilled again with the next question
+        for start, end in pairwise([len(prefix.tokens), *(end for end in ends if end > len(prefix.tokens))]):
+            for logits in prefill(self.decoder, self.embed(encoded, start, end), prefix.cache):
+                prefix.logits = logits
+                yield ""  # answers that are being written advance between slices
+            prefix.tokens = tokens[:end]
         self.prefix_cache.keep(prefix)
+        yield from write_text(self.decoder, self.tokenizer, prefix.logits, options, prefix.cache)
+
+    @cached_property
+    def _shared_tokens(self) -> list[int]:
+        """What conversations begin with: the system text and the start of a question."""
+        first, second = (self.encode([Message("user", text)]).token_ids for text in ("a", "b"))
+        return first[: next(index for index, pair in enumerate(zip(first, second, strict=False)) if len(set(pair)) > 1)]
 
     def _token_keys(self, encoded: EncodedConversation) -> TokenKeys:
         """Keys that compare conversations token by token; a picture counts by its content."""
@@ -314,11 +312,12 @@ class LocalEngine:
                 self._features.clear()
 
 
-def _ends(encoded: EncodedConversation) -> list[int]:
-    """The ends of the pieces in which a conversation is prefilled: before each answer, and at its end."""
+def _ends(encoded: EncodedConversation, shared: Sequence[int]) -> list[int]:
+    """The ends of the pieces in which a conversation is prefilled: what all share, before each answer, and its end."""
     before = zip(encoded.is_answer, encoded.is_answer[1:], strict=False)
     starts = [index for index, (one, next_one) in enumerate(before, start=1) if next_one and not one]
-    return [*starts, len(encoded.token_ids)]
+    has_shared = len(shared) >= MIN_SHARED and encoded.token_ids[: len(shared)] == shared
+    return [*([len(shared)] if has_shared else []), *starts, len(encoded.token_ids)]
 
 
 def _digest(source: Any) -> str:

@@ -396,7 +396,8 @@ def test_the_context_ends_where_longrope_changes_its_factors():
     decoder = TorchDecoder(model)
     cache = decoder.new_cache()
     decoder.prefill(model.get_input_embeddings()(token_ids[:, :30]), cache)
-    found = [decoder.step(token_ids[:, [position]], cache) for position in (30, 31, 32)]
+    embeddings = model.get_input_embeddings()(token_ids)
+    found = [decoder.prefill(embeddings[:, [position]], cache) for position in (30, 31, 32)]
     for position in (30, 31):
         assert_close(found[position - 30], model(token_ids[:, : position + 1]).logits[:, -1])
     beyond = model(token_ids).logits[:, -1]

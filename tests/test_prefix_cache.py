@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import zip_longest
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -149,3 +150,42 @@ def test_concurrent_conversations_are_independent(pair):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert all(answers[number] == [expected[number]] * 5 for number in range(3))
+
+
+def test_a_repeated_question_prefills_nothing(pair, count_tokens):
+    cached, _, pictures = pair
+    question = Message("user", "Is there a dog? Again?", pictures[:1])
+    lengths = count_tokens(cached)
+    first = "".join(cached.reply([question], OPTIONS))
+    assert lengths
+    lengths.clear()
+    replies = [cached.reply([question], OPTIONS) for _ in range(2)]  # two visitors at once share what is cached
+    together = list(zip_longest(*replies, fillvalue=""))
+    assert not lengths and ["".join(pieces) for pieces in zip(*together, strict=True)] == [first, first]
+
+
+def test_conversations_share_the_system_text(engine, monkeypatch):
+    lengths, original = [], engine.decoder.prefill
+    monkeypatch.setattr(
+        engine.decoder, "prefill", lambda rows, cache: (lengths.append(rows.shape[1]), original(rows, cache))[1]
+    )
+    engine.forget()
+    for question in ("Why is the sky blue?", "Name a color."):
+        "".join(engine.reply([Message("user", question)], OPTIONS))
+    shared = len(engine._shared_tokens)
+    assert shared >= 8 and lengths[0] == shared and len(lengths) == 3
+
+
+def test_a_long_question_is_prefilled_in_slices_between_others_tokens(engine):
+    story = engine.reply([Message("user", "Tell me a long story.")], SamplingOptions(temperature=0, max_new_tokens=60))
+    next(story)
+    engine.forget()
+    long = engine.reply([Message("user", "Is this one? " * 120)], OPTIONS)
+    turns: list[str] = []
+    prefill = threading.Thread(target=lambda: turns.append(f"answer {len(turns)}") if next(long) else None)
+    prefill.start()
+    while prefill.is_alive() and next(story, None) is not None:
+        turns.append("token")
+    prefill.join()
+    long.close(), story.close()
+    assert turns.count("token") >= 2

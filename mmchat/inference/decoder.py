@@ -1,16 +1,19 @@
 """Decoders: embeddings → logits, with a KV cache. On a CPU, ONNX Runtime is faster than PyTorch.
 
-Each conversation has its own cache. The cache is made for the model with the adapter or without it.
+A prompt is prefilled alone; answers are written in one batch. Each conversation has its own cache, which is made for
+the model with the adapter or without it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ..models.language_model import switch_adapter
+from .batch import Batch
 from .onnx_decoder import load_onnx_decoder
 
 
@@ -33,18 +36,16 @@ class Cache(Protocol):
 
 
 class Decoder(Protocol):
-    """Runs the language model on a prompt, then token by token."""
+    """Runs the language model on prompts one by one, then on the answers to all of them token by token."""
 
     model: nn.Module  # the language model, for its token embeddings and config
+    batch: Batch  # the answers that are being written
 
     def new_cache(self, with_adapter: bool = True) -> Any:
         """An empty cache, with the adapter on or off; a model without an adapter ignores the flag."""
 
     def prefill(self, embeddings: torch.Tensor, cache: Any) -> torch.Tensor:
         """Appends embeddings, [1, tokens, hidden_size], to the cache → logits of the last, [1, vocabulary]."""
-
-    def step(self, token: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Appends one token id, [1, 1], to the cache → logits, [1, vocabulary]."""
 
 
 def load_decoder(model: nn.Module) -> Decoder:
@@ -61,6 +62,7 @@ class TorchDecoder:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self.batch = Batch(TorchRows(model))
 
     def new_cache(self, with_adapter: bool = True) -> TorchCache:
         return TorchCache(self.model.config, with_adapter)
@@ -70,9 +72,6 @@ class TorchDecoder:
         switch_adapter(self.model, cache.with_adapter)
         options = {"past_key_values": cache.layers, "use_cache": True, "logits_to_keep": 1}
         return self.model(inputs_embeds=embeddings, **options).logits[:, -1]
-
-    def step(self, token: torch.Tensor, cache: TorchCache) -> torch.Tensor:
-        return self.prefill(self.model.get_input_embeddings()(token), cache)
 
 
 class TorchCache:
@@ -103,3 +102,95 @@ class TorchCache:
         for index, layer in enumerate(self.layers.layers):  # [1, heads, tokens, head size]
             copy.layers.update(layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), index)
         return copy
+
+
+class TorchRows:
+    """``Rows`` in two padded batches, with and without the adapter, which is on or off for the whole model."""
+
+    def __init__(self, model: nn.Module):
+        self._batches = {with_adapter: _PaddedRows(model, with_adapter) for with_adapter in (False, True)}
+
+    def add(self, cache: TorchCache) -> _Row:
+        return self._batches[cache.with_adapter].add(cache)
+
+    def remove(self, row: _Row) -> None:
+        self._batches[row.with_adapter].remove(row)
+
+    def step(self, token_ids: dict[_Row, int]) -> dict[_Row, torch.Tensor]:
+        batches = [self._batches[with_adapter] for with_adapter in {row.with_adapter for row in token_ids}]
+        return {row: logits for batch in batches for row, logits in batch.step(token_ids).items()}
+
+
+@dataclass(eq=False)
+class _Row:
+    with_adapter: bool
+    length: int  # tokens
+
+
+class _PaddedRows:
+    """Rows of one state of the adapter, padded on the left, so the next token of each has the same column."""
+
+    def __init__(self, model: nn.Module, with_adapter: bool):
+        self._model, self._with_adapter = model, with_adapter
+        self._rows: list[_Row] = []
+        self._is_token = torch.zeros(0, 0, dtype=torch.long)  # [rows, columns]
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys and values, [rows, heads, columns, head size]
+
+    def add(self, cache: TorchCache) -> _Row:
+        added = [(layer.keys, layer.values) for layer in cache.layers.layers]
+        is_token = torch.ones(1, cache.length, dtype=torch.long, device=added[0][0].device)
+        if self._rows:
+            columns = max(cache.length, self._is_token.shape[1])
+            is_token = torch.cat([_widen(mask, 1, columns) for mask in (self._is_token, is_token)])
+            added = [
+                (_stack(keys, other_keys, columns), _stack(values, other_values, columns))
+                for (keys, values), (other_keys, other_values) in zip(self._layers, added, strict=True)
+            ]
+        self._is_token, self._layers = is_token, added
+        self._rows.append(_Row(self._with_adapter, cache.length))
+        return self._rows[-1]
+
+    def remove(self, row: _Row) -> None:
+        kept = [index for index, other in enumerate(self._rows) if other is not row]
+        self._rows = [self._rows[index] for index in kept]
+        if not kept:
+            self._layers = []
+            return
+        first = int(self._is_token[kept].any(dim=0).int().argmax())  # column
+        self._is_token = self._is_token[kept, first:]
+        self._layers = [(keys[kept, :, first:], values[kept, :, first:]) for keys, values in self._layers]
+
+    @torch.inference_mode()
+    def step(self, token_ids: dict[_Row, int]) -> dict[_Row, torch.Tensor]:
+        """As in ``Rows``; rows without a token get one that no later token attends to."""
+        from transformers import DynamicCache
+
+        switch_adapter(self._model, self._with_adapter)
+        device = self._is_token.device
+        has_token = torch.tensor([[int(row in token_ids)] for row in self._rows], device=device)  # [rows, 1]
+        self._is_token = torch.cat([self._is_token, has_token], dim=1)
+        cache = DynamicCache(self._layers)
+        logits = self._model(
+            input_ids=torch.tensor([[token_ids.get(row, 0)] for row in self._rows], device=device),
+            position_ids=torch.tensor([[row.length] for row in self._rows], device=device),
+            attention_mask=self._is_token,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]  # [rows, vocabulary]
+        self._layers = [(layer.keys, layer.values) for layer in cache.layers]
+        stepped = {row: logits[index] for index, row in enumerate(self._rows) if row in token_ids}
+        for row in stepped:
+            row.length += 1
+        return stepped
+
+
+def _stack(rows: torch.Tensor, added: torch.Tensor, columns: int) -> torch.Tensor:
+    """Keys or values of rows above those of others, [rows, heads, columns, head size]."""
+    return torch.cat([_widen(rows, 2, columns), _widen(added, 2, columns)])
+
+
+def _widen(tensor: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    """Zeros before the tensor, up to a length."""
+    shape = list(tensor.shape)
+    shape[dim] = length - shape[dim]
+    return torch.cat([tensor.new_zeros(shape), tensor], dim=dim)

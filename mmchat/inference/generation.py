@@ -1,4 +1,4 @@
-"""Text generation: sampling and streaming token by token, greedy and beam search in batches."""
+"""Text generation: streaming token by token, greedy and beam search in batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ import torch
 from torch import nn
 
 from ..conversation import SamplingOptions
+from .batch import Answer
 from .decoder import Cache, Decoder
+from .sampling import Sampler
+
+PREFILL_SLICE = 128  # tokens
 
 
 def stop_token_ids(model: nn.Module) -> set[int]:
@@ -19,49 +23,70 @@ def stop_token_ids(model: nn.Module) -> set[int]:
     return set(model.generation_config.eos_token_id)
 
 
+def prefill(decoder: Decoder, embeddings: torch.Tensor, cache: Cache) -> Iterator[torch.Tensor]:
+    """Prefills in slices, so that answers that are being written advance in between; yields the logits of each slice.
+
+    Args:
+        embeddings: [1, length, hidden_size].
+
+    Yields:
+        Logits of the slice's last token, [1, vocabulary].
+    """
+    for part in embeddings.split(PREFILL_SLICE, dim=1):
+        yield decoder.prefill(part, cache)
+
+
 def stream_text(
     decoder: Decoder, tokenizer: Any, embeddings: torch.Tensor, options: SamplingOptions, cache: Cache | None = None
-) -> Generator[str, None, None]:
-    """Streams the answer in pieces of whole characters.
-
-    Each piece is computed when it is requested, so closing the iterator stops generation.
+) -> Iterator[str]:
+    """Prefills a prompt and streams the answer in pieces of whole characters.
 
     Args:
         embeddings: [1, length, hidden_size], the prompt, or the part of it that the cache lacks.
         options: ``beams`` is ignored; see ``generate_texts``.
-        cache: is extended; a new one, with the adapter, if None.
+        cache: is extended by the prompt; a new one, with the adapter, if None.
+    """
+    cache = decoder.new_cache() if cache is None else cache
+    *_, logits = prefill(decoder, embeddings, cache)
+    yield from write_text(decoder, tokenizer, logits, options, cache)
+
+
+def write_text(
+    decoder: Decoder, tokenizer: Any, logits: torch.Tensor, options: SamplingOptions, cache: Cache
+) -> Iterator[str]:
+    """Streams the answer to a prefilled prompt in pieces of whole characters.
+
+    Each piece is computed when it is requested, so closing the iterator stops generation.
+
+    Args:
+        logits: of the prompt's last token, [1, vocabulary].
+        cache: of the prompt; it stays as it is.
     """
     from tokenizers.decoders import DecodeStream
 
     text = DecodeStream(skip_special_tokens=True)
-    with closing(stream_token_ids(decoder, embeddings, options, stop_token_ids(decoder.model), cache)) as token_ids:
+    with closing(write_token_ids(decoder, logits, options, stop_token_ids(decoder.model), cache)) as token_ids:
         for token_id in token_ids:
             piece = text.step(tokenizer.backend_tokenizer, token_id)
             if piece:
                 yield piece
 
 
-@torch.inference_mode()
 def stream_token_ids(
     decoder: Decoder, embeddings: torch.Tensor, options: SamplingOptions, stop_ids: set[int], cache: Cache | None = None
 ) -> Iterator[int]:
-    """Streams token ids, without the stop token."""
-    process = _logits_processors(options)
-    generator = torch.Generator(embeddings.device)
-    generator.manual_seed(options.seed) if options.seed is not None else generator.seed()
+    """Prefills a prompt and streams token ids, without the stop token; see ``stream_text``."""
     cache = decoder.new_cache() if cache is None else cache
-    written = torch.empty(1, 0, dtype=torch.long, device=embeddings.device)  # [1, tokens of the answer]
-    logits = decoder.prefill(embeddings, cache)  # [1, vocabulary]
-    while True:
-        token = _sample(process(written, logits.float()), options.temperature, generator)  # [1, 1]
-        token_id = token.item()
-        if token_id in stop_ids:
-            return
-        yield token_id
-        written = torch.cat([written, token], dim=1)
-        if written.shape[1] == options.max_new_tokens:
-            return
-        logits = decoder.step(token, cache)
+    *_, logits = prefill(decoder, embeddings, cache)
+    yield from write_token_ids(decoder, logits, options, stop_ids, cache)
+
+
+def write_token_ids(
+    decoder: Decoder, logits: torch.Tensor, options: SamplingOptions, stop_ids: set[int], cache: Cache
+) -> Generator[int, None, None]:
+    """Streams the token ids of the answer to a prefilled prompt, without the stop token."""
+    answer = Answer(Sampler(options, logits.device), stop_ids, options.max_new_tokens)
+    yield from decoder.batch.write(answer, cache, logits[0])
 
 
 @torch.inference_mode()
@@ -133,27 +158,3 @@ def _beam_settings(options: SamplingOptions, stop_ids: set[int]) -> Any:
         eos_token_id=sorted(stop_ids),
         pad_token_id=next(token_id for token_id in count() if token_id not in stop_ids),  # any token; it is cut off
     )
-
-
-def _logits_processors(options: SamplingOptions) -> Any:
-    from transformers import (
-        LogitsProcessorList,
-        RepetitionPenaltyLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopPLogitsWarper,
-    )
-
-    process = LogitsProcessorList()
-    if options.repetition_penalty not in (None, 1):
-        process.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
-    if options.temperature > 0:
-        process.append(TemperatureLogitsWarper(float(options.temperature)))
-        if options.top_p < 1:
-            process.append(TopPLogitsWarper(options.top_p))
-    return process
-
-
-def _sample(scores: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
-    if temperature == 0:
-        return scores.argmax(dim=-1, keepdim=True)
-    return torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)

@@ -13,7 +13,8 @@ import logging
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ import torch
 from torch import nn
 
 from ..fetching.cache import convert_once
+from .batch import Batch
 from .onnx_graph import BLOCK, CORRECTION_FILE, PARTS, base_layers, build_decoder, pack_4bit, pack_8bit
 
 logger = logging.getLogger(__name__)
 
-MIN_SPARE_TOKENS = 64  # a cache grows by at least this
+MIN_SPARE_TOKENS = 16  # a prompt's cache grows by at least this
+CAPACITY_STEP = 256  # tokens by which the rows of a batch grow at least
 
 
 def load_onnx_decoder(model: nn.Module) -> OnnxDecoder | None:
@@ -41,8 +44,8 @@ def load_onnx_decoder(model: nn.Module) -> OnnxDecoder | None:
     if os.environ.get("MMCHAT_DECODER") == "torch" or not _is_supported(base):
         return None
     try:
-        # "6" is the version of build_decoder: raise it when its output changes
-        folder = convert_once(f"decoder-6-{_digest(base)}", lambda target: build_decoder(base, target))
+        # "7" is the version of build_decoder: raise it when its output changes
+        folder = convert_once(f"decoder-7-{_digest(base)}", lambda target: build_decoder(base, target))
         decoder = OnnxDecoder(folder / "decoder.onnx", model)
     except Exception as error:  # onnxruntime raises many types; PyTorch is the fallback for all of them
         logger.warning("ONNX Runtime cannot run this model; decoding with PyTorch, which is slower: %s", error)
@@ -86,84 +89,187 @@ class OnnxDecoder:
     """
 
     def __init__(self, path: Path, model: nn.Module):
+        self.model, self.path = model, path
+        self._graph = _Graph(path, model)
+        self.batch = Batch(OnnxRows(self._graph))
+
+    def new_cache(self, with_adapter: bool = True) -> OnnxCache:
+        return OnnxCache(self._graph, with_adapter)
+
+    def prefill(self, embeddings: torch.Tensor, cache: OnnxCache) -> torch.Tensor:
+        return torch.from_numpy(cache.append(embeddings.numpy()))
+
+
+class _Graph:
+    """The session, and what it takes beside embeddings, keys and values."""
+
+    def __init__(self, path: Path, model: nn.Module):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.force_spinning_stop", "1")  # frees the cores between tokens
-        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.model, self.path = model, path
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        past = [value for value in self.session.get_inputs() if value.name.startswith("past.")]
+        self.layout = {value.name: (value.shape[1], value.shape[3]) for value in past}  # heads and head size
+        self._model, self._path = model, path
         self._corrections: dict[bool, dict[str, Any]] = {}  # with the adapter -> graph inputs
 
-    def new_cache(self, with_adapter: bool = True) -> OnnxCache:
-        if with_adapter not in self._corrections:
-            corrections = _correction_inputs(self.model, self.path.with_name(CORRECTION_FILE), with_adapter)
-            self._corrections[with_adapter] = dict(corrections)
-        return OnnxCache(self._session, self._corrections[with_adapter])
+    @torch.inference_mode()
+    def embed(self, token_ids: list[int]) -> np.ndarray:
+        """Embeds one token per row, [rows, 1, hidden_size]."""
+        return self._model.get_input_embeddings()(torch.tensor(token_ids)[:, None]).numpy()
 
-    def prefill(self, embeddings: torch.Tensor, cache: OnnxCache) -> torch.Tensor:
-        return torch.from_numpy(cache.append(embeddings.numpy()))
+    def bind(self, binding: Any, adapters: list[bool]) -> None:
+        """Binds corrections and adapter for rows with the adapter on or off."""
+        any_adapter = any(adapters)
+        if any_adapter not in self._corrections:
+            values = _correction_inputs(self._model, self._path.with_name(CORRECTION_FILE), any_adapter)
+            self._corrections[any_adapter] = dict(values)
+        for name, value in self._corrections[any_adapter].items():
+            binding.bind_ortvalue_input(name, value)
+        for part in PARTS:
+            inputs, ranks = self._corrections[any_adapter][f"correction.0.{part}.down"].shape()
+            switch = np.ones((len(adapters), 1, ranks), dtype=np.float32)
+            switch[np.logical_not(adapters), :, inputs // BLOCK :] = 0
+            binding.bind_cpu_input(f"switch.{part}", switch)
 
-    def step(self, token: torch.Tensor, cache: OnnxCache) -> torch.Tensor:
-        return self.prefill(self.model.get_input_embeddings()(token), cache)
+    def run(self, binding: Any, embeddings: np.ndarray, lengths: list[int]) -> np.ndarray:
+        """Appends embeddings, [rows, tokens, hidden_size], to caches of these lengths → logits, [rows, vocabulary]."""
+        last = np.array(lengths, dtype=np.int32) + (embeddings.shape[1] - 1)
+        binding.bind_cpu_input("embeddings", embeddings)
+        binding.bind_cpu_input("last", last)
+        binding.bind_cpu_input("length", last.max(keepdims=True) + 1)
+        self.session.run_with_iobinding(binding)
+        return binding.get_outputs()[-1].numpy()
+
+
+class _KeyValues:
+    """Keys and values of every layer, [rows, heads, capacity, head size], which ONNX Runtime extends in place."""
+
+    def __init__(self, graph: _Graph, rows: int, capacity: int):
+        self._graph, self.rows, self.capacity = graph, rows, capacity
+        self.arrays = {
+            name: _mapped_zeros((rows, heads, capacity, head_size))
+            for name, (heads, head_size) in (graph.layout.items() if rows * capacity else ())
+        }
+
+    @property
+    def size(self) -> int:
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def copy(self, row: int, source: _KeyValues, source_row: int, length: int) -> None:
+        """Copies the first tokens of a row."""
+        for name, array in source.arrays.items():
+            self.arrays[name][row, :, :length] = array[source_row, :, :length]
+
+    def binding(self, adapters: list[bool]) -> Any:
+        """A binding for the first rows, with the adapter on or off for each."""
+        from onnxruntime import OrtValue
+
+        binding = self._graph.session.io_binding()
+        self._graph.bind(binding, adapters)
+        for name, array in self.arrays.items():
+            # Input and output share one buffer, so ONNX Runtime writes only the new tokens.
+            buffer = OrtValue.ortvalue_from_numpy(array[: len(adapters)])
+            binding.bind_ortvalue_input(name, buffer)
+            binding.bind_ortvalue_output(name.replace("past.", "present."), buffer)
+        binding.bind_output("logits")
+        return binding
 
 
 class OnnxCache:
-    """A ``Cache`` whose arrays ONNX Runtime extends in place."""
+    """A ``Cache`` for one conversation."""
 
-    def __init__(self, session: Any, corrections: dict[str, Any]):
-        self._session, self._corrections = session, corrections
-        self._capacity = 0  # tokens
-        self._arrays: dict[str, np.ndarray] = {}  # [1, heads, capacity, head size] each
+    def __init__(self, graph: _Graph, with_adapter: bool):
+        self._graph, self.with_adapter = graph, with_adapter
+        self.values = _KeyValues(graph, 1, 0)
         self.length = 0  # tokens
 
     @property
     def size(self) -> int:
-        return sum(array.nbytes for array in self._arrays.values())
+        return self.values.size
 
     def crop(self, length: int) -> None:
         """Keeps only the first ``length`` tokens, and frees memory if much of it is unused."""
         self.length = min(self.length, length)
-        if self._capacity > 2 * _capacity_for(self.length):
-            self._allocate(_capacity_for(self.length), self._arrays)
+        if self.values.capacity > 2 * _capacity_for(self.length):
+            self._allocate(_capacity_for(self.length), self.values)
 
     def prefix(self, length: int) -> OnnxCache:
-        copy = OnnxCache(self._session, self._corrections)
-        copy._allocate(length, self._arrays)
+        copy = OnnxCache(self._graph, self.with_adapter)
         copy.length = length
+        copy._allocate(length, self.values)
         return copy
 
     def append(self, embeddings: np.ndarray) -> np.ndarray:
         """Runs the graph on embeddings, [1, tokens, hidden_size] → logits of the last token, [1, vocabulary]."""
         end = self.length + embeddings.shape[1]
-        if end > self._capacity:
-            self._allocate(_capacity_for(end), self._arrays)
-        self._binding.bind_cpu_input("embeddings", embeddings)
-        self._binding.bind_cpu_input("last", np.array([end - 1], dtype=np.int32))
-        self._binding.bind_cpu_input("length", np.array([end], dtype=np.int32))
-        self._session.run_with_iobinding(self._binding)
+        if end > self.values.capacity:
+            self._allocate(_capacity_for(end), self.values)
+        logits = self._graph.run(self._binding, embeddings, [self.length])
         self.length = end
-        return self._binding.get_outputs()[-1].numpy()[:, 0]
+        return logits
 
-    def _allocate(self, capacity: int, source: dict[str, np.ndarray]) -> None:
-        """Allocates arrays for ``capacity`` tokens and copies as many from ``source`` as fit."""
-        from onnxruntime import OrtValue
+    def _allocate(self, capacity: int, source: _KeyValues) -> None:
+        self.values = _KeyValues(self._graph, 1, capacity)
+        self.values.copy(0, source, 0, self.length)
+        self._binding = self.values.binding([self.with_adapter])
 
-        self._capacity, self._arrays, self._binding = capacity, {}, self._session.io_binding()
-        for name, value in self._corrections.items():
-            self._binding.bind_ortvalue_input(name, value)
-        for value in self._session.get_inputs():
-            if value.name.startswith("past."):
-                _, heads, _, head_size = value.shape
-                array = self._arrays[value.name] = _mapped_zeros((1, heads, capacity, head_size))
-                old = source.get(value.name, array)
-                fitting = min(capacity, old.shape[2])
-                array[:, :, :fitting] = old[:, :, :fitting]
-                # Input and output share one buffer, so ONNX Runtime writes only the new tokens.
-                buffer = OrtValue.ortvalue_from_numpy(array)
-                self._binding.bind_ortvalue_input(value.name, buffer)
-                self._binding.bind_ortvalue_output(value.name.replace("past.", "present."), buffer)
-        self._binding.bind_output("logits")
+
+@dataclass(eq=False)
+class _Row:
+    with_adapter: bool
+    length: int  # tokens
+
+
+class OnnxRows:
+    """``Rows`` in one buffer. Its first rows are in use; memory that was never written takes no space."""
+
+    def __init__(self, graph: _Graph):
+        self._graph = graph
+        self._rows: list[_Row] = []
+        self._values = _KeyValues(graph, 0, 0)
+        self._bindings: dict[tuple[bool, ...], Any] = {}  # adapters of the rows -> binding
+
+    def add(self, cache: OnnxCache) -> _Row:
+        self._reserve(len(self._rows) + 1, cache.length + 1)
+        self._values.copy(len(self._rows), cache.values, 0, cache.length)
+        self._rows.append(_Row(cache.with_adapter, cache.length))
+        return self._rows[-1]
+
+    def remove(self, row: _Row) -> None:
+        """Removes a row; the last one takes its place."""
+        index, last = self._rows.index(row), self._rows.pop()
+        if last is not row:
+            self._values.copy(index, self._values, len(self._rows), last.length)
+            self._rows[index] = last
+        if not self._rows:  # give the memory back
+            self._values, self._bindings = _KeyValues(self._graph, 0, 0), {}
+
+    def step(self, token_ids: dict[_Row, int]) -> dict[_Row, torch.Tensor]:
+        """As in ``Rows``; a row without a token gets one that its next one overwrites."""
+        self._reserve(len(self._rows), max(row.length for row in self._rows) + 1)
+        adapters = tuple(row.with_adapter for row in self._rows)
+        if adapters not in self._bindings:
+            self._bindings = {adapters: self._values.binding(list(adapters))}
+        embeddings = self._graph.embed([token_ids.get(row, 0) for row in self._rows])
+        lengths = [row.length for row in self._rows]
+        logits = torch.from_numpy(self._graph.run(self._bindings[adapters], embeddings, lengths))
+        for row in token_ids:
+            row.length += 1
+        return {row: logits[index] for index, row in enumerate(self._rows) if row in token_ids}
+
+    def _reserve(self, rows: int, length: int) -> None:
+        """Makes room for this many rows of this length."""
+        old = self._values
+        if rows <= old.rows and length <= old.capacity:
+            return
+        rows = rows if rows <= old.rows else max(rows, 2 * old.rows)
+        capacity = old.capacity if length <= old.capacity else length + max(CAPACITY_STEP, length // 4)
+        self._values, self._bindings = _KeyValues(self._graph, rows, capacity), {}
+        for index, row in enumerate(self._rows):
+            self._values.copy(index, old, index, row.length)
 
 
 def _mapped_zeros(shape: tuple[int, ...]) -> np.ndarray:
@@ -179,6 +285,7 @@ def _capacity_for(length: int) -> int:
     return length + max(MIN_SPARE_TOKENS, length // 4)
 
 
+@torch.inference_mode()
 def _correction_inputs(model: nn.Module, path: Path, with_adapter: bool) -> Iterator[tuple[str, Any]]:
     """Zero-point correction and LoRA weights of each part as a (down, up) pair, [inputs, rank] and [rank, outputs]."""
     from onnxruntime import OrtValue
@@ -186,16 +293,30 @@ def _correction_inputs(model: nn.Module, path: Path, with_adapter: bool) -> Iter
 
     blocks = load_file(path)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for index, layer in enumerate(base.get_decoder().layers):
-        for part, names in PARTS.items():
+    layers = base.get_decoder().layers
+    for part, names in PARTS.items():
+        adapters = [_adapter(layer, names) if with_adapter else (torch.empty(0), torch.empty(0)) for layer in layers]
+        rank = max(up.shape[0] for _, up in adapters)
+        for index, (lora_down, lora_up) in enumerate(adapters):
             correction = blocks[f"{index}.{part}"]  # [blocks, outputs]
-            down, up = [torch.eye(len(correction)).repeat_interleave(BLOCK, dim=0)], []
-            for linear in map(layer.get_submodule, names):
-                if with_adapter and hasattr(linear, "lora_A"):
-                    down.append(linear.lora_A["default"].weight.T)  # [inputs, rank]
-                    up.append(linear.lora_B["default"].weight.T * linear.scaling["default"])  # [rank, outputs]
-                else:
-                    up.append(torch.zeros(0, linear.weight.shape[0]))
-            matrices = {"down": torch.cat(down, dim=1), "up": torch.cat([correction, torch.block_diag(*up)])}
-            for kind, matrix in matrices.items():
-                yield f"correction.{index}.{part}.{kind}", OrtValue.ortvalue_from_numpy(matrix.detach().numpy().copy())
+            inputs, outputs = BLOCK * len(correction), correction.shape[1]
+            down, up = torch.zeros(inputs, len(correction) + rank), torch.zeros(len(correction) + rank, outputs)
+            down[:, : len(correction)] = torch.eye(len(correction)).repeat_interleave(BLOCK, dim=0)
+            up[: len(correction)] = correction
+            if len(lora_up):  # ranks that a layer lacks stay zero
+                down[:, len(correction) : len(correction) + len(lora_up)] = lora_down
+                up[len(correction) : len(correction) + len(lora_up)] = lora_up
+            for kind, matrix in (("down", down), ("up", up)):
+                yield f"correction.{index}.{part}.{kind}", OrtValue.ortvalue_from_numpy(matrix.numpy())
+
+
+def _adapter(layer: nn.Module, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """LoRA weights of fused linear layers, [inputs, rank] and [rank, outputs]."""
+    down, up = [], []
+    for linear in map(layer.get_submodule, names):
+        if hasattr(linear, "lora_A"):
+            down.append(linear.lora_A["default"].weight.T)
+            up.append(linear.lora_B["default"].weight.T * linear.scaling["default"])
+        else:
+            up.append(torch.zeros(0, linear.weight.shape[0]))
+    return torch.cat(down, dim=1) if down else torch.empty(0), torch.block_diag(*up)

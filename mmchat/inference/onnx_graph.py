@@ -22,7 +22,7 @@ FLOAT, INT32 = 1, 6  # onnx.TensorProto's numbers
 BLOCK = 32  # weights that share a scale
 # Zero-point correction: MatMulNBits assumes zero point 8; ours differs per block. The missing term is low-rank, like
 # LoRA, so both enter the graph as one (down, up) pair, the "correction" inputs. This file beside the graph holds the
-# missing term of each part, [blocks, outputs].
+# missing term of each part, [blocks, outputs]. The "switch" inputs turn the adapter's ranks on or off for each row.
 CORRECTION_FILE = "zero_point_correction.safetensors"
 PARTS = {  # one matrix product -> the linear layers fused in it
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -135,9 +135,11 @@ class _Decoder(_Graph):
         self.config = model.config
         self.correction: dict[str, Any] = {}
         decoder = model.get_decoder()
-        self._input("embeddings", FLOAT, [1, "tokens", self.config.hidden_size])
-        self._input("last", INT32, [1])
+        self._input("embeddings", FLOAT, ["rows", "tokens", self.config.hidden_size])
+        self._input("last", INT32, ["rows"])
         self._input("length", INT32, [1])
+        for part in PARTS:
+            self._input(f"switch.{part}", FLOAT, ["rows", 1, f"rank.{part}"])
         self._rotary_tables(decoder)
         residual, normed = "embeddings", self._norm("embeddings", decoder.layers[0].input_layernorm, "first")
         next_norms = [layer.input_layernorm for layer in decoder.layers[1:]] + [decoder.norm]
@@ -149,14 +151,14 @@ class _Decoder(_Graph):
         last = self._node("Gather", [normed, self._weight("end", torch.tensor([-1]))], ["last.normed"], axis=1)
         logits = self._head(last, model.get_output_embeddings().weight)
         self._node("Identity", [logits], ["logits"])
-        self.outputs.append(("logits", FLOAT, [1, 1, self.config.vocab_size]))
+        self.outputs.append(("logits", FLOAT, ["rows", self.config.vocab_size]))
 
     def _attention(self, normed: str, layer: nn.Module, index: int) -> str:
         heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
         past, present = ([f"{when}.{index}.{kind}" for kind in ("key", "value")] for when in ("past", "present"))
         for name in past:
-            self._input(name, FLOAT, [1, groups, "capacity", layer.self_attn.head_dim])
-        self.outputs += [(name, FLOAT, [1, groups, "capacity", layer.self_attn.head_dim]) for name in present]
+            self._input(name, FLOAT, ["rows", groups, "capacity", layer.self_attn.head_dim])
+        self.outputs += [(name, FLOAT, ["rows", groups, "capacity", layer.self_attn.head_dim]) for name in present]
         attended = self._node(
             "GroupQueryAttention",
             [self._part(normed, layer, index, "qkv"), "", "", *past, "last", "length", "cosines", "sines"],
@@ -182,21 +184,22 @@ class _Decoder(_Graph):
         product = self._packed(x, codes, scale, name, weight.shape, bits=4, accuracy_level=1)  # computes in fp32
         self.correction[name] = (lowest + 8 * scale).T.contiguous()  # [blocks, outputs]
         down, up = f"correction.{name}.down", f"correction.{name}.up"
-        self._input(down, FLOAT, [weight.shape[1], f"rank.{name}"])
-        self._input(up, FLOAT, [f"rank.{name}", weight.shape[0]])
+        self._input(down, FLOAT, [weight.shape[1], f"rank.{part}"])
+        self._input(up, FLOAT, [f"rank.{part}", weight.shape[0]])
         narrow = self._node("MatMul", [x, down], [f"{name}.narrow"])
+        narrow = self._node("Mul", [narrow, f"switch.{part}"], [f"{name}.switched"])
         correction = self._node("MatMul", [narrow, up], [f"{name}.correction"])
         return self._node("Add", [product, correction], [f"{name}.sum"])
 
     def _head(self, x: str, weight: torch.Tensor) -> str:
-        """The output head with 8-bit weights, for one token: [1, 1, hidden_size] → [1, 1, vocabulary].
+        """The output head with 8-bit weights, for one token of each row: [rows, 1, hidden_size] → [rows, vocabulary].
 
         ONNX Runtime's fast kernel takes 8-bit inputs. So x enters twice, as its value rounded to 8 bits and as the
         rounding error, rounded in turn; the two products are summed.
         """
         codes, scale = _require_lossless(pack_8bit(weight), "the output head")
         self._weight("head.as_blocks", torch.tensor([-1, BLOCK]))
-        self._weight("head.as_pair", torch.tensor([1, 2, weight.shape[1]]))
+        self._weight("head.as_pair", torch.tensor([2, -1, weight.shape[1]]))
         self._weight("head.axis", torch.tensor([1]))
         self._weight("head.127", torch.tensor([127.0]))
         self._weight("head.tiny", torch.tensor([1e-12]))
@@ -215,7 +218,7 @@ class _Decoder(_Graph):
         ):
             self._node(operation, inputs, [f"head.{output}"], **attributes)
         both = self._packed("head.pair", codes, scale, "head", weight.shape, bits=8, accuracy_level=4)
-        return self._node("ReduceSum", [both, "head.axis"], ["head.sum"], keepdims=1)
+        return self._node("ReduceSum", [both, self._weight("head.pairs", torch.tensor([0]))], ["head.sum"], keepdims=0)
 
     def _packed(
         self, x: str, codes: torch.Tensor, scale: torch.Tensor, name: str, shape: torch.Size, **attributes: int

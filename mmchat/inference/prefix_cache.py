@@ -1,6 +1,7 @@
 """Prefix cache: keys and values kept between turns, so a follow-up question prefills only its new tokens.
 
-A conversation is always prefilled in the same pieces, each of which ends where an answer begins. Cached keys and values
+A conversation is always prefilled in the same pieces: the first is what all conversations share, the system text; the
+others end where an answer begins. Cached keys and values
 are therefore bitwise equal to recomputed ones, and the cache never changes an answer. An answer is prefilled as part of
 the next piece.
 """
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+
+import torch
 
 from .decoder import Cache, Decoder
 
@@ -22,9 +25,12 @@ class CachedPrefix:
     with_adapter: bool  # keys and values with and without the adapter differ
     cache: Cache
     tokens: TokenKeys = field(default_factory=list)
+    logits: torch.Tensor | None = None  # of the last token, [1, vocabulary]; None if not kept
 
     def crop(self, tokens: TokenKeys) -> None:
         """Shortens the prefix to these tokens, with which it begins."""
+        if len(tokens) < len(self.tokens):
+            self.logits = None
         self.cache.crop(len(tokens))
         self.tokens = tokens
 
@@ -52,27 +58,29 @@ class PrefixCache:
     def take(self, tokens: TokenKeys, ends: Sequence[int], with_adapter: bool) -> CachedPrefix:
         """The longest cached prefix of a conversation; an empty one if there is none.
 
-        The last piece is never part of it, because its logits are needed. A prefix that mostly matches is taken out of
-        the cache; from one that matches less than half, as when two conversations begin alike, the beginning is copied.
+        A whole conversation is shared with others that ask the same: it has its logits, so nothing is left to prefill.
+        A prefix that goes on is taken out of the cache, and of one that goes on differently the beginning is copied.
 
         Args:
             ends: the ends of the pieces in which the conversation is prefilled; the last one is its length.
         """
         candidates = [prefix for prefix in self._prefixes if prefix.with_adapter == with_adapter]
+        for prefix in candidates:
+            if prefix.logits is not None and prefix.tokens == tokens:
+                return prefix
         best = max(candidates, key=lambda prefix: _common(prefix.tokens, tokens), default=None)
         common = _common(best.tokens, tokens) if best else 0
         length = max((end for end in ends[:-1] if end <= common), default=0)
         if not best or not length:
             return CachedPrefix(with_adapter, self.decoder.new_cache(with_adapter))
-        if length < len(best.tokens) // 2:
+        if length < len(best.tokens):
             return CachedPrefix(with_adapter, best.cache.prefix(length), tokens[:length])
         self._prefixes.remove(best)
-        best.crop(tokens[:length])
         return best
 
     def keep(self, prefix: CachedPrefix) -> None:
-        """Adds a prefix and evicts the oldest ones that no longer fit."""
-        self._prefixes.append(prefix)
+        """Adds a prefix as the most recent one and evicts the oldest ones that no longer fit."""
+        self._prefixes = [*(other for other in self._prefixes if other is not prefix), prefix]
         while len(self._prefixes) > 1 and self.size > self.budget_bytes:
             self._prefixes.pop(0)
         if prefix.cache.size > self.budget_bytes:

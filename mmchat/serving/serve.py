@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import time
 from typing import Any
 
 from ..bundle import bundled
 from ..errors import BadInput, MmchatError
 from ..presets import AUTO, get_preset
 from .rate_limit import RateLimit, questions_per_minute
+
+HEAD_START = 1.0  # seconds for the first page: it would wait for the interpreter, which importing torch keeps busy
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -46,6 +49,7 @@ def serve(options: argparse.Namespace) -> int:
         logging.debug("launch", exc_info=error)
         raise MmchatError("That address or port is not available. Choose another with --host or --port.") from error
     if not on_zero_gpu():
+        time.sleep(HEAD_START)
         engine.start()
     engine.wait()
     logging.info("Ready")

@@ -1,0 +1,114 @@
+"""Continuous batching: the answers that are being written at the same time advance in one pass.
+
+A pass reads every weight once, however many rows it has, so eight answers together cost little more than two. Answers
+join after their prompt is prefilled and leave between tokens (Yu et al. 2022, Orca, OSDI 22).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+
+from .sampling import Sampler
+
+LOOKAHEAD = 2  # an answer whose reader is slower than the others is at most this many tokens ahead of its reader
+
+
+class Rows(Protocol):
+    """KV caches side by side, one per answer that is being written."""
+
+    def add(self, cache: Any) -> Any:
+        """Appends a row that begins as a copy of a prompt's cache, which stays as it is → the row, a dict key."""
+
+    def remove(self, row: Any) -> None:
+        """Removes a row."""
+
+    def step(self, token_ids: dict[Any, int]) -> dict[Any, torch.Tensor]:
+        """Appends one token each to these rows, and none to the others → their logits, [vocabulary] each."""
+
+
+class Answer:
+    """An answer that is being written."""
+
+    def __init__(self, sampler: Sampler, stop_ids: set[int], max_new_tokens: int):
+        self._sampler, self._stop_ids, self._remaining = sampler, stop_ids, max_new_tokens
+        self._unread: deque[int] = deque()  # tokens that its reader has not taken
+        self.last = -1  # the newest token, which the model has not seen
+        self.is_complete = self.has_left = False
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether the next pass may write a token."""
+        return not self.is_complete and len(self._unread) < LOOKAHEAD
+
+    def extend(self, logits: torch.Tensor) -> None:
+        """Chooses the next token from logits, [vocabulary]."""
+        self.last = self._sampler(logits)
+        self._remaining -= 1
+        is_stop = self.last in self._stop_ids
+        self.is_complete = is_stop or not self._remaining
+        if not is_stop:
+            self._unread.append(self.last)
+
+    def take(self) -> Iterator[int]:
+        """The tokens that are there but not yet taken."""
+        while self._unread:
+            yield self._unread.popleft()
+
+
+class Batch:
+    """The answers that are being written with one decoder.
+
+    There is no thread behind it. Whoever needs a token that is not there yet computes the next one of every answer,
+    while it holds the engine's lock. Nothing is computed unless somebody asks for a token.
+
+    Args:
+        rows: an empty batch of KV caches.
+    """
+
+    def __init__(self, rows: Rows):
+        self._rows = rows
+        self._answers: dict[Any, Answer] = {}  # row -> answer
+        self._is_running = False
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def write(self, answer: Answer, cache: Any, logits: torch.Tensor) -> Iterator[int]:
+        """Streams the tokens of an answer, without the stop token. Closing the iterator takes it out of the batch.
+
+        Args:
+            cache: of the prompt; it is copied when the first token is requested.
+            logits: of the prompt's last token, [vocabulary].
+        """
+        answer.extend(logits)
+        try:
+            if not answer.is_complete:  # before the first token is given away: the cache may be extended then
+                self._answers[self._rows.add(cache)] = answer
+            yield from answer.take()
+            while not answer.is_complete:
+                self._advance()
+                yield from answer.take()
+        finally:
+            answer.has_left = True
+            if not self._is_running:  # garbage collection may close another answer's iterator in the middle of a pass
+                self._remove_left()
+
+    def _advance(self) -> None:
+        """Computes the next token of every answer that is not too far ahead of its reader."""
+        self._remove_left()
+        token_ids = {row: answer.last for row, answer in self._answers.items() if answer.can_grow}
+        self._is_running = True
+        try:
+            for row, logits in self._rows.step(token_ids).items():
+                self._answers[row].extend(logits)
+        finally:
+            self._is_running = False
+
+    def _remove_left(self) -> None:
+        for row in [row for row, answer in self._answers.items() if answer.has_left]:
+            self._rows.remove(row)
+            del self._answers[row]

@@ -1,0 +1,110 @@
+"""Continuous batching: an answer has the same tokens as alone, whoever joins and leaves beside it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from mmchat import Message, SamplingOptions
+from mmchat.inference.batch import LOOKAHEAD
+from mmchat.inference.decoder import TorchDecoder
+from mmchat.inference.generation import stream_token_ids
+from mmchat.inference.onnx_decoder import load_onnx_decoder
+from mmchat.models.language_model import add_adapter, load_language_model
+from mmchat.presets import get_preset
+from tests.conftest import ROOT
+
+
+@pytest.fixture(params=["llama-patches", "phi3-patches"])
+def decoders(request, tiny, tmp_path, monkeypatch):
+    """Decoders of a small model with an adapter that changes its logits; ONNX Runtime decodes Llama only."""
+    monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
+    model, _ = load_language_model(get_preset(request.param).language_model, torch.float32)
+    model = add_adapter(model, rank=4, alpha=8, dropout=0.0, base_name="tiny").eval()
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.3)
+    return [decoder for decoder in (TorchDecoder(model), load_onnx_decoder(model)) if decoder]
+
+
+def test_tokens_are_the_same_as_alone(decoders):
+    """Prompts of other lengths, with and without the adapter, sampled and greedy, join, leave and are given up."""
+    rng = random.Random(0)
+    torch.manual_seed(1)
+    for decoder in decoders:
+        hidden = decoder.model.config.hidden_size
+
+        def start(index, decoder=decoder, hidden=hidden):
+            torch.manual_seed(index)
+            embeddings = torch.randn(1, 1 + 37 * index % 50, hidden)
+            options = SamplingOptions(0.7 * (index % 3), max_new_tokens=1 + 7 * index % 40, seed=index)
+            return stream_token_ids(decoder, embeddings, options, {3}, decoder.new_cache(index % 2 == 0))
+
+        alone = {index: list(start(index)) for index in range(12)}
+        waiting, running, written = list(alone), {}, {index: [] for index in alone}
+        given_up = {4, 9}
+        sizes = set()
+        while waiting or running:
+            if waiting and rng.random() < 0.3:
+                index = waiting.pop(0)
+                running[index] = start(index)
+            elif running:
+                index = rng.choice(list(running))
+                token_id = next(running[index], None)
+                sizes.add(len(decoder.batch))
+                if token_id is not None:
+                    written[index].append(token_id)
+                if token_id is None or (index in given_up and len(written[index]) == 3):
+                    running.pop(index).close()
+        assert max(sizes) > 3 and len(decoder.batch) == 0
+        for index, expected in alone.items():
+            assert written[index] == (expected[:3] if index in given_up else expected)
+
+
+def test_answers_advance_in_one_pass(decoders, monkeypatch):
+    for decoder in decoders:
+        passes, step = [], decoder.batch._rows.step
+        monkeypatch.setattr(decoder.batch._rows, "step", lambda ids, s=step, p=passes: (p.append(len(ids)), s(ids))[1])
+        embeddings = torch.randn(1, 5, decoder.model.config.hidden_size)
+        options = SamplingOptions(temperature=0, max_new_tokens=9)
+        streams = [stream_token_ids(decoder, embeddings, options, set()) for _ in range(4)]
+        together = [list(tokens) for tokens in zip(*streams, strict=True)]
+        assert len(together) == 9 and sum(passes) == 4 * 8  # each writes its first token from its prompt's logits
+        assert len(passes) <= 8 + 3  # they join one after the other
+
+
+def test_an_answer_waits_for_its_reader(decoders):
+    for decoder in decoders:
+        embeddings = torch.randn(1, 5, decoder.model.config.hidden_size)
+        options = SamplingOptions(temperature=0, max_new_tokens=20)
+        alone = list(stream_token_ids(decoder, embeddings, options, set()))
+        slow, fast = (stream_token_ids(decoder, embeddings, options, set()) for _ in range(2))
+        begun = [next(slow), next(slow)]
+        assert list(fast) == alone
+        (answer,) = decoder.batch._answers.values()
+        assert len(answer._unread) == LOOKAHEAD
+        assert begun + list(slow) == alone
+
+
+def test_the_real_model_answers_the_same_side_by_side(engine):
+    options = SamplingOptions(temperature=0, max_new_tokens=16)
+    questions = [
+        Message("user", "Describe the image.", [ROOT / "examples" / "ball.jpg"]),
+        Message("user", "What is the capital of France?"),
+        Message("user", "What is this?", [ROOT / "examples" / "bus.jpg"]),
+        Message("user", "Name three colors."),
+    ]
+    alone = ["".join(engine.reply([question], options)) for question in questions]
+    replies = {index: engine.reply([question], options) for index, question in enumerate(questions)}
+    said = [""] * len(questions)
+    while replies:
+        for index, reply in list(replies.items()):
+            piece = next(reply, None)
+            if piece is None:
+                del replies[index]
+            else:
+                said[index] += piece
+    assert said == alone

@@ -1,0 +1,62 @@
+"""Sampling: the distributions are those of transformers' logits processors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmchat.conversation import SamplingOptions
+from mmchat.inference.sampling import Sampler
+from tests.close import assert_close
+
+VOCABULARY = 4999
+
+
+def expected(logits, written, options):
+    """Probabilities of transformers' processors, [vocabulary]."""
+    from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+
+    token_ids, scores = torch.tensor([written], dtype=torch.long), logits[None]
+    if written:
+        scores = RepetitionPenaltyLogitsProcessor(options.repetition_penalty)(token_ids, scores)
+    scores = TemperatureLogitsWarper(options.temperature)(token_ids, scores)
+    if options.top_p < 1:
+        scores = TopPLogitsWarper(options.top_p)(token_ids, scores)
+    return scores.softmax(dim=-1)[0]
+
+
+@pytest.mark.parametrize("temperature", [0.2, 1.0, 5.0])
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("penalty", [0.5, 1.1, 3.0])
+def test_distributions_equal_those_of_transformers(temperature, top_p, penalty):
+    torch.manual_seed(0)
+    options = SamplingOptions(temperature, top_p, repetition_penalty=penalty, seed=0)
+    choose, written = Sampler(options), []
+    for spread in (0.01, 1.0, 8.0, 3.0):
+        logits = spread * torch.randn(VOCABULARY)
+        token_ids, probabilities = choose.distribution(logits)
+        ours = torch.zeros(VOCABULARY).index_copy(0, token_ids, probabilities)
+        exact = expected(logits, written, options)
+        assert abs(int((ours > 0).sum() - (exact > 0).sum())) <= 2  # sums of thousands round differently
+        assert_close(ours, exact, 2e-3 if spread == 0.01 else 1e-4)
+        written.append(choose(logits))
+
+
+def test_one_token_is_always_left():
+    logits = torch.zeros(VOCABULARY)
+    logits[7] = 1e4
+    token_ids, probabilities = Sampler(SamplingOptions(0.2, 0.9)).distribution(logits)
+    assert token_ids.tolist() == [7] and probabilities.tolist() == [1.0]
+
+
+def test_samples_follow_the_distribution():
+    logits = torch.tensor([0.0, 1.0, 2.0, -9.0])
+    choose = Sampler(SamplingOptions(1.0, 1.0, repetition_penalty=1.0, seed=0))
+    counts = torch.bincount(torch.tensor([choose(logits) for _ in range(4000)]), minlength=4)
+    assert (counts / 4000 - logits.softmax(dim=0)).abs().max() < 0.03
+
+
+def test_the_penalty_lowers_what_was_written():
+    choose = Sampler(SamplingOptions(0, repetition_penalty=2.0))
+    logits = torch.tensor([3.0, 2.0, -1.0, -1.5])
+    assert [choose(logits) for _ in range(3)] == [0, 1, 0]
