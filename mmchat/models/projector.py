@@ -31,6 +31,8 @@ class ProjectorConfig:
     marker: bool = False  # a learned end-of-image token follows every picture
     depth: int = 1  # residual blocks of ``normblocks``
     dropout: float = 0.0  # behind each GELU, in training
+    activation: str = "gelu"  # of ``llava``, as transformers names it
+    bias: bool = True  # of ``llava``
 
     @property
     def tokens_per_image(self) -> int:
@@ -38,13 +40,13 @@ class ProjectorConfig:
 
 
 class TwoLayers(nn.Module):
-    """Linear → GELU → Linear, under the names that transformers' Llava gives them."""
+    """Linear → GELU (or another activation) → Linear, under the names that transformers' Llava gives them."""
 
-    def __init__(self, input_width: int, hidden_width: int, output_width: int, dropout: float = 0.0):
+    def __init__(self, config: ProjectorConfig):
         super().__init__()
-        self.linear_1 = nn.Linear(input_width, hidden_width)
-        self.act = _gelu(dropout)
-        self.linear_2 = nn.Linear(hidden_width, output_width)
+        self.linear_1 = nn.Linear(config.image_width, config.hidden_width, bias=config.bias)
+        self.act = _gelu(config.dropout) if config.activation == "gelu" else _activation(config.activation)
+        self.linear_2 = nn.Linear(config.hidden_width, config.token_width, bias=config.bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.linear_2(self.act(self.linear_1(features)))
@@ -96,6 +98,14 @@ def _gelu(dropout: float) -> nn.Module:
     return nn.Sequential(nn.GELU(), nn.Dropout(dropout)) if dropout else nn.GELU()
 
 
+def _activation(name: str) -> nn.Module:
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        raise ValueError(f"'{name}' is no activation that transformers has")
+    return ACT2FN[name]
+
+
 def _mlp(input_width: int, hidden_width: int, output_width: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(nn.Linear(input_width, hidden_width), _gelu(dropout), nn.Linear(hidden_width, output_width))
 
@@ -123,7 +133,7 @@ def build_projector(config: ProjectorConfig) -> nn.Module:
     if config.kind == "linear":
         projector = nn.Linear(config.image_width, config.token_width)
     elif config.kind == "llava":
-        projector = TwoLayers(*widths, config.dropout)
+        projector = TwoLayers(config)
     elif config.kind == "mlp":
         projector = Mlp(*widths, config.dropout)
     elif config.kind == "resblock":

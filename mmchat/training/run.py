@@ -114,8 +114,8 @@ def _newest_checkpoint(recipe: Recipe) -> str | None:
 def chosen_preset(recipe: Recipe) -> Preset:
     """The recipe's preset, with the image encoder of the recipe or of the weights it starts from."""
     preset = get_preset(recipe.preset)
-    if recipe.start_from:
-        preset = preset_for_weights(preset, recipe.start_from)
+    if start := recipe.start_from or _llava(preset):
+        preset = preset_for_weights(preset, start)
     if recipe.image_encoder:
         encoder = find_image_encoder(
             HubRepository(recipe.image_encoder), recipe.image_features, recipe.image_layer, recipe.class_token
@@ -144,10 +144,11 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
     """
     dtype = _base_dtype(recipe)
     quantization = "none" if recipe.quantization == CPU_INT8 else recipe.quantization  # cpu-int8 is applied below
-    if recipe.start_from:
+    start = recipe.start_from or (None if recipe.projector else _llava(preset))
+    if start:
         model, tokenizer = load_model(
             preset,
-            recipe.start_from,
+            start,
             dtype,
             quantization=quantization,
             trainable=True,
@@ -193,6 +194,12 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
         for layer in model.causal_language_model.get_decoder().layers:
             layer.compile(dynamic=True)
     return model.train(), tokenizer
+
+
+def _llava(preset: Preset) -> HubRepository | None:
+    """The LLaVA model of a preset: training goes on from its projector."""
+    source = preset.language_model.source
+    return source if preset.language_model.is_llava and isinstance(source, HubRepository) else None
 
 
 def _base_dtype(recipe: Recipe) -> torch.dtype:
