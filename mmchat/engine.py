@@ -26,7 +26,7 @@ from .conversation import (
     rewrite_request,
     with_question,
 )
-from .device import choose_device, choose_preset, choose_quantization
+from .device import HEADROOM, LLAVA_HEADROOM, choose_device, choose_preset, choose_quantization
 from .errors import BadInput, MmchatError
 from .inference.decoder import load_decoder
 from .inference.fair_lock import FairLock
@@ -96,7 +96,9 @@ class LocalEngine:
         self.preset = preset = preset_for_weights(preset, trained)
         self.device = choose_device()
         logger.info("Computing on %s: %s", self.device.type, self.device.reason)
-        self.quantization = choose_quantization(quantization, self.device, preset.language_model.parameters)
+        language_model = preset.language_model
+        headroom = HEADROOM + (LLAVA_HEADROOM if language_model.is_llava else 0)
+        self.quantization = choose_quantization(quantization, self.device, language_model.parameters, headroom)
         logger.info("Quantization %s: %s", self.quantization.kind, self.quantization.reason)
         self.model, self.tokenizer = load_model(preset, trained, self.device.dtype, quantization=self.quantization.kind)
         try:

@@ -60,7 +60,7 @@ def load_language_model(
         if quantization == "none":
             raise
         raise AssetError(
-            f"{quantization} weights need two more packages: pip install accelerate bitsandbytes"
+            f"{quantization} weights need two more packages: pip install accelerate bitsandbytes, or 'mmchat[gpu]'"
         ) from error
     # The chat format knows the stop tokens; generation_config.json lists too few or too many.
     stops = CHAT_FORMATS[preset.chat_format].stops

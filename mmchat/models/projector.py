@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -143,3 +144,16 @@ def build_projector(config: ProjectorConfig) -> nn.Module:
     else:
         raise ValueError(f"'{config.kind}' is no kind of projector; the kinds are {', '.join(KINDS)}")
     return Marked(projector, config.token_width) if config.marker else projector
+
+
+@torch.no_grad()
+def start_marker(projector: nn.Module, language_model: nn.Module, tokenizer: Any, text: str = "\n") -> None:
+    """Lets the end-of-image token start from the embedding of a token that the language model knows.
+
+    Args:
+        projector: one with a marker.
+        text: its last token gives the embedding; by default, a line break.
+    """
+    token_id = tokenizer.encode(text, add_special_tokens=False)[-1]
+    embedding = language_model.get_input_embeddings().weight[token_id]  # [token_width]
+    projector.marker.copy_(embedding)

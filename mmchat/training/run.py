@@ -18,7 +18,7 @@ from ..device import choose_device
 from ..errors import BadInput, MmchatError
 from ..models.image_encoder import find_image_encoder, load_image_encoder
 from ..models.language_model import add_adapter, load_language_model
-from ..models.projector import ProjectorConfig, build_projector
+from ..models.projector import ProjectorConfig, build_projector, start_marker
 from ..models.prompt import chat_format_of, no_text
 from ..models.tagger import load_tagger
 from ..models.vision_language_model import MultimodalModel
@@ -164,7 +164,10 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
             feature_count=preset.image_encoder.feature_count,
             marker=recipe.end_of_image_token,
         )
-        model = MultimodalModel(language_model, build_projector(config), config)
+        projector = build_projector(config)
+        if config.marker:
+            start_marker(projector, language_model, tokenizer)
+        model = MultimodalModel(language_model, projector, config)
     if recipe.tagger:
         model.tagger = load_tagger(recipe.tagger, preset.image_encoder)
         if not model.tagger:
