@@ -13,7 +13,7 @@ KINDS = ("linear", "llava", "mlp", "resblock", "normblocks")
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """What a projector is built from; saved with its weights.
+    """The shape of a projector, saved with its weights.
 
     Kinds:
         linear: one linear layer, as in LLaVA (Liu et al. 2023, arXiv 2304.08485).
@@ -79,7 +79,7 @@ class ResidualBlock(nn.Module):
 
 
 class NormalizedBlocks(nn.Module):
-    """A linear layer into the token width and a LayerNorm, then residual blocks: the norm is part of what is kept."""
+    """Linear and LayerNorm, then residual blocks. The skip connection starts after the norm."""
 
     def __init__(self, input_width: int, hidden_width: int, output_width: int, depth: int = 1, dropout: float = 0.0):
         super().__init__()
@@ -95,7 +95,7 @@ class NormalizedBlocks(nn.Module):
 
 
 def _gelu(dropout: float) -> nn.Module:
-    """GELU and dropout as one module without weights, so that the layers around it keep their names."""
+    """GELU and dropout as one module, so that dropout does not renumber the layers around it."""
     return nn.Sequential(nn.GELU(), nn.Dropout(dropout)) if dropout else nn.GELU()
 
 
@@ -112,7 +112,7 @@ def _mlp(input_width: int, hidden_width: int, output_width: int, dropout: float)
 
 
 class Marked(nn.Module):
-    """A projector whose pictures end with a token of their own: [images, n, …] → [images, n + 1, token_width]."""
+    """Appends a learned end-of-image token to each picture: [images, n, …] → [images, n + 1, token_width]."""
 
     def __init__(self, projector: nn.Module, token_width: int):
         super().__init__()

@@ -1,8 +1,8 @@
-"""Messages → token ids: the only place that knows chat formats, used by training and chat alike.
+"""Messages → token ids, for training and chat alike. No other module knows chat formats.
 
-A conversation becomes a row of segments (control text of the format, what people wrote, pictures), and each segment
-is tokenized on its own. So the label mask needs no guessing about where a piece of text went, and what people wrote
-can never open or close a turn: only the format's own text may hold special tokens.
+A conversation becomes a sequence of segments: control text of the format, what people wrote, and pictures. Each segment
+is tokenized on its own, so the label mask is exact, and nothing a person types can open or close a turn: special tokens
+count in control text only. Weights that bring a chat template are rendered with it instead (chat_template.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ IMAGE_TOKEN_ID = -200  # stands in the ids where a picture's features go, once f
 class PictureLayout:
     """How weights were shown pictures in training, where that differs from the format of their language model.
 
-    It belongs to the weights and is stored with them: weights asked in another layout answer badly. A turn reads
+    It is stored with the weights, which answer badly when prompted in another layout. A turn reads
     ``turn_start``, pictures, ``before_question``, question, ``after_question``, ``turn_end``, ``answer_start``, answer,
     ``answer_end``. The question and the text around it are one piece for the tokenizer; everything else is control
     text, in which special tokens count.
