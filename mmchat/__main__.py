@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .conversation import Message, SamplingOptions
 from .errors import BadInput, MmchatError
-from .presets import AUTO, DEFAULT_PRESET, PRESETS
+from .presets import AUTO, DEFAULT_PRESET, PRESETS, SMOL
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help should not wait for it
     from .engine import LocalEngine
@@ -86,6 +86,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
     space_command = commands.add_parser("space", help="assemble the files of a Hugging Face Space")
     space_command.add_argument("--out", type=Path, required=True, help="the folder to write; it must be empty")
+    space_command.add_argument(
+        "--preset", choices=list(PRESETS), default=SMOL.name, help="what it answers with (default: smol)"
+    )
     space_command.set_defaults(run=space)
 
     doctor_command = commands.add_parser("doctor", help="check this machine and say what to fix")
@@ -214,7 +217,7 @@ def space(options: argparse.Namespace) -> int:
     """Writes the folder of a Space, ready to push."""
     from .serving.space import assemble
 
-    files = assemble(options.out)
+    files = assemble(options.out, options.preset)
     size = sum((options.out / file).stat().st_size for file in files) / 1e6
     print(
         f"{len(files)} files, {size:.0f} MB in {options.out}. Create a Space with the SDK Gradio and push them there."

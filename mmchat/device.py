@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from .errors import BadInput
 from .fetching.hub import can_fetch
 from .fetching.sources import HubRepository
-from .presets import PHI_3_5, SMOL, Preset
+from .presets import LLAVA_PHI_3, PHI_3_5, SMOL, Preset
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the page's start does not wait for it
     import torch
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 QUANTIZATIONS = ("auto", "none", "8bit", "4bit", "4bit-double")
 BYTES_PER_4BIT_WEIGHT = 0.56  # half a byte, plus its share of the scale of a block of 64
 HEADROOM = 2e9  # bytes besides the weights: activations, KV cache, CLIP and Whisper
+LLAVA_HEADROOM = 1.2e9  # more, for CLIP ViT-L in 32 bits
+FOR_4BIT = ("accelerate", "bitsandbytes")
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,13 @@ class Quantization:
     reason: str
 
 
-def choose_quantization(requested: str, device: Device, parameters: int) -> Quantization:
+def choose_quantization(requested: str, device: Device, parameters: int, headroom: float = HEADROOM) -> Quantization:
     """Resolves "auto": full precision if it fits in GPU memory, else 4 bits. Other choices are kept.
 
     Args:
         requested: one of QUANTIZATIONS.
         parameters: parameter count of the language model.
+        headroom: bytes needed besides its weights.
 
     Raises:
         BadInput: there is no such quantization.
@@ -81,26 +85,53 @@ def choose_quantization(requested: str, device: Device, parameters: int) -> Quan
     if on_zero_gpu():
         return Quantization("none", "16 bits fit on ZeroGPU")
     free, _ = torch.cuda.mem_get_info()
-    needed = parameters * device.dtype.itemsize + HEADROOM
+    needed = parameters * device.dtype.itemsize + headroom
     reason = f"{free / 1e9:.0f} GB of GPU memory are free, and 16 bits need {needed / 1e9:.0f} GB"
     return Quantization("none" if free >= needed else "4bit", reason)
 
 
 def choose_preset() -> tuple[Preset, str]:
-    """Resolves the preset "auto", with the reason: Phi-3.5 if it fits on a GPU and is available, else smol."""
-    import torch
+    """Resolves the preset "auto", with the reason: the best one that will load on a GPU, else smol.
 
-    device, model = choose_device(), PHI_3_5.language_model
+    A preset loads if its weights fit, in 4 bits if need be and if the packages for these are installed, and if every
+    part of it is on this machine or on the Hub.
+    """
+    device = choose_device()
     if device.type != "cuda":
         return SMOL, "there is no GPU for a larger model"
+    reasons = []
+    for preset in (LLAVA_PHI_3, PHI_3_5):
+        trouble = _trouble(preset, device)
+        if not trouble:
+            return preset, f"it fits on this GPU ({device.reason})"
+        reasons.append(trouble)
+    return SMOL, "; ".join(dict.fromkeys(reasons))
+
+
+def _trouble(preset: Preset, device: Device) -> str:
+    """Why a preset would not load on this GPU; empty if it will."""
+    import torch
+
+    model = preset.language_model
     if not on_zero_gpu():
         free, _ = torch.cuda.mem_get_info()
-        needed = model.parameters * BYTES_PER_4BIT_WEIGHT + HEADROOM
+        headroom = HEADROOM + (LLAVA_HEADROOM if model.is_llava else 0)
+        needed = model.parameters * BYTES_PER_4BIT_WEIGHT + headroom
         if free < needed:
-            return SMOL, f"Phi-3.5 needs {needed / 1e9:.0f} GB of GPU memory, and {free / 1e9:.0f} are free"
-    if isinstance(model.source, HubRepository) and not can_fetch(model.source):
-        return SMOL, "Phi-3.5 is not on this machine, and the Hugging Face Hub cannot be reached"
-    return PHI_3_5, f"it fits on this GPU ({device.reason})"
+            return (
+                f"{preset.name} needs {needed / 1e9:.1f} GB of GPU memory in 4 bits, and {free / 1e9:.1f} GB are free"
+            )
+        is_tight = free < model.parameters * device.dtype.itemsize + headroom
+        missing = [name for name in FOR_4BIT if find_spec(name) is None]
+        if is_tight and missing:
+            return f"{preset.name} fits in 4 bits only, which needs {' and '.join(missing)}: pip install 'mmchat[gpu]'"
+    parts = (model.source, preset.image_encoder.source, preset.speech.source, preset.weights)
+    for source in dict.fromkeys(parts):
+        if isinstance(source, HubRepository) and not can_fetch(source):
+            return (
+                f"{source.name}, which {preset.name} needs, is not on this machine and the Hugging Face Hub gave none"
+            )
+    return ""
 
 
 def choose_attention() -> str:

@@ -26,7 +26,7 @@ from .conversation import (
     rewrite_request,
     with_question,
 )
-from .device import choose_device, choose_preset, choose_quantization
+from .device import HEADROOM, LLAVA_HEADROOM, choose_device, choose_preset, choose_quantization
 from .errors import BadInput, MmchatError
 from .inference.decoder import load_decoder
 from .inference.fair_lock import FairLock
@@ -59,7 +59,8 @@ def load(
     Args:
         preset: a name from ``presets.PRESETS``, or "auto": the preset that ``weights`` were trained for; without
             weights, the best one for this machine.
-        weights: a weights folder that training wrote; the preset's own weights if None.
+        weights: a weights folder that training wrote, or a LLaVA model's folder or repository; the preset's own weights
+            if None.
         quantization: of the language model; one of ``device.QUANTIZATIONS``.
         speech: a Whisper model in place of the preset's: a size, a repository, a folder or a .pt file.
 
@@ -92,13 +93,15 @@ class LocalEngine:
 
     def __init__(self, preset: Preset, weights: str | Path | None = None, quantization: str = "auto", reason: str = ""):
         self.reason = reason
-        weights = weights or default_weights(preset)
-        self.preset = preset = preset_for_weights(preset, weights)
+        trained = weights or default_weights(preset)
+        self.preset = preset = preset_for_weights(preset, trained)
         self.device = choose_device()
         logger.info("Computing on %s: %s", self.device.type, self.device.reason)
-        self.quantization = choose_quantization(quantization, self.device, preset.language_model.parameters)
+        language_model = preset.language_model
+        headroom = HEADROOM + (LLAVA_HEADROOM if language_model.is_llava else 0)
+        self.quantization = choose_quantization(quantization, self.device, language_model.parameters, headroom)
         logger.info("Quantization %s: %s", self.quantization.kind, self.quantization.reason)
-        self.model, self.tokenizer = load_model(preset, weights, self.device.dtype, quantization=self.quantization.kind)
+        self.model, self.tokenizer = load_model(preset, trained, self.device.dtype, quantization=self.quantization.kind)
         try:
             self.model.to(self.device.type)
         except torch.OutOfMemoryError as error:

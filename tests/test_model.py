@@ -141,3 +141,17 @@ def drop_tensor(path):
     tensors = load_file(path)
     tensors.pop(sorted(tensors)[0])
     save_file(tensors, path)
+
+
+def test_a_fresh_marker_starts_from_the_embedding_of_a_token(tiny):
+    from mmchat.models.language_model import load_language_model
+    from mmchat.presets import PRESETS
+    from mmchat.training.recipe import Recipe
+    from mmchat.training.run import build_model
+
+    preset = PRESETS["phi3-patches"]
+    model, tokenizer = build_model(Recipe(preset=preset.name, end_of_image_token=True), preset)
+    base, _ = load_language_model(preset.language_model, torch.float32)
+    token_id = tokenizer.encode("\n", add_special_tokens=False)[-1]
+    assert torch.equal(model.projector.marker.data, base.get_input_embeddings().weight[token_id])
+    assert model.projector.marker.requires_grad and model.projector.marker.abs().sum() > 0

@@ -21,7 +21,7 @@ from mmchat.models.language_model import add_adapter, context_length, load_langu
 from mmchat.models.projector import ProjectorConfig, build_projector
 from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
 from mmchat.models.vision_language_model import MultimodalModel
-from mmchat.presets import PHI_2, PHI_3_5, PRESETS, SMOL, HubRepository
+from mmchat.presets import LLAVA_PHI_3, PHI_2, PHI_3_5, PRESETS, SMOL, HubRepository
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
 from tests import tiny as tiny_models
@@ -325,20 +325,31 @@ def test_flash_attention_falls_back_with_a_warning(tiny, monkeypatch, caplog):
     assert model.config._attn_implementation == "sdpa" and "flash-attn is not installed" in caplog.text
 
 
-def test_auto_chooses_phi_if_it_fits_and_is_available(monkeypatch):
+def test_auto_chooses_only_what_will_load(monkeypatch):
     from mmchat import device
 
     preset, reason = choose_preset()
     assert preset is SMOL and "no GPU" in reason or torch.cuda.is_available()
     monkeypatch.setattr(device, "choose_device", lambda: Device("cuda", torch.bfloat16, "a GPU"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(8e9), int(8e9)))
-    monkeypatch.setattr(device, "can_fetch", lambda repository: False)
-    assert choose_preset()[0] is SMOL
-    monkeypatch.setattr(device, "can_fetch", lambda repository: True)
-    assert choose_preset()[0] is PHI_3_5
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(3e9), int(8e9)))
-    preset, reason = choose_preset()
-    assert preset is SMOL and "3 are free" in reason
+
+    def on(free, installed=True, available=lambda repository: True):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 1e9), int(80e9)))
+        monkeypatch.setattr(device, "find_spec", lambda name: object() if installed else None)
+        monkeypatch.setattr(device, "can_fetch", available)
+        return choose_preset()
+
+    assert on(24)[0] is LLAVA_PHI_3 and on(6)[0] is LLAVA_PHI_3 and on(24, installed=False)[0] is LLAVA_PHI_3
+    assert on(5)[0] is PHI_3_5
+    preset, reason = on(6, installed=False)
+    assert preset is SMOL and "4 bits only" in reason and "pip install 'mmchat[gpu]'" in reason
+    preset, reason = on(3)
+    assert preset is SMOL and "3.0 GB are free" in reason
+    preset, reason = on(24, available=lambda repository: False)
+    assert preset is SMOL and LLAVA_PHI_3.weights.name in reason
+    published = PHI_3_5.weights
+    preset, reason = on(5, available=lambda repository: repository != published)
+    assert preset is SMOL and published.name in reason
+    assert on(24, available=lambda repository: repository != LLAVA_PHI_3.weights)[0] is PHI_3_5
 
 
 @pytest.mark.slow

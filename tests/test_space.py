@@ -16,6 +16,7 @@ from mmchat import BadInput, Message, MmchatError, SamplingOptions
 from mmchat.__main__ import main
 from mmchat.device import choose_device, choose_quantization
 from mmchat.engine import LocalEngine
+from mmchat.presets import PHI_3_5
 from mmchat.serving.space import assemble, check, front_matter
 from mmchat.serving.zero_gpu import lend_gpu, seconds_needed
 from tests.conftest import ROOT, page_address
@@ -58,6 +59,22 @@ def test_a_space_gets_the_files_that_it_needs(tmp_path):
         "weights/smol/projector.safetensors",
     } <= files
     assert not [file for file in files if file.startswith(("tests", "data", "runs", ".")) or "__pycache__" in file]
+
+
+def test_a_space_for_a_large_preset_lists_what_it_needs(tmp_path):
+    import yaml
+
+    assert main(["space", "--out", str(tmp_path / "space"), "--preset", "phi-3.5"]) == 0
+    lines = (tmp_path / "space" / "requirements.txt").read_text().splitlines()
+    assert {"accelerate>=1.10", "bitsandbytes>=0.48"} <= set(lines)
+    (torch_line,) = [line for line in lines if line.startswith("torch")]
+    assert "<" in torch_line
+    settings = yaml.safe_load((tmp_path / "space" / "README.md").read_text().split("---\n")[1])
+    parts = (PHI_3_5.language_model.source, PHI_3_5.image_encoder.source, PHI_3_5.speech.source, PHI_3_5.weights)
+    assert settings["preload_from_hub"] == [part.name for part in parts] and settings["sdk"] == "gradio"
+    assert '"--preset", "phi-3.5"' in (tmp_path / "space" / "app.py").read_text()
+    assemble(tmp_path / "smol")
+    assert "bitsandbytes" not in (tmp_path / "smol" / "requirements.txt").read_text()
 
 
 def test_front_matter_matches_the_installed_versions():

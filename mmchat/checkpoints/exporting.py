@@ -58,6 +58,7 @@ def _check(model: MultimodalModel, preset: Preset) -> None:
         f"a projector of the kind '{config.kind}', where it takes 'llava'": config.kind != "llava",
         "a hidden width other than the tokens' in the projector": config.hidden_width != config.token_width,
         "a marker token": config.marker,
+        "another LLaVA model, which they were trained on": preset.language_model.is_llava,
         "a picture layout of their own": preset.picture_layout is not None,
         "a bias in the output layer, as Phi-2 has": getattr(head, "bias", None) is not None,
     }

@@ -1,6 +1,6 @@
-"""Checkpoints that other projects published → a folder that chats.
+"""Import checkpoints of other projects into a weights folder.
 
-Their projectors are known by the names of their tensors:
+The kind of projector is recognized by its tensor names:
 
     LayerNorm, Linear, GELU, Linear     pre_norm.*, proj.0.*, proj.2.*
     Linear, GELU, Linear                layer1.*, layer2.*, and buffers initial_weights*
@@ -8,9 +8,9 @@ Their projectors are known by the names of their tensors:
     Linear, LayerNorm, residual blocks  output.*, norm.*, projection_layers.0.0.*, projection_layers.0.2.*, …
     Linear                              linear.weight, linear.bias; or weight, bias
 
-A file may hold them as they are or, beside the trainer's state, as ``model_state_dict``. The adapter beside it is
-PEFT's folder, or ``lora_weights.pt`` with ``….lora_A.weight``, ``….lora_B.weight`` and ``….scaling`` of each layer.
-What is pickled is read with ``weights_only=True``: it can hold numbers, and run nothing.
+A file holds the tensors directly or under ``model_state_dict``, next to the trainer's state. The adapter is a PEFT
+folder, or ``lora_weights.pt`` with ``….lora_A.weight``, ``….lora_B.weight`` and ``….scaling`` for each layer. Pickled
+files are read with ``weights_only=True``, so they cannot run code.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ SNAPSHOT_PREFIX = "initial_weights"  # copies that the second layout keeps to se
 
 @dataclass
 class ImportReport:
-    """What became of every tensor: their name -> ours, or why there is none; and what was assumed about the weights."""
+    """What happened to each tensor (their name -> ours, or why it was ignored), and what was assumed."""
 
     taken: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)

@@ -1,7 +1,6 @@
-"""Projects whose published checkpoints are imported: how each asked about pictures, and how it stored its projector.
+"""Projects whose checkpoints can be imported: the prompt layout of each, and the tensor names of its projector.
 
-A checkpoint's tensors say what its projector computes. They say neither which image encoder it read nor what stood
-around picture and question, so these come from each project's training code.
+Tensors define the projector, but not the image encoder or the prompt layout. Those come from each project's code.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The format of a weights folder: what training leaves on disk, and what chat and training load again.
 
 mmchat.json, projector.safetensors, adapter/ as PEFT writes it, and where there are any a tagger and a tuned image
-encoder. mmchat.json also holds the picture layout of weights that were trained in another one than ours.
+encoder. mmchat.json also holds the picture layout of weights that were trained in another one than ours, and names the
+LLaVA model that weights were trained on. A LLaVA model's own folder or repository counts as weights, too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import WeightsError
+from ..fetching import fetch
 from ..fetching.sources import HubRepository
 from ..models.language_model import (
     ADAPTER_WEIGHTS,
@@ -27,6 +29,7 @@ from ..models.language_model import (
     load_language_model,
     save_adapter_config,
 )
+from ..models.llava_folder import LlavaFolder, open_llava
 from ..models.projector import ProjectorConfig, build_projector
 from ..models.prompt import PictureLayout
 from ..models.tagger import load_tagger
@@ -39,6 +42,9 @@ from ..presets import (
     Preset,
     tuned_image_encoder,
 )
+from .llava import find_llava, llava_preset, projector_config
+
+Weights = str | Path | HubRepository  # a weights folder, or a LLaVA model's folder or repository
 
 CONFIG_FILE = "mmchat.json"
 PROJECTOR_FILE = "projector.safetensors"
@@ -72,6 +78,7 @@ def save_weights(model: MultimodalModel, folder: str | Path, preset: Preset, dty
     config = {
         "format_version": FORMAT_VERSION,
         **_identity(preset),
+        **({"llava": asdict(preset.language_model.source)} if preset.language_model.is_llava else {}),
         **_encoder_of_choice(preset),
         "projector": asdict(model.projector_config),
         "adapter": model.has_adapter,
@@ -112,18 +119,22 @@ def _identity(preset: Preset) -> dict:
 def _encoder_of_choice(preset: Preset) -> dict:
     """Of an image encoder that somebody chose in place of the preset's own: all of it, so that chat finds it again."""
     encoder = preset.image_encoder
+    if preset.language_model.is_llava and encoder.source == preset.language_model.source:
+        return {}
     is_own = preset.name in PRESETS and PRESETS[preset.name].image_encoder == encoder
     is_chosen = encoder.features != "grid" and not is_own  # those of the package index are known by their names
     return {"image_encoder_preset": asdict(encoder)} if is_chosen else {}
 
 
-def default_weights(preset: Preset) -> Path:
-    """The folder of a preset's own weights; ones that others published are imported into the cache the first time.
+def default_weights(preset: Preset) -> Path | HubRepository:
+    """A preset's own weights; ones that others published are imported into the cache the first time.
 
     Raises:
         AssetError: they could not be fetched.
         WeightsError: there are none, or they are not as expected.
     """
+    if preset.language_model.is_llava:
+        return preset.weights
     if isinstance(preset.weights, HubRepository):
         from .importing import import_published  # needed here only: chat imports no importer
 
@@ -136,26 +147,37 @@ def default_weights(preset: Preset) -> Path:
     return preset.weights
 
 
-def preset_trained(weights: str | Path) -> Preset:
-    """The preset that the weights of a folder were trained for.
+def preset_trained(weights: Weights) -> Preset:
+    """The preset that weights were trained for; a LLaVA model makes its own.
 
     Raises:
         WeightsError: the folder is no weights folder, or was made for no preset there is.
     """
-    name = _read_config(Path(weights)).get("language_model")
+    if llava := find_llava(weights):
+        return llava_preset(llava)
+    config = _read_config(Path(weights))
+    if llava := _llava_of(config, Path(weights)):
+        return llava_preset(llava)
+    name = config.get("language_model")
     for preset in PRESETS.values():
         if preset.language_model.name == name:
             return preset
     raise WeightsError(f"The weights in '{Path(weights).name}' were made for {name}, which no preset has.")
 
 
-def preset_for_weights(preset: Preset, weights: str | Path) -> Preset:
-    """The preset with the picture layout and the image encoder that the weights of a folder were trained with.
+def preset_for_weights(preset: Preset, weights: Weights) -> Preset:
+    """The preset with the picture layout and the image encoder that weights were trained with.
+
+    LLaVA models, and weights trained on one, bring everything but the speech model.
 
     Raises:
         WeightsError: the folder is no weights folder, or was made for another language model.
     """
+    if llava := find_llava(weights):
+        return llava_preset(llava, preset)
     config = _read_config(Path(weights))
+    if llava := _llava_of(config, Path(weights)):
+        preset = llava_preset(llava, preset)
     preset = replace(preset, picture_layout=_layout_of(config, Path(weights)))
     if tuned := tuned_image_encoder(weights):
         return replace(preset, image_encoder=tuned)
@@ -172,6 +194,15 @@ def preset_for_weights(preset: Preset, weights: str | Path) -> Preset:
     except (KeyError, TypeError) as error:
         raise WeightsError(f"The {CONFIG_FILE} in '{Path(weights).name}' names no image encoder I know.") from error
     return replace(preset, image_encoder=encoder)
+
+
+def _llava_of(config: dict, folder: Path) -> HubRepository | None:
+    """The LLaVA model that weights were trained on."""
+    stored = config.get("llava")
+    try:
+        return HubRepository(**stored) if stored else None
+    except TypeError as error:
+        raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' names no LLaVA model I know.") from error
 
 
 def _layout_of(config: dict, folder: Path) -> PictureLayout | None:
@@ -200,7 +231,7 @@ def _teach_layout(layout: PictureLayout, language_model: nn.Module, tokenizer: A
 
 def load_model(
     preset: Preset,
-    weights: str | Path,
+    weights: Weights,
     dtype: torch.dtype,
     *,
     quantization: str = "none",
@@ -217,6 +248,8 @@ def load_model(
         WeightsError: the folder is no weights folder, or was made for other models.
         AssetError: the base model could not be fetched.
     """
+    if llava := find_llava(weights):
+        return _load_llava(preset, llava, dtype, quantization, trainable)
     folder = Path(weights)
     config = _read_config(folder)
     _check_identity(config, folder, preset, any_encoder)
@@ -238,6 +271,29 @@ def load_model(
     tagger = load_tagger(folder, preset.image_encoder) if is_same_encoder else None
     model = MultimodalModel(language_model, projector, projector_config, tagger)
     return model.train(trainable), tokenizer
+
+
+def _load_llava(
+    preset: Preset, source: HubRepository, dtype: torch.dtype, quantization: str, trainable: bool
+) -> tuple[MultimodalModel, Any]:
+    """A LLaVA model's language model and projector, each read from its files."""
+    name = preset.language_model.name
+    if preset.language_model.source != source:
+        raise WeightsError(f"{source.name} is a LLaVA model with a language model of its own, not with {name}.")
+    llava = open_llava(fetch(source), name)
+    config = projector_config(llava, preset.image_encoder)
+    projector = build_projector(config)
+    _fill(projector, llava)
+    language_model, tokenizer = load_language_model(preset.language_model, dtype, quantization)
+    model = MultimodalModel(language_model, projector.float().requires_grad_(trainable), config)
+    return model.train(trainable), tokenizer
+
+
+def _fill(projector: nn.Module, llava: LlavaFolder) -> None:
+    try:
+        projector.load_state_dict(llava.projector_state())
+    except RuntimeError as error:
+        raise WeightsError(f"The projector of '{llava.name}' has another size than its config.json says.") from error
 
 
 def _load_projector(projector: nn.Module, folder: Path) -> None:

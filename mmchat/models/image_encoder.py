@@ -19,6 +19,7 @@ from ..fetching import fetch
 from ..fetching.sources import HubRepository
 from ..presets import EFFICIENTNETS, ImageEncoderPreset, tuned_image_encoder
 from .efficientnet import EfficientNet
+from .llava_folder import TOWER_NAMES, is_llava_folder, load_part, open_llava
 
 logger = logging.getLogger(__name__)
 
@@ -142,9 +143,12 @@ class Clip(ImageEncoder):
 
         super().__init__(preset)
         folder = fetch(preset.source)
-        is_siglip = AutoConfig.from_pretrained(folder).model_type.startswith("siglip")
-        model_class = SiglipVisionModel if is_siglip else CLIPVisionModelWithProjection
-        self.network = model_class.from_pretrained(folder, dtype=torch.float32)
+        if is_llava_folder(folder):
+            is_siglip, self.network = _llava_tower(folder, preset.name)
+        else:
+            is_siglip = AutoConfig.from_pretrained(folder).model_type.startswith("siglip")
+            model_class = SiglipVisionModel if is_siglip else CLIPVisionModelWithProjection
+            self.network = model_class.from_pretrained(folder, dtype=torch.float32)
         self.has_class_token = not is_siglip
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # needs no torchvision
         self.requires_grad_(False).eval()
@@ -156,8 +160,10 @@ class Clip(ImageEncoder):
         if self.preset.features == "pooled":
             output = self.network(pixels)  # one embedding per picture → [batch, 1, image_dim]
             return (output.image_embeds if self.has_class_token else output.pooler_output)[:, None]
-        patches = self.network(pixels, output_hidden_states=True).hidden_states[self.preset.layer]
-        drops_first = self.has_class_token and not self.preset.class_token
+        states = self.network(pixels, output_hidden_states=True).hidden_states
+        layers = self.preset.layer if isinstance(self.preset.layer, tuple) else (self.preset.layer,)
+        patches = torch.cat([states[layer] for layer in layers], dim=-1)
+        drops_first = self.preset.drops_patch or (self.has_class_token and not self.preset.class_token)
         return patches[:, 1:] if drops_first else patches  # [batch, feature_count, image_dim]
 
     @torch.inference_mode()
@@ -167,6 +173,17 @@ class Clip(ImageEncoder):
         They do not depend on which features the preset takes.
         """
         return self.network(self._batch(images)).image_embeds
+
+
+def _llava_tower(folder: Path, name: str) -> tuple[bool, nn.Module]:
+    """Whether a LLaVA model's image encoder is SigLIP, and the encoder."""
+    from transformers import CLIPVisionModel, SiglipVisionModel
+
+    llava = open_llava(folder, name)
+    config = llava.config.vision_config
+    is_siglip = config.model_type.startswith("siglip")
+    model_class = SiglipVisionModel if is_siglip else CLIPVisionModel
+    return is_siglip, load_part(llava, model_class, config, TOWER_NAMES, "image encoder", dtype=torch.float32)
 
 
 def load_image_encoder(preset: ImageEncoderPreset) -> ImageEncoder:

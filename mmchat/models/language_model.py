@@ -19,6 +19,8 @@ from ..errors import AssetError, WeightsError
 from ..fetching import fetch
 from ..fetching.cache import convert_once
 from ..presets import LanguageModelPreset
+from .chat_template import stop_ids
+from .llava_folder import LANGUAGE_MODEL_NAMES, llava_template, load_part, open_llava
 from .prompt import CHAT_FORMATS
 
 logger = logging.getLogger(__name__)
@@ -48,21 +50,38 @@ def load_language_model(
         dtype = torch.bfloat16  # slower on a card that only emulates it, but its attention gives numbers
     folder = _model_folder(preset)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    options = {} if quantization == "none" else _quantized(quantization, dtype)
+    options = {"dtype": dtype, "attn_implementation": choose_attention()}
+    options |= {} if quantization == "none" else _quantized(quantization, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=choose_attention(), **options
-        )
+        if preset.is_llava:
+            return _load_llava_text(folder, preset.name, tokenizer, options), tokenizer
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
     except ImportError as error:
         if quantization == "none":
             raise
         raise AssetError(
-            f"{quantization} weights need two more packages: pip install accelerate bitsandbytes"
+            f"{quantization} weights need two more packages: pip install accelerate bitsandbytes, or 'mmchat[gpu]'"
         ) from error
     # The chat format knows the stop tokens; generation_config.json lists too few or too many.
     stops = CHAT_FORMATS[preset.chat_format].stops
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(stops))
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def _load_llava_text(folder: Path, name: str, tokenizer: Any, options: dict[str, Any]) -> nn.Module:
+    """The language model in a LLaVA folder. Its tokenizer learns the picture's token if it lacks it."""
+    from transformers import AutoModelForCausalLM
+
+    llava, template = open_llava(folder, name), llava_template(folder, name)
+    model = load_part(
+        llava, AutoModelForCausalLM, llava.config.text_config, LANGUAGE_MODEL_NAMES, "language model", **options
+    )
+    if template.image_token not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [template.image_token]}, False)
+    own = model.generation_config.eos_token_id
+    own = [own] if isinstance(own, int) else own or []
+    model.generation_config.eos_token_id = sorted({*own, *stop_ids(template, tokenizer)})
+    return model.requires_grad_(False).eval()
 
 
 def context_length(config: Any) -> int:
@@ -81,7 +100,7 @@ def empty_language_model(preset: LanguageModelPreset) -> nn.Module:
     """The base model on the meta device: layers and shapes without weights, in no memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(_model_folder(preset))
+    config = AutoConfig.from_pretrained(_model_folder(preset)).get_text_config()
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).requires_grad_(False)
 

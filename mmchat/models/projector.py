@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ KINDS = ("linear", "llava", "mlp", "resblock", "normblocks")
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """What a projector is built from; saved with its weights.
+    """The shape of a projector, saved with its weights.
 
     Kinds:
         linear: one linear layer, as in LLaVA (Liu et al. 2023, arXiv 2304.08485).
@@ -31,6 +32,8 @@ class ProjectorConfig:
     marker: bool = False  # a learned end-of-image token follows every picture
     depth: int = 1  # residual blocks of ``normblocks``
     dropout: float = 0.0  # behind each GELU, in training
+    activation: str = "gelu"  # of ``llava``, as transformers names it
+    bias: bool = True  # of ``llava``
 
     @property
     def tokens_per_image(self) -> int:
@@ -38,13 +41,13 @@ class ProjectorConfig:
 
 
 class TwoLayers(nn.Module):
-    """Linear → GELU → Linear, under the names that transformers' Llava gives them."""
+    """Linear → GELU (or another activation) → Linear, under the names that transformers' Llava gives them."""
 
-    def __init__(self, input_width: int, hidden_width: int, output_width: int, dropout: float = 0.0):
+    def __init__(self, config: ProjectorConfig):
         super().__init__()
-        self.linear_1 = nn.Linear(input_width, hidden_width)
-        self.act = _gelu(dropout)
-        self.linear_2 = nn.Linear(hidden_width, output_width)
+        self.linear_1 = nn.Linear(config.image_width, config.hidden_width, bias=config.bias)
+        self.act = _gelu(config.dropout) if config.activation == "gelu" else _activation(config.activation)
+        self.linear_2 = nn.Linear(config.hidden_width, config.token_width, bias=config.bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.linear_2(self.act(self.linear_1(features)))
@@ -76,7 +79,7 @@ class ResidualBlock(nn.Module):
 
 
 class NormalizedBlocks(nn.Module):
-    """A linear layer into the token width and a LayerNorm, then residual blocks: the norm is part of what is kept."""
+    """Linear and LayerNorm, then residual blocks. The skip connection starts after the norm."""
 
     def __init__(self, input_width: int, hidden_width: int, output_width: int, depth: int = 1, dropout: float = 0.0):
         super().__init__()
@@ -92,8 +95,16 @@ class NormalizedBlocks(nn.Module):
 
 
 def _gelu(dropout: float) -> nn.Module:
-    """GELU and dropout as one module without weights, so that the layers around it keep their names."""
+    """GELU and dropout as one module, so that dropout does not renumber the layers around it."""
     return nn.Sequential(nn.GELU(), nn.Dropout(dropout)) if dropout else nn.GELU()
+
+
+def _activation(name: str) -> nn.Module:
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        raise ValueError(f"'{name}' is no activation that transformers has")
+    return ACT2FN[name]
 
 
 def _mlp(input_width: int, hidden_width: int, output_width: int, dropout: float) -> nn.Sequential:
@@ -101,7 +112,7 @@ def _mlp(input_width: int, hidden_width: int, output_width: int, dropout: float)
 
 
 class Marked(nn.Module):
-    """A projector whose pictures end with a token of their own: [images, n, …] → [images, n + 1, token_width]."""
+    """Appends a learned end-of-image token to each picture: [images, n, …] → [images, n + 1, token_width]."""
 
     def __init__(self, projector: nn.Module, token_width: int):
         super().__init__()
@@ -123,7 +134,7 @@ def build_projector(config: ProjectorConfig) -> nn.Module:
     if config.kind == "linear":
         projector = nn.Linear(config.image_width, config.token_width)
     elif config.kind == "llava":
-        projector = TwoLayers(*widths, config.dropout)
+        projector = TwoLayers(config)
     elif config.kind == "mlp":
         projector = Mlp(*widths, config.dropout)
     elif config.kind == "resblock":
@@ -133,3 +144,16 @@ def build_projector(config: ProjectorConfig) -> nn.Module:
     else:
         raise ValueError(f"'{config.kind}' is no kind of projector; the kinds are {', '.join(KINDS)}")
     return Marked(projector, config.token_width) if config.marker else projector
+
+
+@torch.no_grad()
+def start_marker(projector: nn.Module, language_model: nn.Module, tokenizer: Any, text: str = "\n") -> None:
+    """Lets the end-of-image token start from the embedding of a token that the language model knows.
+
+    Args:
+        projector: one with a marker.
+        text: its last token gives the embedding; by default, a line break.
+    """
+    token_id = tokenizer.encode(text, add_special_tokens=False)[-1]
+    embedding = language_model.get_input_embeddings().weight[token_id]  # [token_width]
+    projector.marker.copy_(embedding)

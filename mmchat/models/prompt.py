@@ -1,8 +1,8 @@
-"""Messages → token ids: the only place that knows chat formats, used by training and chat alike.
+"""Messages → token ids, for training and chat alike. No other module knows chat formats.
 
-A conversation becomes a row of segments (control text of the format, what people wrote, pictures), and each segment
-is tokenized on its own. So the label mask needs no guessing about where a piece of text went, and what people wrote
-can never open or close a turn: only the format's own text may hold special tokens.
+A conversation becomes a sequence of segments: control text of the format, what people wrote, and pictures. Each segment
+is tokenized on its own, so the label mask is exact, and nothing a person types can open or close a turn: special tokens
+count in control text only. Weights that bring a chat template are rendered with it instead (chat_template.py).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..conversation import ROLES, Message, has_images
+from .chat_template import ChatTemplate, encode_rendered
 
 if TYPE_CHECKING:
     from ..presets import Preset
@@ -23,7 +24,7 @@ IMAGE_TOKEN_ID = -200  # stands in the ids where a picture's features go, once f
 class PictureLayout:
     """How weights were shown pictures in training, where that differs from the format of their language model.
 
-    It belongs to the weights and is stored with them: weights asked in another layout answer badly. A turn reads
+    It is stored with the weights, which answer badly when prompted in another layout. A turn reads
     ``turn_start``, pictures, ``before_question``, question, ``after_question``, ``turn_end``, ``answer_start``, answer,
     ``answer_end``. The question and the text around it are one piece for the tokenizer; everything else is control
     text, in which special tokens count.
@@ -60,6 +61,7 @@ class ChatFormat:
     after_image: str = ""
     default_system: str | None = None  # said in text-only conversations that bring no system message
     picture_layout: PictureLayout | None = None  # of conversations with a picture, where the weights bring one
+    template: ChatTemplate | None = None  # replaces everything above, where the weights bring one
 
     def answer_start(self, with_images: bool) -> str:
         """What opens an answer in a conversation with or without pictures."""
@@ -99,7 +101,9 @@ CHAT_FORMATS = {
 
 
 def chat_format_of(preset: Preset) -> ChatFormat:
-    """The chat format of a preset's language model, with the layout that its weights bring."""
+    """The chat format of a preset's language model, with the layout or the template that its weights bring."""
+    if preset.chat_template:
+        return ChatFormat(turn_start={}, turn_end={}, stops=(), template=preset.chat_template)
     return replace(CHAT_FORMATS[preset.language_model.chat_format], picture_layout=preset.picture_layout)
 
 
@@ -197,6 +201,10 @@ def encode(
         image_text: what is said about a picture after it, such as its tags.
         add_generation_prompt: end with the start of an assistant turn, for the model to go on from.
     """
+    if chat_format.template:
+        return _encode_template(
+            messages, tokenizer, chat_format.template, tokens_per_image, image_text, add_generation_prompt
+        )
     pieces = list(segments(messages, chat_format, image_text))
     if add_generation_prompt:
         pieces.append(Segment(chat_format.answer_start(has_images(messages)), is_control=True))
@@ -212,3 +220,22 @@ def encode(
         token_ids += piece_ids
         is_answer += [piece.is_answer] * len(piece_ids)
     return EncodedConversation(token_ids, is_answer, [piece.image for piece in pieces if piece.image is not None])
+
+
+def _encode_template(
+    messages: Sequence[Message],
+    tokenizer: Any,
+    template: ChatTemplate,
+    tokens_per_image: int,
+    image_text: Callable[[Any], str],
+    add_generation_prompt: bool,
+) -> EncodedConversation:
+    """Tokenizes a conversation with the weights' own chat template; what is said about pictures opens the text."""
+    told = [
+        replace(message, text="\n".join([*filter(None, map(image_text, message.images)), message.text]))
+        for message in messages
+    ]
+    token_ids, is_answer = encode_rendered(
+        template, told, tokenizer, tokens_per_image, IMAGE_TOKEN_ID, add_generation_prompt
+    )
+    return EncodedConversation(token_ids, is_answer, [image for message in messages for image in message.images])

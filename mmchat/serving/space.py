@@ -8,15 +8,23 @@ from pathlib import Path
 
 from ..bundle import INSIDE, PACKAGE, bundled
 from ..errors import BadInput
+from ..fetching.sources import HubRepository
+from ..presets import SMOL, Preset, get_preset
 
 FILES = ("app.py", "weights", "examples", "requirements.txt", "README.md", "LICENSE", "docs/page.png")
 IGNORED_PATTERNS = ("__pycache__", "*.pyc", "*.pyi", ".*", INSIDE)
+GPU_PACKAGES = ("accelerate>=1.10", "bitsandbytes>=0.48")
+ZERO_GPU_TORCH = "torch>=2.8,<2.9"  # 2.8.0 is the newest that the list in ZeroGPU's documentation had
 MAX_FILE_SIZE = 10_000_000  # bytes; the Hub requires LFS for larger files
 FRONT_MATTER = ("title", "emoji", "colorFrom", "colorTo", "sdk", "sdk_version", "python_version", "app_file", "license")
 
 
-def assemble(out: str | Path) -> list[Path]:
+def assemble(out: str | Path, preset: str = SMOL.name) -> list[Path]:
     """Copies the files of a Space into an empty folder and checks them.
+
+    Args:
+        preset: what the Space answers with. One with models on the Hub gets a Space for ZeroGPU: the packages for
+            quantized weights, a PyTorch that ZeroGPU runs, and its models fetched when the Space is built.
 
     Returns:
         The paths of the files relative to the folder.
@@ -34,7 +42,33 @@ def assemble(out: str | Path) -> list[Path]:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns(*IGNORED_PATTERNS))
         else:
             shutil.copy(source, target)
+    if preset != SMOL.name:
+        _for_zero_gpu(out, get_preset(preset))
     return check(out)
+
+
+def _for_zero_gpu(out: Path, preset: Preset) -> None:
+    """Adds what a preset with models on the Hub needs."""
+    path = out / "requirements.txt"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = [ZERO_GPU_TORCH if re.match(r"torch\b", line) else line for line in lines]
+    path.write_text("\n".join([*lines, *GPU_PACKAGES]) + "\n", encoding="utf-8")
+    parts = (
+        preset.language_model.source,
+        preset.image_encoder.source,
+        preset.speech.source,
+        preset.weights,
+    )
+    sources = [source for source in dict.fromkeys(parts) if isinstance(source, HubRepository)]
+    preload = "".join(f"  - {source.name}\n" for source in sources)  # a revision would need a list of files
+    readme = out / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    settings = f"suggested_hardware: zero-a10g\npreload_from_hub:\n{preload}"
+    end = text.index("---\n", 4)  # of the front matter
+    readme.write_text(text[:end] + settings + text[end:], encoding="utf-8")
+    app = out / "app.py"
+    code = app.read_text(encoding="utf-8")
+    app.write_text(code.replace('["serve", ', f'["serve", "--preset", "{preset.name}", '), encoding="utf-8")
 
 
 def check(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from ..device import choose_device
 from ..errors import BadInput, MmchatError
 from ..models.image_encoder import find_image_encoder, load_image_encoder
 from ..models.language_model import add_adapter, load_language_model
-from ..models.projector import ProjectorConfig, build_projector
+from ..models.projector import ProjectorConfig, build_projector, start_marker
 from ..models.prompt import chat_format_of, no_text
 from ..models.tagger import load_tagger
 from ..models.vision_language_model import MultimodalModel
@@ -114,8 +114,8 @@ def _newest_checkpoint(recipe: Recipe) -> str | None:
 def chosen_preset(recipe: Recipe) -> Preset:
     """The recipe's preset, with the image encoder of the recipe or of the weights it starts from."""
     preset = get_preset(recipe.preset)
-    if recipe.start_from:
-        preset = preset_for_weights(preset, recipe.start_from)
+    if start := recipe.start_from or _llava(preset):
+        preset = preset_for_weights(preset, start)
     if recipe.image_encoder:
         encoder = find_image_encoder(
             HubRepository(recipe.image_encoder), recipe.image_features, recipe.image_layer, recipe.class_token
@@ -144,10 +144,11 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
     """
     dtype = _base_dtype(recipe)
     quantization = "none" if recipe.quantization == CPU_INT8 else recipe.quantization  # cpu-int8 is applied below
-    if recipe.start_from:
+    start = recipe.start_from or (None if recipe.projector else _llava(preset))
+    if start:
         model, tokenizer = load_model(
             preset,
-            recipe.start_from,
+            start,
             dtype,
             quantization=quantization,
             trainable=True,
@@ -163,7 +164,10 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
             feature_count=preset.image_encoder.feature_count,
             marker=recipe.end_of_image_token,
         )
-        model = MultimodalModel(language_model, build_projector(config), config)
+        projector = build_projector(config)
+        if config.marker:
+            start_marker(projector, language_model, tokenizer)
+        model = MultimodalModel(language_model, projector, config)
     if recipe.tagger:
         model.tagger = load_tagger(recipe.tagger, preset.image_encoder)
         if not model.tagger:
@@ -193,6 +197,12 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
         for layer in model.causal_language_model.get_decoder().layers:
             layer.compile(dynamic=True)
     return model.train(), tokenizer
+
+
+def _llava(preset: Preset) -> HubRepository | None:
+    """The LLaVA model of a preset: training goes on from its projector."""
+    source = preset.language_model.source
+    return source if preset.language_model.is_llava and isinstance(source, HubRepository) else None
 
 
 def _base_dtype(recipe: Recipe) -> torch.dtype:
