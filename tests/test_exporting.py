@@ -17,6 +17,7 @@ from mmchat.presets import PRESETS, HubRepository
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
 from tests.close import assert_close
+from tests.tiny import WIDTHS
 
 QUESTION = "Describe the image."
 
@@ -81,6 +82,53 @@ def test_merging_changes_logits_by_rounding_only(tiny, exported):
     embeddings = torch.randn(2, 9, 64)
     expected = ours.causal_language_model.get_decoder()(inputs_embeds=embeddings).last_hidden_state
     assert_close(merged(inputs_embeds=embeddings).last_hidden_state, expected)
+
+
+VLLM_LAYER = (
+    "layer_norm1 layer_norm2 mlp.fc1 mlp.fc2 self_attn.k_proj self_attn.out_proj self_attn.q_proj self_attn.v_proj"
+)
+VLLM_TOWER = "vision_tower.vision_model."
+
+
+def test_tensor_names_are_those_of_vllm(exported):
+    """The parameters of vLLM's llava.py and clip.py; its language models load the names of transformers."""
+    from safetensors import safe_open
+
+    _, _, folder = exported
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    modules = {f"{VLLM_TOWER}{norm}" for norm in ("pre_layrnorm", "post_layernorm")}
+    modules |= {f"{VLLM_TOWER}encoder.layers.{layer}.{name}" for layer in range(3) for name in VLLM_LAYER.split()}
+    modules |= {"multi_modal_projector.linear_1", "multi_modal_projector.linear_2"}
+    expected = {f"{module}.{part}" for module in modules for part in ("weight", "bias")}
+    embeddings = ("class_embedding", "patch_embedding.weight", "position_embedding.weight")
+    expected |= {f"{VLLM_TOWER}embeddings.{name}" for name in embeddings}
+    language = {name for name in names if name.startswith(("language_model.model.", "language_model.lm_head."))}
+    assert names - language == expected
+    assert {"language_model.model.embed_tokens.weight", "language_model.model.norm.weight"} <= language
+
+
+def test_longrope_stays_below_its_long_factors():
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    from mmchat.checkpoints.exporting import _keep_short_factors
+
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    config = Phi3Config(
+        **{**WIDTHS, "max_position_embeddings": 256},
+        vocab_size=50,
+        original_max_position_embeddings=32,
+        rope_parameters={**rope, "original_max_position_embeddings": 32},
+    )
+    model = Phi3ForCausalLM(config).eval()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        _keep_short_factors(config, model.model.rotary_emb.attention_scaling)
+        bounded = Phi3ForCausalLM(config).eval()
+        bounded.load_state_dict(model.state_dict())
+        assert config.max_position_embeddings == 32
+        assert_close(bounded(ids).logits, expected)
 
 
 def test_transformers_pipeline_reads_it(tiny, exported):

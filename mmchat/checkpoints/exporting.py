@@ -11,12 +11,20 @@ from torch import nn
 from ..conversation import ROLES
 from ..errors import BadInput
 from ..fetching import fetch
+from ..models.language_model import context_length
 from ..models.prompt import CHAT_FORMATS, ChatFormat
 from ..models.vision_language_model import MultimodalModel
 from ..presets import ImageEncoderPreset, Preset
 from .weights_folder import load_model, preset_for_weights
 
 IMAGE_TOKEN = "<image>"
+ENGINE_NAMES = {  # how transformers' names begin -> those of published LLaVA checkpoints, which vLLM's loader expects
+    "model.vision_tower.vision_model.": "vision_tower.vision_model.",
+    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+}
 
 
 def export_llava(weights: str | Path, out: str | Path, preset: Preset, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -44,9 +52,11 @@ def export_llava(weights: str | Path, out: str | Path, preset: Preset, dtype: to
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if image_token_id >= language_model.get_input_embeddings().num_embeddings:
         language_model.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
+    rotary = getattr(language_model.get_decoder(), "rotary_emb", None)
+    _keep_short_factors(language_model.config, getattr(rotary, "attention_scaling", None))
     llava = _assemble(model, preset.image_encoder, image_token_id)
     llava.generation_config = language_model.generation_config
-    llava.to(dtype).save_pretrained(out)
+    llava.to(dtype).save_pretrained(out, state_dict=_named_for_engines(llava), save_original_format=False)
     _processor(tokenizer, preset).save_pretrained(out)
 
 
@@ -88,6 +98,31 @@ def _assemble(model: MultimodalModel, encoder: ImageEncoderPreset, image_token_i
     llava.model.language_model = language_model.get_decoder()
     llava.lm_head = language_model.get_output_embeddings()
     return llava
+
+
+def _named_for_engines(llava: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's tensors under the names that both transformers and vLLM load."""
+    named = {}
+    for name, tensor in llava.state_dict().items():
+        if name.startswith("lm_head.") and llava.config.text_config.tie_word_embeddings:
+            continue  # the embeddings serve as the head
+        start = next(start for start in ENGINE_NAMES if name.startswith(start))
+        named[ENGINE_NAMES[start] + name.removeprefix(start)] = tensor
+    return named
+
+
+def _keep_short_factors(config: Any, scaling: float | None) -> None:
+    """Bounds a longrope model to the context of its short rotary factors, as in chat.
+
+    vLLM takes the long factors for every position once its context may exceed the original one. The attention factor
+    follows from the ratio of both contexts, so it is written out before the ratio changes: under the name that
+    transformers reads, and under the two that vLLM reads.
+    """
+    length = context_length(config)
+    if length < config.max_position_embeddings and scaling is not None:
+        names = ("attention_factor", "short_mscale", "long_mscale")
+        config.rope_parameters = {**config.rope_parameters, **dict.fromkeys(names, scaling)}
+        config.max_position_embeddings = length
 
 
 def _vision(encoder: ImageEncoderPreset) -> tuple[Path, Any]:

@@ -32,6 +32,7 @@ class MultimodalModel(nn.Module):
         self.projector = projector
         self.projector_config = projector_config
         self.tagger = tagger
+        self.label_smoothing = 0.0  # in training only
 
     @property
     def has_adapter(self) -> bool:
@@ -89,7 +90,10 @@ class MultimodalModel(nn.Module):
             batch: the arguments of ``label_logits``.
         """
         logits, expected = self.label_logits(**batch)
-        losses = nn.functional.cross_entropy(logits.float(), expected, reduction="none")  # [labels]
+        smoothing = self.label_smoothing if self.training else 0.0
+        losses = nn.functional.cross_entropy(  # [labels]
+            logits.float(), expected, reduction="none", label_smoothing=smoothing
+        )
         if label_weights is not None:
             losses = losses * label_weights
         count = len(expected) if num_items_in_batch is None else num_items_in_batch

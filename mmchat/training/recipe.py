@@ -89,6 +89,13 @@ class Recipe:
     rank: int = setting(16, MODEL, "rank of a fresh LoRA adapter")
     alpha: int = setting(32, MODEL, "alpha of a fresh LoRA adapter; its update is scaled by alpha / rank")
     dropout: float = setting(0.0, MODEL, "dropout of a fresh LoRA adapter")
+    target_modules: list[str] = setting(
+        ["all-linear"],
+        MODEL,
+        "names of the layers that a fresh LoRA adapter is on; all-linear: all but the output head",
+    )
+    projector_depth: int = setting(1, MODEL, "residual blocks of a fresh projector of the kind normblocks")
+    projector_dropout: float = setting(0.0, MODEL, "dropout in a fresh projector, behind each GELU")
 
     epochs: float = setting(1.0, SCHEDULE, "passes over the data")
     max_steps: int = setting(-1, SCHEDULE, "stop after N steps; -1: no limit")
@@ -101,6 +108,7 @@ class Recipe:
         "cosine", SCHEDULE, "learning rate schedule after the warmup", ("cosine", "linear", "constant")
     )
     weight_decay: float = setting(0.0, SCHEDULE, "weight decay of AdamW")
+    label_smoothing: float = setting(0.0, SCHEDULE, "probability that the loss spreads over all other tokens")
     max_grad_norm: float = setting(1.0, SCHEDULE, "clip the gradient to this norm")
     precision: str = setting("fp32", SCHEDULE, "precision of the training computation", ("fp32", "bf16", "fp16"))
     gradient_checkpointing: bool = setting(False, SCHEDULE, "recompute activations in the backward pass to save memory")
@@ -153,6 +161,10 @@ class Recipe:
             raise BadInput("patience needs --eval, and save_steps must be a multiple of eval_steps.")
         if self.shard and (self.quantization != "none" or self.scst_samples or self.compile):
             raise BadInput("shard works only with quantization none, and without scst_samples and compile.")
+        if not 0 <= self.label_smoothing < 1:
+            raise BadInput("label_smoothing must be at least 0 and below 1.")
+        if self.projector_depth < 1:
+            raise BadInput("projector_depth must be 1 or more.")
         if not 0 <= self.scheduled_sampling <= 1:
             raise BadInput("scheduled_sampling must be a probability between 0 and 1.")
         if self.scst_samples == 1 or self.scst_samples < 0:

@@ -163,11 +163,14 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
             token_width=language_model.config.hidden_size,
             feature_count=preset.image_encoder.feature_count,
             marker=recipe.end_of_image_token,
+            depth=recipe.projector_depth,
+            dropout=recipe.projector_dropout,
         )
         projector = build_projector(config)
         if config.marker:
             start_marker(projector, language_model, tokenizer)
         model = MultimodalModel(language_model, projector, config)
+    model.label_smoothing = recipe.label_smoothing
     if recipe.tagger:
         model.tagger = load_tagger(recipe.tagger, preset.image_encoder)
         if not model.tagger:
@@ -179,6 +182,7 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
             alpha=recipe.alpha,
             dropout=recipe.dropout,
             base_name=preset.language_model.name,
+            target_modules="all-linear" if recipe.target_modules == ["all-linear"] else recipe.target_modules,
         )
     if recipe.quantization == CPU_INT8:
         if choose_device().type == "cpu":

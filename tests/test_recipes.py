@@ -1,0 +1,40 @@
+"""Every recipe of an earlier project is read, and what it sets is what the model is built from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmchat.presets import PRESETS
+from mmchat.training.recipe import Recipe, read_recipe
+from mmchat.training.run import build_model
+
+RECIPES = sorted((Path(__file__).parent.parent / "training_scripts" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_tiny_model_is_built_as_the_recipe_says(tiny, tmp_path, path):
+    recipe = Recipe(**read_recipe(path))
+    assert recipe.preset in PRESETS and recipe.preset != "smol"
+    kind = "phi3-patches" if recipe.preset == "phi-3.5" else "phi-patches"
+    small = replace(
+        recipe,
+        preset=kind,
+        quantization="none",
+        start_from=None,
+        projector_lr=recipe.projector_lr or 1e-3,
+        hidden_width=64,
+    )
+    model, _ = build_model(small, PRESETS[kind])
+    assert model.label_smoothing == recipe.label_smoothing
+    assert model.projector_config.kind == recipe.projector
+    assert model.projector_config.depth == recipe.projector_depth
+    assert model.has_adapter == bool(recipe.lr)
+    if recipe.target_modules != ["all-linear"]:
+        names = [name for name, _ in model.named_parameters() if ".lora_A." in name]
+        assert {name.split(".lora_A.")[0].rsplit(".", 1)[1] for name in names} == set(recipe.target_modules)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)["loss"].backward()
