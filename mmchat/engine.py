@@ -20,7 +20,6 @@ from .conversation import (
     TEXT_PENALTY,
     Message,
     SamplingOptions,
-    Transcript,
     dialogue_turns,
     has_images,
     rewrite_request,
@@ -36,8 +35,10 @@ from .media import decode_image
 from .models.image_encoder import load_image_encoder
 from .models.language_model import context_length, switch_adapter
 from .models.prompt import IMAGE_TOKEN_ID, EncodedConversation, chat_format_of, encode
+from .models.speaking import Speaking
 from .models.speech import SpeechRecognizer, find_speech_model
 from .models.tagger import Tag
+from .models.voice import Voice
 from .models.zero_shot import load_zero_shot
 from .presets import AUTO, DEFAULT_PRESET, Preset, get_preset
 
@@ -78,7 +79,7 @@ def load(
     return LocalEngine(chosen, weights, quantization, reason)
 
 
-class LocalEngine:
+class LocalEngine(Speaking):
     """One set of models in memory.
 
     Threads may share an engine. Concurrent replies take turns, one piece of text each, so a short answer does not wait
@@ -111,6 +112,8 @@ class LocalEngine:
         self.prefix_cache = PrefixCache(self.decoder, CACHE_BUDGET[self.device.type])
         self._lock = FairLock()  # the adapter is on or off for the whole model, so only one reply computes at a time
         self.speech_recognizer = SpeechRecognizer(preset.speech)
+        self.voice = Voice()
+        self.answers_in = preset.language_model.languages
 
     @property
     def about(self) -> str:
@@ -130,14 +133,6 @@ class LocalEngine:
     @cached_property
     def image_encoder(self) -> Any:
         return load_image_encoder(self.preset.image_encoder).to(self.device.type)
-
-    def transcribe(self, path: str | Path) -> Transcript:
-        """Transcribes a recording of any container, sample rate and number of channels.
-
-        Raises:
-            BadInput: the recording cannot be read, or has no speech in it.
-        """
-        return self.speech_recognizer.transcribe(path)
 
     def classes(self, image: Any, names: Sequence[str] = ()) -> list[Tag]:
         """Names what the image encoder recognizes in a picture, likeliest first.

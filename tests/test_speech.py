@@ -14,7 +14,7 @@ from mmchat.conversation import Transcript
 from mmchat.errors import BadInput, WeightsError
 from mmchat.media import read_audio
 from mmchat.models.speech import SpeechRecognizer, find_speech_model
-from mmchat.presets import SMOL, HubRepository, SpeechPreset
+from mmchat.presets import OFFLINE_SPEECH, SMOL, WHISPER_BASE, WHISPER_TINY_EN, HubRepository, SpeechPreset
 from tests.conftest import SPEECH
 
 SAID = "and so my fellow americans ask not what your country can do for you ask what you can do for your country"
@@ -137,7 +137,7 @@ def test_loading_whisper_keeps_pytorchs_thread_count():
     threads = torch.get_num_threads()
     torch.set_num_threads(3)  # tiny.en uses one
     try:
-        SpeechRecognizer(SMOL.speech).load()
+        SpeechRecognizer(WHISPER_TINY_EN).load()
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
@@ -201,6 +201,19 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 )
 def test_whisper_models_by_name(name, repository, language):
     assert find_speech_model(name) == SpeechPreset(HubRepository(repository), language)
+
+
+@pytest.mark.parametrize("size", OFFLINE_SPEECH)
+def test_the_offline_sizes_need_no_hub(size):
+    preset = find_speech_model(size)
+    assert not isinstance(preset.source, HubRepository)
+    recognizer = SpeechRecognizer(preset)
+    assert word_errors(recognizer.transcribe(SPEECH).text) == 0
+    assert len(recognizer.languages) == (1 if size.endswith(".en") else 100)
+
+
+def test_the_shipped_sizes_are_those_of_the_presets():
+    assert SMOL.speech in (WHISPER_BASE, WHISPER_TINY_EN)
 
 
 def test_an_unknown_size_lists_the_known_ones():

@@ -52,14 +52,14 @@ class LoadingEngine:
     def warm_up(self) -> None:
         self.wait().warm_up()
 
-    def transcribe(self, *arguments: Any) -> Any:
-        return self._engine().transcribe(*arguments)
-
     def reply(self, *arguments: Any, **options: Any) -> Iterator[str]:
         yield from self._engine().reply(*arguments, **options)
 
     def rewrite(self, *arguments: Any) -> Iterator[str]:
         yield from self._engine().rewrite(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine(), name)  # hearing and speaking
 
     def _engine(self) -> Engine:
         if not self._loaded.done():
