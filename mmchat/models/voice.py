@@ -6,18 +6,22 @@ https://github.com/MMWilliams/hibari
 from __future__ import annotations
 
 import io
+import logging
 import re
 import wave
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from queue import Queue
+from threading import Lock, Thread
 from typing import Any
 
 import numpy as np
 
 from ..errors import BadInput
 from .spoken_text import sentences
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 24_000  # Hz
 PAUSE = 0.15  # seconds of silence after a sentence
@@ -139,6 +143,67 @@ class Reader:
             sentence = complete[self._said]
             self._said += 1
             yield self.voice.say(sentence)
+
+
+class BackgroundReader:
+    """Reads one answer aloud in its own thread, so that the answer is written on meanwhile."""
+
+    def __init__(self, voice: Voice):
+        self._pieces: Queue[str | None] = Queue()
+        self._spoken: Queue[SpokenSentence | BadInput | None] = Queue()
+        self._is_closed = False
+        self._reader = Reader(voice)
+        Thread(target=self._run, daemon=True).start()
+
+    def feed(self, piece: str) -> None:
+        """Takes in more text."""
+        self._pieces.put(piece)
+
+    def finish(self) -> None:
+        """Says that the text is whole."""
+        self._pieces.put(None)
+
+    def ready(self) -> Iterator[SpokenSentence]:
+        """Yields the sentences that were spoken by now, without waiting.
+
+        Raises:
+            BadInput: the text is not in English; it is raised once.
+        """
+        while not self._spoken.empty():
+            if (found := self._take()) is not None:
+                yield found
+
+    def rest(self) -> Iterator[SpokenSentence]:
+        """Waits for the remaining sentences of a finished text; raises as ``ready`` does."""
+        while (found := self._take()) is not None:
+            yield found
+
+    def close(self) -> None:
+        """Stops reading after the sentence at hand."""
+        self._is_closed = True
+        self.finish()
+
+    def _take(self) -> SpokenSentence | None:
+        found = self._spoken.get()
+        if isinstance(found, BadInput):
+            self._spoken.put(None)
+            raise found
+        return found
+
+    def _run(self) -> None:
+        try:
+            for piece in iter(self._pieces.get, None):
+                self._pass_on(self._reader.feed(piece))
+            self._pass_on(self._reader.finish())
+        except BadInput as error:
+            self._spoken.put(error)
+        except Exception:  # a sentence that the voice fails on must not end the answer
+            logger.exception("voice")
+        self._spoken.put(None)
+
+    def _pass_on(self, sentences: Iterator[SpokenSentence]) -> None:
+        while not self._is_closed and (sentence := next(sentences, None)):
+            self._spoken.put(sentence)
 
 
 def write_wav(path: str | Path, samples: np.ndarray, rate: int) -> None:
