@@ -127,7 +127,9 @@ class Visitor:
         """Asks a question and returns the conversation; an empty one if the visitor left early."""
         is_leaving = self.rng.random() < LEAVE_PROBABILITY
         add = "add_voice" if kind == "voice" else "add_text"
-        _, _, asked_about, asked = await self.last(add, [question, picture, history, None], session)
+        box = {"text": "" if kind == "voice" else question, "files": [picture] if picture else []}
+        given = [question, box] if kind == "voice" else [box]
+        *_, asked_about, asked = await self.last(add, [*given, history, None], session)
         begun, first, after = time.monotonic(), None, []
         reply = self.retry("reply", [asked_about, None, asked, 0, MAX_NEW_TOKENS, False], session)
         async with aclosing(reply):  # leaving closes the connection

@@ -77,7 +77,7 @@ def page(browser, address):
 
 
 def question(page):
-    return page.get_by_label("Your question")
+    return page.locator("#box textarea")
 
 
 def answers(page):
@@ -90,8 +90,14 @@ def ask(page, text):
 
 
 def show(page, path):
-    page.locator("#image input[type=file]").set_input_files(str(path))
-    page.locator("#image img").wait_for()
+    """Adds a picture to the question, and waits for its thumbnail."""
+    count = thumbnails(page).count()
+    page.locator("#box input[type=file]").set_input_files(str(path))
+    expect(thumbnails(page)).to_have_count(count + 1)
+
+
+def thumbnails(page):
+    return page.locator("#box .thumbnail-item")
 
 
 def finished(page):
@@ -130,7 +136,7 @@ def test_a_question_about_a_photo_and_a_follow_up(page, photo, engine, monkeypat
     ask(page, "Describe the image.")
     finished(page)
     expect(page.locator("#chat .user img")).to_have_count(1)
-    expect(page.locator("#image img")).to_have_count(0)  # the picture moved into the conversation
+    expect(thumbnails(page)).to_have_count(0)  # the picture moved into the conversation
     ask(page, "Is there a person?")
     expect(answers(page)).to_have_count(2)
     finished(page)
@@ -197,17 +203,17 @@ def test_a_new_question_ends_the_previous_reply(page):
     expect(page.locator("#chat .user .prose")).to_have_count(2)
 
 
-def test_clear_resets_everything_even_during_a_reply(page, photo):
+def test_a_new_chat_resets_everything_even_during_a_reply(page, photo):
     ask(page, "Tell me a very long story about a dragon.")
     expect(answers(page).last).to_contain_text(re.compile(r"\w+ \w+ \w+"))
     show(page, photo)
     question(page).fill("half a question")
-    page.get_by_role("button", name="Clear", exact=True).last.click()
+    page.get_by_role("button", name="New chat", exact=True).click()
     expect(page.locator("#chat .user")).to_have_count(0)
     page.wait_for_timeout(1_500)
     expect(page.locator("#chat .user, #chat .bot")).to_have_count(0)
     expect(question(page)).to_have_value("")
-    expect(page.locator("#image img")).to_have_count(0)
+    expect(thumbnails(page)).to_have_count(0)
 
 
 def test_retry_answers_again_and_undo_restores_the_question(page, photo, engine, monkeypatch):
@@ -225,25 +231,59 @@ def test_retry_answers_again_and_undo_restores_the_question(page, photo, engine,
     assert [message.text for message in replies[0]] == ["Describe the image."] and len(replies) == 1
     page.get_by_role("button", name="Undo").click()
     expect(question(page)).to_have_value("Describe the image.")
-    expect(page.locator("#image img")).to_have_count(1)
+    expect(thumbnails(page)).to_have_count(1)
     expect(page.locator("#chat .user")).to_have_count(0)
 
 
-def test_an_example_fills_the_inputs(page):
+def test_one_click_on_an_example_asks_it(page):
     text, _ = ui.read_examples(ROOT / "examples")[0]
-    page.get_by_text(text).first.click()
-    expect(question(page)).to_have_value(text)
-    page.locator("#image img").wait_for()
-    page.get_by_role("button", name="Send", exact=True).click()
+    page.locator("#chat .examples button").first.click()
     finished(page)
     expect(page.locator("#chat .user img")).to_have_count(1)
+    expect(page.locator("#chat .user .prose")).to_have_text(text)
+
+
+def test_several_pictures_go_with_one_question(page, photo, engine, monkeypatch):
+    asked, reply = [], engine.reply
+    monkeypatch.setattr(
+        engine, "reply", lambda messages, *a, **k: (asked.append(messages), reply(messages, *a, **k))[1]
+    )
+    show(page, photo)
+    show(page, photo.with_name("bus.jpg"))
+    ask(page, "What is in picture 2?")
+    finished(page)
+    assert [path.name for path in asked[-1][-1].images] == ["astronaut.jpg", "bus.jpg"]
+    pictures = page.locator("#chat .user img")
+    assert [pictures.nth(index).get_attribute("alt") for index in range(2)] == ["Picture 1", "Picture 2"]
+
+
+def test_pictures_can_be_dropped_and_pasted_anywhere(page, photo):
+    import base64
+
+    page.evaluate(
+        """data => { const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+        const transfer = new DataTransfer();
+        transfer.items.add(new File([bytes], 'photo.jpg', {type: 'image/jpeg'}));
+        const told = {dataTransfer: transfer, bubbles: true, cancelable: true};
+        document.body.dispatchEvent(new DragEvent('drop', told)); }""",
+        base64.b64encode(photo.read_bytes()).decode(),
+    )
+    expect(thumbnails(page)).to_have_count(1)
+    page.evaluate(
+        """data => { const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+        const clipboardData = new DataTransfer();
+        clipboardData.items.add(new File([bytes], 'photo.jpg', {type: 'image/jpeg'}));
+        const told = {clipboardData, bubbles: true, cancelable: true};
+        document.body.dispatchEvent(new ClipboardEvent('paste', told)); }""",
+        base64.b64encode(photo.read_bytes()).decode(),
+    )
+    expect(thumbnails(page)).to_have_count(2)
 
 
 def test_a_text_file_named_as_a_picture_gets_a_toast(page, tmp_path):
     path = tmp_path / "picture.png"
     path.write_text("This is text.")
-    page.locator("#image input[type=file]").set_input_files(str(path))
-    page.wait_for_timeout(1_000)
+    show(page, path)
     ask(page, "What is it?")
     expect(page.locator(".toast-body")).to_contain_text("not a picture I can read")
     expect(question(page)).to_have_value("What is it?")  # nothing is lost
@@ -265,11 +305,23 @@ def test_an_empty_question_gets_a_toast(page):
     expect(page.locator(".toast-body")).to_contain_text("Please type a question")
 
 
-def test_the_page_fits_on_a_phone(page):
-    page.set_viewport_size({"width": 390, "height": 844})
+@pytest.mark.parametrize("width, height", [(390, 844), (360, 640), (1280, 800)])
+def test_the_composer_is_in_view_and_nothing_scrolls_sideways(page, photo, width, height):
+    page.set_viewport_size({"width": width, "height": height})
+    page.reload()
+    question(page).wait_for()
+    for tab in ("Text", "Voice"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(500)
+        bottom = page.locator("#composer").evaluate("e => e.getBoundingClientRect().bottom")
+        assert 0 < bottom <= height
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.get_by_role("tab", name="Text").click()
+    show(page, photo)
+    assert page.locator("#composer").evaluate("e => e.getBoundingClientRect().bottom") <= height
     ask(page, "What is the capital of France?")
     finished(page)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_a_picture_linked_in_an_answer_is_not_fetched(page, address):

@@ -16,7 +16,16 @@ from tests.raw import endpoints, served, upload
 
 CANARY = "canary-7f3a"
 PHOTO = ROOT / "examples" / "ball.jpg"
-USUAL = {"textbox": "Hi", "checkbox": False, "slider": 1, "number": 0, "chatbot": []}  # normal values of the inputs
+USUAL = {  # normal values of the inputs
+    "textbox": "Hi",
+    "checkbox": False,
+    "slider": 1,
+    "number": 0,
+    "chatbot": [],
+    "multimodaltextbox": {"text": "Hi", "files": []},
+}
+
+FILE_INPUTS = {"image", "audio", "multimodaltextbox"}
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +109,13 @@ def histories(path: str) -> list[list]:
 def attacks(kinds: list[str], path: str):
     """Requests to an endpoint: each file input names the file in each way; the other inputs are normal."""
     for index, kind in enumerate(kinds):
-        named = {"image": file_references(path), "audio": file_references(path), "chatbot": histories(path)}.get(
-            kind, []
-        )
+        references = file_references(path)
+        named = {
+            "image": references,
+            "audio": references,
+            "chatbot": histories(path),
+            "multimodaltextbox": [{"text": "Hi", "files": [file]} for file in [*references, path]],
+        }.get(kind, [])
         for value in [*named, *([path] if kind in ("image", "audio") else [])]:
             data = [USUAL.get(other) for other in kinds]
             data[index] = value
@@ -176,10 +189,11 @@ def test_nothing_is_fetched_for_a_request(address, elsewhere, engine, monkeypatc
     tried = 0
     for url in (f"{home}/picture.png", f"{home.replace('127.0.0.1', 'localhost')}/x.png", "http://[::1]:1/x.png"):
         for endpoint in endpoints(address).values():
-            if not {"image", "audio"} & set(endpoint["kinds"]):
+            if not FILE_INPUTS & set(endpoint["kinds"]):
                 continue
             for file in ({"path": url, "meta": meta}, {"path": "x.png", "url": url, "meta": meta}, {"url": url}, url):
-                data = [file if kind in ("image", "audio") else USUAL.get(kind) for kind in endpoint["kinds"]]
+                named = {"image": file, "audio": file, "multimodaltextbox": {"text": "Hi", "files": [file]}}
+                data = [named.get(kind, USUAL.get(kind)) for kind in endpoint["kinds"]]
                 served(address, endpoint, data)
                 tried += 1
         httpx.get(f"{address}gradio_api/proxy={url}", timeout=20)

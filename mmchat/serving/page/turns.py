@@ -1,0 +1,218 @@
+"""One turn of a conversation: ask, answer, retry, undo, stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import gradio as gr
+from gradio.processing_utils import save_file_to_cache
+from gradio.utils import get_upload_folder
+
+from ...conversation import Engine, Message, SamplingOptions
+from ...errors import BadInput
+from ..rate_limit import RateLimit
+from ..uploads import shown_error
+from .history import DRAFT, History, pictures_of, said, text_of, to_messages, user_turn
+from .settings import read_settings
+
+MAX_QUESTION = 4000  # characters
+MAX_PICTURES = 8  # in one question
+REDRAW_SECONDS = 0.1  # a long conversation takes a browser about this long to draw
+NO_REQUEST = -1  # a request id that never matches, so its reply writes nothing
+Box = dict[str, Any]  # {"text", "files"}: what is in the question box
+EMPTY_BOX: Box = {"text": "", "files": []}
+
+
+def checked_question(text: str | None, pictures: list[str]) -> str:
+    """Strips and checks a typed question. It may be empty if there is a picture."""
+    text = (text or "").strip()
+    if not text and not pictures:
+        raise gr.Error("Please type a question first.", print_exception=False)
+    if len(text) > MAX_QUESTION:
+        raise gr.Error(f"Please ask in at most {MAX_QUESTION} characters.", print_exception=False)
+    if len(pictures) > MAX_PICTURES:
+        raise gr.Error(f"Please send at most {MAX_PICTURES} pictures at a time.", print_exception=False)
+    return text
+
+
+class Visit:
+    """One visit to the page. Each request gets an id, and only the latest request may write to the page.
+
+    This is how Stop, New chat, Undo and a new question end a reply. With gradio's own ``cancels``, the old reply would
+    overwrite the new question, and cancelling works only once.
+    """
+
+    def __init__(self):
+        self.latest = 0
+
+    def request(self) -> int:
+        """Starts a request, which ends the previous one."""
+        self.latest += 1
+        return self.latest
+
+
+class Page:
+    """Event handlers of the page, for one engine."""
+
+    def __init__(self, engine: Engine, limit: RateLimit | None = None, examples: Sequence[Sequence[str]] = ()):
+        self.engine, self.examples = engine, examples
+        self.limit = limit or RateLimit(0)
+
+    def admit(self, request: gr.Request | None) -> None:
+        """Counts a question against the rate limit of its address."""
+        try:
+            self.limit.count(request.client.host if request and request.client else "")
+        except BadInput as error:
+            raise shown_error(error) from error
+
+    def add_text(self, box: Box, history: History, visit: Visit, request: gr.Request | None = None):
+        """Moves a typed question and its pictures into the conversation and clears the box."""
+        question = checked_question(box["text"], box["files"])
+        self.admit(request)
+        return EMPTY_BOX, [*history, user_turn(question, box["files"])], visit.request()
+
+    def add_voice(
+        self, recording: str | None, box: Box, history: History, visit: Visit, request: gr.Request | None = None
+    ):
+        """Transcribes a recording and moves it into the conversation as text, with the pictures of the box."""
+        if not recording:
+            raise gr.Error("Please record or upload a question first.", print_exception=False)
+        self.admit(request)
+        request_id = visit.request()  # before the work: a running reply would overwrite this question
+        try:
+            question = self.engine.transcribe(recording).text
+        except Exception as error:
+            raise shown_error(error) from error
+        if visit.latest != request_id:  # another request came during transcription
+            return gr.skip(), gr.skip(), gr.skip(), NO_REQUEST
+        return None, {**box, "files": []}, [*history, user_turn(question, box["files"])], request_id
+
+    def add_example(self, history: History, visit: Visit, event: gr.SelectData, request: gr.Request | None = None):
+        """Asks what a card of the empty conversation shows; the browser names it by its number only."""
+        if not isinstance(event.index, int) or not 0 <= event.index < len(self.examples):
+            raise gr.Error("There is no such example.", print_exception=False)
+        question, picture = self.examples[event.index]
+        self.admit(request)
+        return [*history, user_turn(question, [cached(picture)])], visit.request()
+
+    def drop_reply(
+        self, history: History, visit: Visit, event: gr.RetryData, request: gr.Request | None = None
+    ) -> tuple[History, int]:
+        """Retry: cuts the conversation after the question that is asked again."""
+        self.admit(request)
+        return history[: event.index + 1], visit.request()
+
+    def reply(self, history: History, visit: Visit, request_id: int, *settings: Any) -> Iterator[History]:
+        """Streams the answer to the last question into the conversation, until another request comes."""
+        if visit.latest == request_id:  # else another request came while this one waited in the queue
+            try:
+                options, rewrite = read_settings(*settings)
+            except BadInput as error:
+                raise shown_error(error) from error
+            with closing(self.answer(to_messages(history), options, rewrite)) as turns:
+                for turn in at_most_every(REDRAW_SECONDS, turns):
+                    if visit.latest != request_id:
+                        break
+                    yield [*history, *turn]
+        yield gr.skip()  # gradio repeats the last value at the end, which could overwrite a newer page
+
+    def ask(
+        self, question: str, image: str | None = None, rewrite: bool = False, request: gr.Request | None = None
+    ) -> Iterator[str]:
+        """Answers one question, with or without a picture. Yields the answer so far.
+
+        With ``rewrite``, the rewritten answer replaces the draft as it streams in.
+        """
+        pictures = [image] if image else []
+        question = checked_question(question, pictures)
+        self.admit(request)
+        for turn in self.answer([Message("user", question, pictures)], rewrite=rewrite):
+            yield turn[-1]["content"]
+
+    def answer(
+        self, messages: list[Message], options: SamplingOptions | None = None, rewrite: bool = False
+    ) -> Iterator[History]:
+        """Streams the engine's answer as turns of the page: the answer so far, or the draft and its rewrite so far."""
+        options = options or SamplingOptions()
+        try:
+            draft = ""
+            with closing(grow(self.engine.reply(messages, options, notify=gr.Info))) as texts:
+                for draft in texts:
+                    yield [said(draft)]
+            if rewrite:
+                folded = {**said(draft), "metadata": {"title": DRAFT}}
+                with closing(grow(self.engine.rewrite(messages[-1].text, draft, options))) as texts:
+                    for text in texts:
+                        yield [folded, said(text)]
+        except Exception as error:
+            raise shown_error(error) from error
+
+
+def cached(path: str) -> str:
+    """A copy of an example's picture among the uploads, where the pictures of every conversation are."""
+    return save_file_to_cache(path, get_upload_folder())
+
+
+def grow(pieces: Iterator[str]) -> Iterator[str]:
+    """Pieces of text → the text so far. Closing it closes the pieces.
+
+    Raises:
+        BadInput: there are no pieces.
+    """
+    text = ""
+    with closing(pieces):
+        for piece in pieces:
+            text += piece
+            yield text
+    if not text:
+        raise BadInput("I have no answer to that. Please rephrase your question.")
+
+
+def at_most_every(seconds: float, values: Iterable[History]) -> Iterator[History]:
+    """The values, without those that come too soon after another; the last one always comes."""
+    shown, value, waiting = float("-inf"), None, False
+    for value in values:
+        waiting = time.monotonic() - shown < seconds
+        if not waiting:
+            yield value
+            shown = time.monotonic()
+    if waiting:
+        yield value
+
+
+def undo(history: History, visit: Visit, event: gr.UndoData) -> tuple[History, Box]:
+    """Undo: moves the last question and its pictures back into the box."""
+    visit.request()
+    return history[: event.index], to_box(history[event.index : event.index + 1])
+
+
+def to_box(turns: History) -> Box:
+    """A question as the box holds it; an empty box if there is none."""
+    question = next((turn for turn in turns if turn.get("role") == "user"), None)
+    if not question:
+        return EMPTY_BOX
+    return {"text": text_of(question), "files": [str(path) for path in pictures_of(question)]}
+
+
+def stop_reply(visit: Visit) -> None:
+    """Stop: an empty request, which ends the reply."""
+    visit.request()
+
+
+def clear_all(visit: Visit) -> tuple[Box, None, History]:
+    """New chat: empties box, recording and conversation."""
+    visit.request()
+    return EMPTY_BOX, None, []
+
+
+def show_stop() -> Any:
+    """While an answer is written, Stop is in view."""
+    return gr.Button(visible=True)
+
+
+def hide_stop(visit: Visit, request_id: int) -> Any:
+    """Hides Stop, unless another answer is being written by now."""
+    return gr.Button(visible=False) if visit.latest == request_id else gr.skip()
