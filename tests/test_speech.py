@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import wave
+from itertools import pairwise
 
 import av
 import jiwer
@@ -13,7 +14,7 @@ import torch
 from mmchat.conversation import Transcript
 from mmchat.errors import BadInput, WeightsError
 from mmchat.media import read_audio
-from mmchat.models.speech import SpeechRecognizer, find_speech_model
+from mmchat.models.speech import SpeechRecognizer, find_speech_model, without_loops
 from mmchat.presets import OFFLINE_SPEECH, SMOL, WHISPER_BASE, WHISPER_TINY_EN, HubRepository, SpeechPreset
 from tests.conftest import SPEECH
 
@@ -219,3 +220,56 @@ def test_the_shipped_sizes_are_those_of_the_presets():
 def test_an_unknown_size_lists_the_known_ones():
     with pytest.raises(BadInput, match="tiny.en.*turbo"):
         find_speech_model("huge")
+
+
+@pytest.mark.parametrize(
+    ("recording", "language", "said", "english"),
+    [("ja.flac", "ja", "赤いボールはどこにありますか", "red ball"), ("fr.flac", "fr", "devant la maison", "house")],
+)
+def test_other_languages_are_detected_and_translated(engine, recording, language, said, english):
+    path = SPEECH.with_name(recording)
+    heard = engine.transcribe(path)
+    assert heard.language == language and said in heard.text
+    translated = engine.transcribe(path, language, "translate")
+    assert translated.language == language and english in translated.text
+
+
+def test_a_language_is_named_by_code_or_name(engine):
+    assert engine.languages["de"] == "German" and len(engine.languages) == 100
+    assert engine.transcribe(SPEECH, "English").language == "en"
+    with pytest.raises(BadInput, match="There is no language 'Klingon'"):
+        engine.transcribe(SPEECH, "Klingon")
+    with pytest.raises(BadInput, match="must be one of transcribe, translate"):
+        engine.transcribe(SPEECH, task="sing")
+
+
+def test_an_english_model_says_that_it_hears_english_only():
+    with pytest.raises(BadInput, match="hears English only.*--speech base"):
+        SpeechRecognizer(WHISPER_TINY_EN).transcribe(SPEECH, "de")
+
+
+@pytest.mark.slow
+def test_a_long_recording_shows_its_finished_parts_and_stops(engine, tmp_path):
+    samples = read_audio(SPEECH)
+    whole = np.concatenate([samples] * 4)[:, None]
+    path = write_wav(tmp_path / "minute.wav", whole, 16_000)
+    parts = list(engine.listen(path, "en"))
+    assert len(parts) >= 2 and parts[-1].progress == 1
+    assert all(one.progress < two.progress and two.text.startswith(one.text) for one, two in pairwise(parts))
+    listening = engine.listen(path, "en")
+    next(listening)
+    listening.close()
+    assert list(listening) == []
+
+
+@pytest.mark.parametrize(
+    ("looping", "text"),
+    [
+        ("Thank you. Thank you. Thank you. Thank you. Thank you.", "Thank you."),
+        ("I see a cat a cat a cat a cat a cat here", "I see a cat here"),
+        ("No, no, no.", "No, no, no."),
+        ("the cat and the dog and the bird", "the cat and the dog and the bird"),
+    ],
+)
+def test_loops_are_written_once(looping, text):
+    assert without_loops(looping) == text
