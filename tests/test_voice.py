@@ -129,7 +129,7 @@ def test_every_way_to_cut_a_text_into_pieces_gives_the_same_sentences(voice, mon
 
 
 def test_the_background_reader_speaks_while_text_arrives(voice):
-    reader = BackgroundReader(voice)
+    reader = BackgroundReader(voice.read_aloud)
     reader.feed("The ball is red. It")
     deadline, found = time.monotonic() + 60, []
     while not found and time.monotonic() < deadline:
@@ -141,13 +141,13 @@ def test_the_background_reader_speaks_while_text_arrives(voice):
 
 
 def test_the_background_reader_reports_another_language_and_stops(voice):
-    reader = BackgroundReader(voice)
+    reader = BackgroundReader(voice.read_aloud)
     reader.feed("Der Hund liegt unter dem Tisch. Er")
     reader.finish()
     with pytest.raises(BadInput, match="only speak English"):
         list(reader.rest())
     assert list(reader.rest()) == []
-    reader = BackgroundReader(voice)
+    reader = BackgroundReader(voice.read_aloud)
     reader.close()
     reader.feed("Nobody hears this. ")
     assert list(reader.rest()) == []

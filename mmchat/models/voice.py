@@ -9,7 +9,8 @@ import io
 import logging
 import re
 import wave
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -146,13 +147,17 @@ class Reader:
 
 
 class BackgroundReader:
-    """Reads one answer aloud in its own thread, so that the answer is written on meanwhile."""
+    """Reads one answer aloud in its own thread, so that the answer is written on meanwhile.
 
-    def __init__(self, voice: Voice):
+    Args:
+        read_aloud: of an engine or a voice.
+    """
+
+    def __init__(self, read_aloud: Callable[[Iterable[str]], Iterator[SpokenSentence]]):
+        self._read_aloud = read_aloud
         self._pieces: Queue[str | None] = Queue()
         self._spoken: Queue[SpokenSentence | BadInput | None] = Queue()
         self._is_closed = False
-        self._reader = Reader(voice)
         Thread(target=self._run, daemon=True).start()
 
     def feed(self, piece: str) -> None:
@@ -169,9 +174,8 @@ class BackgroundReader:
         Raises:
             BadInput: the text is not in English; it is raised once.
         """
-        while not self._spoken.empty():
-            if (found := self._take()) is not None:
-                yield found
+        while not self._spoken.empty() and (found := self._take()) is not None:
+            yield found
 
     def rest(self) -> Iterator[SpokenSentence]:
         """Waits for the remaining sentences of a finished text; raises as ``ready`` does."""
@@ -185,25 +189,24 @@ class BackgroundReader:
 
     def _take(self) -> SpokenSentence | None:
         found = self._spoken.get()
+        if found is None:
+            self._spoken.put(None)  # the end stays the end
         if isinstance(found, BadInput):
-            self._spoken.put(None)
             raise found
         return found
 
     def _run(self) -> None:
         try:
-            for piece in iter(self._pieces.get, None):
-                self._pass_on(self._reader.feed(piece))
-            self._pass_on(self._reader.finish())
+            with closing(self._read_aloud(iter(self._pieces.get, None))) as spoken:  # type: ignore[type-var]
+                for sentence in spoken:
+                    if self._is_closed:
+                        break
+                    self._spoken.put(sentence)
         except BadInput as error:
             self._spoken.put(error)
         except Exception:  # a sentence that the voice fails on must not end the answer
             logger.exception("voice")
         self._spoken.put(None)
-
-    def _pass_on(self, sentences: Iterator[SpokenSentence]) -> None:
-        while not self._is_closed and (sentence := next(sentences, None)):
-            self._spoken.put(sentence)
 
 
 def write_wav(path: str | Path, samples: np.ndarray, rate: int) -> None:

@@ -49,6 +49,14 @@ class LoadingEngine:
     def about(self) -> str:
         return self.wait().about
 
+    @property
+    def languages(self) -> dict[str, str]:
+        return self.wait().languages
+
+    @property
+    def answers_in(self) -> tuple[str, ...]:
+        return self.wait().answers_in
+
     def warm_up(self) -> None:
         self.wait().warm_up()
 

@@ -17,7 +17,7 @@ from .components import Conversation, QuestionBox
 from .examples import cards, read_examples
 from .settings import build_settings
 from .turns import MAX_QUESTION, Page
-from .voice import VoiceTab, build_voice_tab
+from .voice import VoicePage, VoiceTab, build_speaker, build_voice_tab, connect_voice
 
 MAX_CONCURRENT = 4  # answers generated at the same time; they take turns, so a short one does not wait for a long one
 MAX_WAITING = 16  # questions in the queue; the next one is turned away
@@ -88,6 +88,7 @@ def _place(page: Page) -> Parts:
         with gr.Row(elem_id="status"):
             status = gr.Markdown(" ", min_height=24)
             stop = gr.Button("Stop", size="sm", scale=0, min_width=80, visible=False)
+        speaker = build_speaker()
         with gr.Column(elem_id="composer", scale=0, min_width=0), gr.Tabs(elem_id="tabs"):
             with gr.Tab("Text", id="text"):
                 box = QuestionBox(
@@ -104,7 +105,7 @@ def _place(page: Page) -> Parts:
                     autofocus=True,
                 )
             with gr.Tab("Voice", id="voice"):
-                voice = build_voice_tab()
+                voice = build_voice_tab(speaker)
     visit, request_id = gr.State(turns.Visit()), gr.Number(visible=False)
     return Parts(chat, box, voice, status, stop, fresh, save, settings, about, visit, request_id)
 
@@ -114,15 +115,15 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
     private = {"api_visibility": "private", "show_progress_on": parts.status}
     quick = {**private, "show_progress": "hidden"}
     chat, box, visit, request_id, stop = parts.chat, parts.box, parts.visit, parts.request_id, parts.stop
-    recording = parts.voice.recording
+    voice = VoicePage(page)
 
-    def answered(event: Any) -> None:
-        """What follows a question: its answer."""
-        shown = event.success(turns.show_stop, None, stop, queue=False, **quick)
+    def answered(event: Any, aloud: Any = parts.voice.aloud) -> None:
+        """What follows a question: its answer, which is read aloud where ``aloud`` is ticked."""
+        shown = event.success(turns.show_stop, request_id, stop, queue=False, **quick)
         shown.success(
-            page.reply,
-            [chat, visit, request_id, *parts.settings],
-            chat,
+            voice.reply,
+            [chat, visit, request_id, *parts.settings, aloud],
+            [chat, parts.voice.speaker],
             concurrency_id="engine",
             concurrency_limit=MAX_CONCURRENT,
             trigger_mode="multiple",  # a new question does not wait for the reply that it ends
@@ -135,13 +136,19 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
     )
     demo.load(None, None, None, js="() => mmchat.openSidebar()", api_visibility="private")
     answered(box.submit(page.add_text, [box, chat, visit], [box, chat, request_id], **quick))
-    spoken = [recording, box, chat]
-    answered(parts.voice.send.click(page.add_voice, [*spoken, visit], [*spoken, request_id], **quick))
+    connect_voice(demo, voice, parts, answered, quick)
     answered(chat.example_select(page.add_example, [chat, visit], [chat, request_id], **quick))
     answered(chat.retry(page.drop_reply, [chat, visit], [chat, request_id], **quick))
     chat.undo(turns.undo, [chat, visit], [chat, box], queue=False, **quick)
     stop.click(turns.stop_reply, visit, None, queue=False, **quick)
-    gr.on([parts.fresh.click, chat.clear], turns.clear_all, visit, [box, recording, chat], queue=False, **quick)
+    gr.on(
+        [parts.fresh.click, chat.clear],
+        turns.clear_all,
+        visit,
+        [box, parts.voice.recording, chat],
+        queue=False,
+        **quick,
+    )
     parts.save.click(None, chat, None, js="(history) => mmchat.save(history)", queue=False, **quick)
 
 

@@ -74,22 +74,6 @@ class Page:
         self.admit(request)
         return EMPTY_BOX, [*history, user_turn(question, box["files"])], visit.request()
 
-    def add_voice(
-        self, recording: str | None, box: Box, history: History, visit: Visit, request: gr.Request | None = None
-    ):
-        """Transcribes a recording and moves it into the conversation as text, with the pictures of the box."""
-        if not recording:
-            raise gr.Error("Please record or upload a question first.", print_exception=False)
-        self.admit(request)
-        request_id = visit.request()  # before the work: a running reply would overwrite this question
-        try:
-            question = self.engine.transcribe(recording).text
-        except Exception as error:
-            raise shown_error(error) from error
-        if visit.latest != request_id:  # another request came during transcription
-            return gr.skip(), gr.skip(), gr.skip(), NO_REQUEST
-        return None, {**box, "files": []}, [*history, user_turn(question, box["files"])], request_id
-
     def add_example(self, history: History, visit: Visit, event: gr.SelectData, request: gr.Request | None = None):
         """Asks what a card of the empty conversation shows; the browser names it by its number only."""
         if not isinstance(event.index, int) or not 0 <= event.index < len(self.examples):
@@ -208,9 +192,9 @@ def clear_all(visit: Visit) -> tuple[Box, None, History]:
     return EMPTY_BOX, None, []
 
 
-def show_stop() -> Any:
+def show_stop(request_id: int) -> Any:
     """While an answer is written, Stop is in view."""
-    return gr.Button(visible=True)
+    return gr.Button(visible=True) if request_id != NO_REQUEST else gr.skip()
 
 
 def hide_stop(visit: Visit, request_id: int) -> Any:
