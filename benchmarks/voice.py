@@ -99,7 +99,7 @@ def beside(engine) -> None:
         ratios.append(seconds(True) / without)
         plain.append(1 / without)
     print(
-        f"tokens of an answer that is read aloud: {median(ratios) - 1:+.1%} time each, {median(plain):.0f} pieces/s without"
+        f"reading aloud: {median(ratios) - 1:+.1%} time per piece of the answer; {median(plain):.0f} pieces/s without"
     )
 
 

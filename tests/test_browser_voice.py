@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import wave
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,7 +56,12 @@ def context(browser):
 
 
 @pytest.fixture
-def page(context, address):
+def page(context, address, engine, monkeypatch):
+    """A fresh visit. Answers are greedy: what is sampled is now and then no English, which the voice leaves out."""
+    reply = engine.reply
+    monkeypatch.setattr(
+        engine, "reply", lambda messages, options, **more: reply(messages, replace(options, temperature=0), **more)
+    )
     page = context.new_page()
     page.goto(address)
     question(page).wait_for()
