@@ -129,11 +129,13 @@ class Visitor:
         add = "add_voice" if kind == "voice" else "add_text"
         box = {"text": "" if kind == "voice" else question, "files": [picture] if picture else []}
         given = [question, box] if kind == "voice" else [box]
-        *_, asked_about, asked = await self.last(add, [*given, history, None], session)
+        switches = ["", False, False] if kind == "voice" else []  # language, translate, check before sending
+        outputs = await self.last(add, [*given, history, None, *switches], session)
+        asked_about, asked = outputs[2:4] if kind == "voice" else outputs[-2:]
         begun, first, after = time.monotonic(), None, []
-        reply = self.retry("reply", [asked_about, None, asked, 0, MAX_NEW_TOKENS, False], session)
+        reply = self.retry("reply", [asked_about, None, asked, 0, MAX_NEW_TOKENS, False, False], session)
         async with aclosing(reply):  # leaving closes the connection
-            async for (after,) in reply:
+            async for after, *_ in reply:
                 first = first or time.monotonic() - begun
                 if is_leaving and len(after) > len(asked_about):
                     self.record.kinds["left"] += 1

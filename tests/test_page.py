@@ -22,6 +22,7 @@ from mmchat.serving import page as ui
 from mmchat.serving import uploads
 from mmchat.serving.loading import PATIENCE, LoadingEngine
 from mmchat.serving.page import layout
+from mmchat.serving.page.voice import VoicePage
 from mmchat.serving.rate_limit import RateLimit
 from tests.conftest import ROOT
 from tests.raw import upload
@@ -127,12 +128,12 @@ def test_uploads_are_deleted_in_time(engine, photo, monkeypatch):
 def test_a_late_transcript_does_not_overwrite_a_newer_request(engine, monkeypatch):
     page, visit = ui.Page(engine), ui.Visit()
 
-    def transcribe(_):
+    def listen(*_):
         visit.request()  # the visitor pressed Clear meanwhile
-        return Transcript("Too late", "en", ())
+        yield Transcript("Too late", "en", ())
 
-    monkeypatch.setattr(engine, "transcribe", transcribe)
-    *shown, asked = page.add_voice("recording.wav", {"text": "", "files": []}, [], visit)
+    monkeypatch.setattr(engine, "listen", listen)
+    ((*shown, asked, _, _),) = VoicePage(page).add_voice("recording.wav", {"text": "", "files": []}, [], visit)
     assert shown == [gr.skip()] * 3
     assert list(page.reply([], visit, asked, 0, 16, False)) == [gr.skip()]
 
