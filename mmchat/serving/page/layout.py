@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import gradio as gr
 from ...conversation import Engine
 from ..rate_limit import RateLimit
 from ..uploads import KEEP_UPLOADS, MAX_UPLOAD, SafeImage
-from . import turns
+from . import conversations, turns
+from .assets import asset
 from .components import Conversation, QuestionBox
 from .examples import cards, read_examples
 from .settings import build_settings
@@ -39,7 +39,9 @@ class Parts:
     status: gr.Markdown  # a thin row above the box: place in line, progress, errors
     stop: gr.Button
     fresh: gr.Button  # "New chat"
+    listing: gr.HTML  # the conversations in the visitor's browser
     save: gr.Button
+    save_json: gr.Button
     settings: list[Any]
     about: gr.Markdown
     visit: gr.State
@@ -64,7 +66,9 @@ def build(engine: Engine, examples: Path, limit: RateLimit | None = None) -> gr.
 def _place(page: Page) -> Parts:
     with gr.Sidebar(open=False, width=280, elem_id="side"):
         fresh = gr.Button("New chat", size="sm")
-        save = gr.Button("Save", size="sm")
+        listing = conversations.build_list()
+        with gr.Row():
+            save, save_json = (gr.Button(name, size="sm", min_width=80) for name in ("Save", "Save JSON"))
         with gr.Accordion("Settings", open=False):
             settings = build_settings()
         about = gr.Markdown(elem_id="about")
@@ -106,7 +110,7 @@ def _place(page: Page) -> Parts:
             with gr.Tab("Voice", id="voice"):
                 voice = build_voice_tab()
     visit, request_id = gr.State(turns.Visit()), gr.Number(visible=False)
-    return Parts(chat, box, voice, status, stop, fresh, save, settings, about, visit, request_id)
+    return Parts(chat, box, voice, status, stop, fresh, listing, save, save_json, settings, about, visit, request_id)
 
 
 def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
@@ -116,8 +120,11 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
     chat, box, visit, request_id, stop = parts.chat, parts.box, parts.visit, parts.request_id, parts.stop
     recording = parts.voice.recording
 
+    keep = {"fn": None, "inputs": chat, "js": "(history) => mmchat.store.save(history)", **quick}
+
     def answered(event: Any) -> None:
         """What follows a question: its answer."""
+        event.success(**keep)
         shown = event.success(turns.show_stop, None, stop, queue=False, **quick)
         shown.success(
             page.reply,
@@ -128,12 +135,13 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
             trigger_mode="multiple",  # a new question does not wait for the reply that it ends
             show_progress="minimal",
             **private,
-        ).then(turns.hide_stop, [visit, request_id], stop, queue=False, **quick)
+        ).then(turns.hide_stop, [visit, request_id], stop, queue=False, **quick).then(**keep)
 
     demo.load(
         lambda: page.engine.about, None, parts.about, queue=False, show_progress="hidden", api_visibility="private"
     )
     demo.load(None, None, None, js="() => mmchat.openSidebar()", api_visibility="private")
+    demo.load(None, None, chat, js="() => mmchat.store.reopen()", api_visibility="private")
     answered(box.submit(page.add_text, [box, chat, visit], [box, chat, request_id], **quick))
     spoken = [recording, box, chat]
     answered(parts.voice.send.click(page.add_voice, [*spoken, visit], [*spoken, request_id], **quick))
@@ -141,8 +149,18 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
     answered(chat.retry(page.drop_reply, [chat, visit], [chat, request_id], **quick))
     chat.undo(turns.undo, [chat, visit], [chat, box], queue=False, **quick)
     stop.click(turns.stop_reply, visit, None, queue=False, **quick)
-    gr.on([parts.fresh.click, chat.clear], turns.clear_all, visit, [box, recording, chat], queue=False, **quick)
-    parts.save.click(None, chat, None, js="(history) => mmchat.save(history)", queue=False, **quick)
+    listing = parts.listing
+    for emptied in (parts.fresh.click, chat.clear, listing.fresh):
+        emptied(None, None, [box, recording, chat], js="() => mmchat.store.fresh()", **quick).then(
+            turns.stop_reply, visit, None, queue=False, **quick
+        ).then(None, chat, chat, js="(history) => mmchat.store.settle(history)", **quick)
+    leave = {**keep, "js": "(history) => mmchat.store.save(history, false)"}  # an answer that is being written
+    listing.open(**leave).then(turns.stop_reply, visit, None, queue=False, **quick).then(
+        None, None, chat, js="() => [mmchat.opened]", **quick
+    )
+    listing.notice(conversations.show_notice, None, None, **quick)
+    parts.save.click(None, chat, None, js="(history) => mmchat.transfer.saveMarkdown(history)", **quick)
+    parts.save_json.click(None, chat, None, js="(history) => mmchat.transfer.saveJson(history)", **quick)
 
 
 def _add_endpoint(page: Page) -> None:
@@ -173,11 +191,10 @@ def look() -> gr.themes.Base:
 
 def launch(demo: gr.Blocks, **options: Any):
     """Serves the page. ``options`` are passed to gradio's launch, such as server_name and server_port."""
-    here = files(__package__)
-    script = (here / "page.js").read_text(encoding="utf-8")
+    script = "\n".join(asset(name) for name in ("page.js", "store.js", "transfer.js"))
     return demo.launch(
         theme=look(),
-        css=(here / "page.css").read_text(encoding="utf-8"),
+        css=asset("page.css"),
         head=f"{CONTENT_SECURITY}<script>{script}</script>",
         max_file_size=MAX_UPLOAD,
         show_error=False,

@@ -1,18 +1,5 @@
 // What must happen in the browser. Titles and texts of visitors are set with textContent, never as HTML.
 window.mmchat = (() => {
-  const download = (name, type, text) => {
-    const url = URL.createObjectURL(new Blob([text], {type}));
-    Object.assign(document.createElement('a'), {href: url, download: name}).click();
-    URL.revokeObjectURL(url);
-  };
-
-  const markdown = history => {
-    const say = part => part.type === 'text' ? part.text : `[${part.alt_text || part.type}]`;
-    const who = turn => turn.metadata?.title ? `${turn.role}, ${turn.metadata.title.toLowerCase()}` : turn.role;
-    return history.map(turn => `**${who(turn)}**: ` + turn.content.map(say).join(' ')).join('\n\n') + '\n';
-  };
-  const save = history => { download('conversation.md', 'text/markdown', markdown(history)); return []; };
-
   const openSidebar = () => {
     if (innerWidth > 900) document.querySelector('#side:not(.open) .toggle-button')?.click();
     return [];
@@ -63,5 +50,5 @@ window.mmchat = (() => {
     if (!due) { due = true; requestAnimationFrame(() => { due = false; repair(); }); }
   }).observe(document, {childList: true, subtree: true});
 
-  return {save, openSidebar};
+  return {openSidebar};
 })();

@@ -15,7 +15,8 @@ from ...conversation import Engine, Message, SamplingOptions
 from ...errors import BadInput
 from ..rate_limit import RateLimit
 from ..uploads import shown_error
-from .history import DRAFT, History, pictures_of, said, text_of, to_messages, user_turn
+from .conversations import with_id
+from .history import DRAFT, History, Turn, pictures_of, said, text_of, to_messages, user_turn
 from .settings import read_settings
 
 MAX_QUESTION = 4000  # characters
@@ -72,7 +73,7 @@ class Page:
         """Moves a typed question and its pictures into the conversation and clears the box."""
         question = checked_question(box["text"], box["files"])
         self.admit(request)
-        return EMPTY_BOX, [*history, user_turn(question, box["files"])], visit.request()
+        return EMPTY_BOX, asked(history, user_turn(question, box["files"])), visit.request()
 
     def add_voice(
         self, recording: str | None, box: Box, history: History, visit: Visit, request: gr.Request | None = None
@@ -88,7 +89,7 @@ class Page:
             raise shown_error(error) from error
         if visit.latest != request_id:  # another request came during transcription
             return gr.skip(), gr.skip(), gr.skip(), NO_REQUEST
-        return None, {**box, "files": []}, [*history, user_turn(question, box["files"])], request_id
+        return None, {**box, "files": []}, asked(history, user_turn(question, box["files"])), request_id
 
     def add_example(self, history: History, visit: Visit, event: gr.SelectData, request: gr.Request | None = None):
         """Asks what a card of the empty conversation shows; the browser names it by its number only."""
@@ -96,7 +97,7 @@ class Page:
             raise gr.Error("There is no such example.", print_exception=False)
         question, picture = self.examples[event.index]
         self.admit(request)
-        return [*history, user_turn(question, [cached(picture)])], visit.request()
+        return asked(history, user_turn(question, [cached(picture)])), visit.request()
 
     def drop_reply(
         self, history: History, visit: Visit, event: gr.RetryData, request: gr.Request | None = None
@@ -151,6 +152,11 @@ class Page:
             raise shown_error(error) from error
 
 
+def asked(history: History, question: Turn) -> History:
+    """The conversation with one more question; a new conversation gets an id."""
+    return [*history, question] if history else with_id([question])
+
+
 def cached(path: str) -> str:
     """A copy of an example's picture among the uploads, where the pictures of every conversation are."""
     return save_file_to_cache(path, get_upload_folder())
@@ -200,12 +206,6 @@ def to_box(turns: History) -> Box:
 def stop_reply(visit: Visit) -> None:
     """Stop: an empty request, which ends the reply."""
     visit.request()
-
-
-def clear_all(visit: Visit) -> tuple[Box, None, History]:
-    """New chat: empties box, recording and conversation."""
-    visit.request()
-    return EMPTY_BOX, None, []
 
 
 def show_stop() -> Any:
