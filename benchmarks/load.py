@@ -131,7 +131,7 @@ class Visitor:
         given = [question, box] if kind == "voice" else [box]
         *_, asked_about, asked = await self.last(add, [*given, history, None], session)
         begun, first, after = time.monotonic(), None, []
-        reply = self.retry("reply", [asked_about, None, asked, 0, MAX_NEW_TOKENS, False], session)
+        reply = self.retry("reply", [asked_about, None, asked, 0, MAX_NEW_TOKENS, False, 1, 1, True, None, ""], session)
         async with aclosing(reply):  # leaving closes the connection
             async for (after,) in reply:
                 first = first or time.monotonic() - begun
@@ -167,7 +167,7 @@ class Visitor:
             self.record.problems.append(f"visitor {self.number} got words of others: {others}")
         if kind == "voice" and SAID not in whole:
             self.record.problems.append(f"visitor {self.number} got a wrong transcript: {whole}")
-        if len(history) != asked + 1 or not said(history):
+        if len(history) != asked + 2 or not said(history):
             self.record.problems.append(f"visitor {self.number} got no answer: {whole[-300:]}")
 
     def compare(self, name: str, history: list) -> None:

@@ -78,7 +78,8 @@ def question(page):
 
 
 def answers(page):
-    return page.locator("#chat .bot .prose")
+    """The answers, without what is folded above them."""
+    return page.locator("#chat .bot-row .message:not(:has(.thought-group)) .prose")
 
 
 def ask(page, text):

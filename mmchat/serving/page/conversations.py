@@ -28,7 +28,7 @@ NOTICES = {
 
 def build_list() -> gr.HTML:
     """Places the list; it triggers the events ``open``, ``fresh`` and ``notice``."""
-    return gr.HTML(elem_id="list", html_template=TEMPLATE, js_on_load=asset("list.js"))
+    return gr.HTML(elem_id="list", apply_default_css=False, html_template=TEMPLATE, js_on_load=asset("list.js"))
 
 
 def show_notice(event: gr.EventData) -> None:
@@ -42,3 +42,8 @@ def with_id(history: History) -> History:
     """The conversation with a new id, under which the browser keeps it, in its first message."""
     first: Turn = {**history[0], "metadata": {**(history[0].get("metadata") or {}), "id": uuid.uuid4().hex}}
     return [first, *history[1:]]
+
+
+def id_of(history: History) -> str | None:
+    """The id of a conversation, if it has one."""
+    return (history[0].get("metadata") or {}).get("id")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import gradio as gr
 from ...conversation import Engine
 from ..rate_limit import RateLimit
 from ..uploads import KEEP_UPLOADS, MAX_UPLOAD, SafeImage
-from . import conversations, turns
+from . import branches, conversations, turns
 from .assets import asset
 from .components import Conversation, QuestionBox
 from .examples import cards, read_examples
-from .settings import build_settings
+from .settings import build_settings, default_settings
 from .turns import MAX_QUESTION, Page
+from .visit import Visit
 from .voice import VoiceTab, build_voice_tab
 
 MAX_CONCURRENT = 4  # answers generated at the same time; they take turns, so a short one does not wait for a long one
@@ -43,6 +45,8 @@ class Parts:
     save: gr.Button
     save_json: gr.Button
     settings: list[Any]
+    reset: gr.Button
+    buttons: gr.HTML  # puts buttons on messages
     about: gr.Markdown
     visit: gr.State
     request_id: gr.Number  # lives in the browser and tells a reply its request
@@ -69,8 +73,8 @@ def _place(page: Page) -> Parts:
         listing = conversations.build_list()
         with gr.Row():
             save, save_json = (gr.Button(name, size="sm", min_width=80) for name in ("Save", "Save JSON"))
-        with gr.Accordion("Settings", open=False):
-            settings = build_settings()
+        settings = build_settings()
+        reset = gr.Button("Reset settings", size="sm")
         about = gr.Markdown(elem_id="about")
     with gr.Column(elem_id="app", scale=1, min_width=0):
         gr.Markdown("# mmchat", elem_id="top")
@@ -109,8 +113,25 @@ def _place(page: Page) -> Parts:
                 )
             with gr.Tab("Voice", id="voice"):
                 voice = build_voice_tab()
-    visit, request_id = gr.State(turns.Visit()), gr.Number(visible=False)
-    return Parts(chat, box, voice, status, stop, fresh, listing, save, save_json, settings, about, visit, request_id)
+    buttons = gr.HTML(visible="hidden", js_on_load=asset("buttons.js"))
+    visit, request_id = gr.State(Visit()), gr.Number(visible=False)
+    return Parts(
+        chat,
+        box,
+        voice,
+        status,
+        stop,
+        fresh,
+        listing,
+        save,
+        save_json,
+        settings,
+        reset,
+        buttons,
+        about,
+        visit,
+        request_id,
+    )
 
 
 def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
@@ -141,13 +162,23 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
         lambda: page.engine.about, None, parts.about, queue=False, show_progress="hidden", api_visibility="private"
     )
     demo.load(None, None, None, js="() => mmchat.openSidebar()", api_visibility="private")
+    stored = f"() => mmchat.settings.read({json.dumps(default_settings())})"
+    demo.load(None, None, parts.settings, js=stored, api_visibility="private")
     demo.load(None, None, chat, js="() => mmchat.store.reopen()", api_visibility="private")
     answered(box.submit(page.add_text, [box, chat, visit], [box, chat, request_id], **quick))
     spoken = [recording, box, chat]
     answered(parts.voice.send.click(page.add_voice, [*spoken, visit], [*spoken, request_id], **quick))
     answered(chat.example_select(page.add_example, [chat, visit], [chat, request_id], **quick))
     answered(chat.retry(page.drop_reply, [chat, visit], [chat, request_id], **quick))
-    chat.undo(turns.undo, [chat, visit], [chat, box], queue=False, **quick)
+    chat.undo(turns.undo, [chat, visit], [chat, box], queue=False, **quick).then(**keep)
+    chat.option_select(branches.flip, [chat, visit], chat, **quick).then(**keep)
+    parts.buttons.edit(branches.edit, [chat, visit], [chat, box], **quick)
+    remember = {"fn": None, "js": "(...values) => mmchat.settings.write(values)", **quick}
+    for setting in parts.settings:
+        setting.change(inputs=parts.settings, **remember)
+    parts.reset.click(default_settings, None, parts.settings, queue=False, **quick).then(
+        inputs=parts.settings, **remember
+    )
     stop.click(turns.stop_reply, visit, None, queue=False, **quick)
     listing = parts.listing
     for emptied in (parts.fresh.click, chat.clear, listing.fresh):
@@ -183,7 +214,9 @@ def look() -> gr.themes.Base:
     return gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"]).set(
         color_accent="*primary_700",
         block_title_text_color="*primary_700",
-        block_title_text_color_dark="*primary_300",
+        block_title_text_color_dark="white",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_dark="*primary_600",
         block_label_text_color="*primary_700",
         body_text_color_subdued="*neutral_600",
     )

@@ -5,6 +5,20 @@ window.mmchat = (() => {
     return [];
   };
 
+  const SETTINGS = 'mmchat-settings';
+  let areRead = false; // else the defaults would be written over what is kept
+  const settings = {
+    write: values => { if (areRead) localStorage.setItem(SETTINGS, JSON.stringify(values)); return []; },
+    read: defaults => {
+      areRead = true;
+      try {
+        const kept = JSON.parse(localStorage.getItem(SETTINGS));
+        if (Array.isArray(kept) && kept.length === defaults.length) return kept;
+      } catch (error) { console.debug('settings', error); }
+      return defaults;
+    },
+  };
+
   // Drop and paste anywhere: the files go to the question box's own input.
   const images = list => [...(list || [])].filter(file => file.type.startsWith('image/'));
   const give = files => {
@@ -50,5 +64,5 @@ window.mmchat = (() => {
     if (!due) { due = true; requestAnimationFrame(() => { due = false; repair(); }); }
   }).observe(document, {childList: true, subtree: true});
 
-  return {openSidebar};
+  return {openSidebar, settings};
 })();
