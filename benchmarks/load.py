@@ -133,7 +133,8 @@ class Visitor:
         outputs = await self.last(add, [*given, history, None, *switches], session)
         asked_about, asked = outputs[2:4] if kind == "voice" else outputs[-2:]
         begun, first, after = time.monotonic(), None, []
-        reply = self.retry("reply", [asked_about, None, asked, 0, MAX_NEW_TOKENS, False, False], session)
+        settings = [0, MAX_NEW_TOKENS, False, 1, 1, True, None, ""]
+        reply = self.retry("reply", [asked_about, None, asked, *settings, False], session)
         async with aclosing(reply):  # leaving closes the connection
             async for after, *_ in reply:
                 first = first or time.monotonic() - begun
@@ -169,7 +170,7 @@ class Visitor:
             self.record.problems.append(f"visitor {self.number} got words of others: {others}")
         if kind == "voice" and SAID not in whole:
             self.record.problems.append(f"visitor {self.number} got a wrong transcript: {whole}")
-        if len(history) != asked + 1 or not said(history):
+        if len(history) != asked + 2 or not said(history):
             self.record.problems.append(f"visitor {self.number} got no answer: {whole[-300:]}")
 
     def compare(self, name: str, history: list) -> None:

@@ -45,6 +45,7 @@ from .presets import AUTO, DEFAULT_PRESET, Preset, get_preset
 logger = logging.getLogger(__name__)
 
 CACHED_PICTURES = 64
+SHOWN_CLASSES = 5  # in the details of an answer
 CACHE_BUDGET = {"cpu": 2e8, "mps": 1e9, "cuda": 2e9}  # bytes of KV cache kept for idle conversations
 
 
@@ -156,6 +157,13 @@ class LocalEngine(Speaking):
             classes, words = self.model.tagger(self.image_features(image))
         found = sorted([*classes, *words], key=lambda tag: tag.probability)
         return list({tag.name: tag for tag in found}.values())[::-1]  # if both know a name, the likelier tag stays
+
+    def details(self, answer: str, images: Sequence[Any] = ()) -> dict[str, Any]:
+        """What a page tells about an answer: the model, the answer's tokens, and each picture's likeliest classes."""
+        with self._lock:
+            tokens = len(self.tokenizer.encode(answer, add_special_tokens=False))
+        classes = [[tag.name for tag in self.classes(image)[:SHOWN_CLASSES]] for image in images]
+        return {"model": self.preset.name, "tokens": tokens, "classes": classes}
 
     def reply(
         self,

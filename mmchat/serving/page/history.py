@@ -11,6 +11,8 @@ from ..uploads import is_uploaded
 
 Turn = dict[str, Any]  # {"role", "content", "metadata"}: one message of the Chatbot
 History = list[Turn]
+Box = dict[str, Any]  # {"text", "files"}: what is in the question box
+EMPTY_BOX: Box = {"text": "", "files": []}
 DRAFT = "Draft"  # title of an answer that was rewritten; the page folds it, and the model does not see it again
 
 
@@ -58,3 +60,11 @@ def user_turn(text: str, pictures: Sequence[str]) -> Turn:
 def said(text: str) -> Turn:
     """An answer as the page shows it."""
     return {"role": "assistant", "content": text}
+
+
+def to_box(turns: History) -> Box:
+    """A question as the box holds it; an empty box if there is none."""
+    question = next((turn for turn in turns if turn.get("role") == "user"), None)
+    if not question:
+        return EMPTY_BOX
+    return {"text": text_of(question), "files": [str(path) for path in pictures_of(question)]}

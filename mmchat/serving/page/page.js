@@ -1,21 +1,22 @@
 // What must happen in the browser. Titles and texts of visitors are set with textContent, never as HTML.
 window.mmchat = (() => {
-  const download = (name, type, text) => {
-    const url = URL.createObjectURL(new Blob([text], {type}));
-    Object.assign(document.createElement('a'), {href: url, download: name}).click();
-    URL.revokeObjectURL(url);
-  };
-
-  const markdown = history => {
-    const say = part => part.type === 'text' ? part.text : `[${part.alt_text || part.type}]`;
-    const who = turn => turn.metadata?.title ? `${turn.role}, ${turn.metadata.title.toLowerCase()}` : turn.role;
-    return history.map(turn => `**${who(turn)}**: ` + turn.content.map(say).join(' ')).join('\n\n') + '\n';
-  };
-  const save = history => { download('conversation.md', 'text/markdown', markdown(history)); return []; };
-
   const openSidebar = () => {
     if (innerWidth > 900) document.querySelector('#side:not(.open) .toggle-button')?.click();
     return [];
+  };
+
+  const SETTINGS = 'mmchat-settings';
+  let areRead = false; // else the defaults would be written over what is kept
+  const settings = {
+    write: values => { if (areRead) localStorage.setItem(SETTINGS, JSON.stringify(values)); return []; },
+    read: defaults => {
+      areRead = true;
+      try {
+        const kept = JSON.parse(localStorage.getItem(SETTINGS));
+        if (Array.isArray(kept) && kept.length === defaults.length) return kept;
+      } catch (error) { console.debug('settings', error); }
+      return defaults;
+    },
   };
 
   // Drop and paste anywhere: the files go to the question box's own input.
@@ -63,5 +64,5 @@ window.mmchat = (() => {
     if (!due) { due = true; requestAnimationFrame(() => { due = false; repair(); }); }
   }).observe(document, {childList: true, subtree: true});
 
-  return {save, openSidebar};
+  return {openSidebar, settings};
 })();

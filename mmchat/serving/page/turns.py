@@ -11,19 +11,22 @@ import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
-from ...conversation import Engine, Message, SamplingOptions
+from ...conversation import Engine, Message, SamplingOptions, has_images
 from ...errors import BadInput
 from ..rate_limit import RateLimit
 from ..uploads import shown_error
-from .history import DRAFT, History, pictures_of, said, text_of, to_messages, user_turn
+from . import branches
+from .conversations import id_of, with_id
+from .details import Stopwatch, details, working
+from .history import DRAFT, EMPTY_BOX, Box, History, Turn, is_folded, said, to_box, to_messages, user_turn
 from .settings import read_settings
+from .visit import Visit
 
 MAX_QUESTION = 4000  # characters
 MAX_PICTURES = 8  # in one question
+LOADING_SECONDS = 0.5  # between two looks at what has been fetched
 REDRAW_SECONDS = 0.1  # a long conversation takes a browser about this long to draw
 NO_REQUEST = -1  # a request id that never matches, so its reply writes nothing
-Box = dict[str, Any]  # {"text", "files"}: what is in the question box
-EMPTY_BOX: Box = {"text": "", "files": []}
 
 
 def checked_question(text: str | None, pictures: list[str]) -> str:
@@ -36,22 +39,6 @@ def checked_question(text: str | None, pictures: list[str]) -> str:
     if len(pictures) > MAX_PICTURES:
         raise gr.Error(f"Please send at most {MAX_PICTURES} pictures at a time.", print_exception=False)
     return text
-
-
-class Visit:
-    """One visit to the page. Each request gets an id, and only the latest request may write to the page.
-
-    This is how Stop, New chat, Undo and a new question end a reply. With gradio's own ``cancels``, the old reply would
-    overwrite the new question, and cancelling works only once.
-    """
-
-    def __init__(self):
-        self.latest = 0
-
-    def request(self) -> int:
-        """Starts a request, which ends the previous one."""
-        self.latest += 1
-        return self.latest
 
 
 class Page:
@@ -72,7 +59,7 @@ class Page:
         """Moves a typed question and its pictures into the conversation and clears the box."""
         question = checked_question(box["text"], box["files"])
         self.admit(request)
-        return EMPTY_BOX, [*history, user_turn(question, box["files"])], visit.request()
+        return EMPTY_BOX, asked(history, user_turn(question, box["files"])), visit.request()
 
     def add_example(self, history: History, visit: Visit, event: gr.SelectData, request: gr.Request | None = None):
         """Asks what a card of the empty conversation shows; the browser names it by its number only."""
@@ -80,28 +67,56 @@ class Page:
             raise gr.Error("There is no such example.", print_exception=False)
         question, picture = self.examples[event.index]
         self.admit(request)
-        return [*history, user_turn(question, [cached(picture)])], visit.request()
+        return asked(history, user_turn(question, [cached(picture)])), visit.request()
 
     def drop_reply(
         self, history: History, visit: Visit, event: gr.RetryData, request: gr.Request | None = None
     ) -> tuple[History, int]:
-        """Retry: cuts the conversation after the question that is asked again."""
+        """Retry: cuts the conversation after the question that is asked again; the new answer joins the old ones."""
         self.admit(request)
-        return history[: event.index + 1], visit.request()
+        end = event.index + 1
+        return history[:end], visit.request(branches.answers_of(history[end:]))
 
     def reply(self, history: History, visit: Visit, request_id: int, *settings: Any) -> Iterator[History]:
         """Streams the answer to the last question into the conversation, until another request comes."""
         if visit.latest == request_id:  # else another request came while this one waited in the queue
+            history = history if not history or id_of(history) else with_id(history)
+            earlier, is_shown = visit.earlier, False
             try:
-                options, rewrite = read_settings(*settings)
-            except BadInput as error:
-                raise shown_error(error) from error
-            with closing(self.answer(to_messages(history), options, rewrite)) as turns:
-                for turn in at_most_every(REDRAW_SECONDS, turns):
+                for answer in at_most_every(REDRAW_SECONDS, self._answers(history, visit, settings)):
                     if visit.latest != request_id:
                         break
-                    yield [*history, *turn]
+                    is_shown = not is_folded(answer[-1])
+                    answers = [*earlier, branches.plain(answer)] if earlier and is_shown else [answer]
+                    yield [*history, *branches.with_answers(answers, len(answers) - 1)]
+            except gr.Error:
+                if earlier and not is_shown:  # the old answer comes back
+                    yield [*history, *branches.with_answers(earlier, len(earlier) - 1)]
+                elif not is_shown:
+                    yield history  # without the row that said what was going on
+                raise
         yield gr.skip()  # gradio repeats the last value at the end, which could overwrite a newer page
+
+    def _answers(self, history: History, visit: Visit, settings: tuple[Any, ...]) -> Iterator[History]:
+        """What is going on, the answer so far, and at last the whole answer with its details."""
+        try:
+            options, rewrite, system = read_settings(*settings)
+        except BadInput as error:
+            raise shown_error(error) from error
+        messages = to_messages(history)
+        if system and not has_images(messages):
+            messages = [Message("system", system), *messages]
+        while (loading := getattr(self.engine, "loading", None)) is not None:
+            yield [working("Loading the models", loading)]
+            time.sleep(LOADING_SECONDS)
+        watch, speech_seconds = Stopwatch(), visit.speech_seconds
+        has_picture = bool(messages and messages[-1].images)
+        yield [working("Looking at the picture" if has_picture else "Thinking")]
+        with closing(self.answer(messages, options, rewrite)) as turns:
+            for answer in turns:
+                watch.piece()
+                yield [working("Writing"), *answer]
+        yield [details(self.engine, messages, answer[-1]["content"], watch, speech_seconds), *answer]
 
     def ask(
         self, question: str, image: str | None = None, rewrite: bool = False, request: gr.Request | None = None
@@ -133,6 +148,11 @@ class Page:
                         yield [folded, said(text)]
         except Exception as error:
             raise shown_error(error) from error
+
+
+def asked(history: History, question: Turn) -> History:
+    """The conversation with one more question; a new conversation gets an id."""
+    return [*history, question] if history else with_id([question])
 
 
 def cached(path: str) -> str:
@@ -173,23 +193,9 @@ def undo(history: History, visit: Visit, event: gr.UndoData) -> tuple[History, B
     return history[: event.index], to_box(history[event.index : event.index + 1])
 
 
-def to_box(turns: History) -> Box:
-    """A question as the box holds it; an empty box if there is none."""
-    question = next((turn for turn in turns if turn.get("role") == "user"), None)
-    if not question:
-        return EMPTY_BOX
-    return {"text": text_of(question), "files": [str(path) for path in pictures_of(question)]}
-
-
 def stop_reply(visit: Visit) -> None:
     """Stop: an empty request, which ends the reply."""
     visit.request()
-
-
-def clear_all(visit: Visit) -> tuple[Box, None, History]:
-    """New chat: empties box, recording and conversation."""
-    visit.request()
-    return EMPTY_BOX, None, []
 
 
 def show_stop(request_id: int) -> Any:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ import gradio as gr
 from ...errors import BadInput
 from ...models.voice import BackgroundReader, SpokenSentence, wav_bytes
 from ..uploads import is_uploaded, shown_error
-from .history import History, is_folded, parts_of, text_of, user_turn
-from .turns import NO_REQUEST, Box, Page, Visit
+from .assets import asset
+from .history import Box, History, is_folded, parts_of, text_of, user_turn
+from .turns import NO_REQUEST, Page, asked
+from .visit import Visit
 
 DETECT = ("Detect the language", "")
 KEPT = ("check", "aloud")  # switches that the browser keeps
@@ -46,7 +47,7 @@ class VoiceTab:
 
 def build_speaker() -> gr.HTML:
     """Places what plays sound and hears hands-free talk; outside the tabs, which exist only once they are opened."""
-    script = (files(__package__) / "voice.js").read_text(encoding="utf-8")
+    script = asset("voice.js")
     return gr.HTML(visible="hidden", js_on_load=script, elem_id="speaker")
 
 
@@ -123,8 +124,9 @@ class VoicePage:
             text = " ".join(filter(None, [box["text"].strip(), heard.text]))
             yield None, {**box, "text": text}, gr.skip(), NO_REQUEST, note, dropdown
         else:
-            asked = [*history, user_turn(heard.text, box["files"])]
-            yield None, {**box, "files": []}, asked, request_id, note, dropdown
+            visit.speech_seconds = sum(segment.end - segment.start for segment in heard.segments)
+            conversation = asked(history, user_turn(heard.text, box["files"]))
+            yield None, {**box, "files": []}, conversation, request_id, note, dropdown
 
     def add_spoken(
         self,
@@ -153,7 +155,7 @@ class VoicePage:
             with closing(self.page.reply(history, visit, request_id, *settings_of_page)) as shown:
                 for conversation in shown:
                     yield conversation, gr.skip()
-                    if not reader or not isinstance(conversation, list):
+                    if not reader or not isinstance(conversation, list) or is_folded(conversation[-1]):
                         continue
                     text = text_of(conversation[-1])
                     if is_draft_spoken and text.startswith(said):
