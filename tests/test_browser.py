@@ -48,6 +48,7 @@ def test_a_question_about_a_photo_and_a_follow_up(page, photo, engine, monkeypat
 
 def test_a_spoken_question_is_transcribed_and_answered(page):
     page.get_by_role("tab", name="Voice").click()
+    page.get_by_label("Check before sending").uncheck()
     microphone = page.locator("#mic")
     microphone.get_by_role("button", name="Record", exact=True).click()
     page.wait_for_timeout(11_500)  # the length of the speech

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mmchat.media import SAMPLE_RATE, read_audio
+from tests.browsing import FLAGS, PATIENCE, answers, ask, expect, find_chromium, finished, question
 from tests.conftest import SPEECH
-from tests.test_browser import FLAGS, PATIENCE, answers, ask, expect, find_chromium, finished, question
 
 pytestmark = pytest.mark.browser
 JAPANESE = SPEECH.with_name("ja.flac")
