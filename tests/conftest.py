@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def engine():
-    """The real engine: SmolLM2, EfficientNet-Lite2, Whisper tiny.en and the shipped weights."""
+    """The real engine: SmolLM2, EfficientNet-Lite2, Whisper base and the shipped weights."""
     import mmchat
 
     return mmchat.load("smol")
