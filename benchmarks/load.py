@@ -127,11 +127,16 @@ class Visitor:
         """Asks a question and returns the conversation; an empty one if the visitor left early."""
         is_leaving = self.rng.random() < LEAVE_PROBABILITY
         add = "add_voice" if kind == "voice" else "add_text"
-        _, _, asked_about, asked = await self.last(add, [question, picture, history, None], session)
+        box = {"text": "" if kind == "voice" else question, "files": [picture] if picture else []}
+        given = [question, box] if kind == "voice" else [box]
+        switches = ["", False, False] if kind == "voice" else []  # language, translate, check before sending
+        outputs = await self.last(add, [*given, history, None, *switches], session)
+        asked_about, asked = outputs[2:4] if kind == "voice" else outputs[-2:]
         begun, first, after = time.monotonic(), None, []
-        reply = self.retry("reply", [asked_about, None, asked, 0, MAX_NEW_TOKENS, False], session)
+        settings = [0, MAX_NEW_TOKENS, False, 1, 1, True, None, ""]
+        reply = self.retry("reply", [asked_about, None, asked, *settings, False], session)
         async with aclosing(reply):  # leaving closes the connection
-            async for (after,) in reply:
+            async for after, *_ in reply:
                 first = first or time.monotonic() - begun
                 if is_leaving and len(after) > len(asked_about):
                     self.record.kinds["left"] += 1
@@ -165,7 +170,7 @@ class Visitor:
             self.record.problems.append(f"visitor {self.number} got words of others: {others}")
         if kind == "voice" and SAID not in whole:
             self.record.problems.append(f"visitor {self.number} got a wrong transcript: {whole}")
-        if len(history) != asked + 1 or not said(history):
+        if len(history) != asked + 2 or not said(history):
             self.record.problems.append(f"visitor {self.number} got no answer: {whole[-300:]}")
 
     def compare(self, name: str, history: list) -> None:

@@ -60,6 +60,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     ask_command.add_argument("question", nargs="?", default="", help="the question; or pass a recording with --audio")
     ask_command.add_argument("--image", action="append", default=[], help="a picture to ask about; may be repeated")
     ask_command.add_argument("--audio", help="a recording of the question")
+    ask_command.add_argument("--language", help="of the recording, such as de or German (default: detect it)")
+    ask_command.add_argument("--translate", action="store_true", help="translate the recording into English")
+    ask_command.add_argument("--speak", metavar="WAV", help="also write the answer to this file, read aloud")
     _add_model_flags(ask_command)
     _add_speech_flag(ask_command)
     _add_sampling_flags(ask_command)
@@ -118,8 +121,8 @@ def _add_speech_flag(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--speech",
         default=os.environ.get("MMCHAT_SPEECH"),
-        help="another Whisper model: a size such as base.en, a repository, a folder or a .pt file "
-        "(default: MMCHAT_SPEECH, or the preset's own)",
+        help="another Whisper model: tiny.en or base, which need no Hub, another size, a repository, a folder or a "
+        ".pt file (default: MMCHAT_SPEECH, or the preset's own)",
     )
 
 
@@ -160,17 +163,32 @@ def ask(options: argparse.Namespace) -> int:
     engine, sampling = _start(options)
     question = options.question
     if options.audio:
-        question = engine.transcribe(options.audio).text
-        print(f"> {question}", file=sys.stderr)
+        question = _heard(engine, options)
     pieces = engine.reply([Message("user", question, options.image)], sampling)
     if options.rewrite:
         draft = "".join(pieces)
         print(f"Draft: {draft}", file=sys.stderr)
         pieces = engine.rewrite(question, draft, sampling)
+    answer = ""
     for piece in pieces:
+        answer += piece
         print(piece, end="", flush=True)
     print()
+    if options.speak:
+        from .models.voice import write_wav
+
+        write_wav(options.speak, *engine.speak(answer))
     return 0
+
+
+def _heard(engine: LocalEngine, options: argparse.Namespace) -> str:
+    """Transcribes the recording of a question and prints what was heard."""
+    heard = engine.transcribe(options.audio, options.language, "translate" if options.translate else "transcribe")
+    print(f"> {heard.text}", file=sys.stderr)
+    if not options.translate and engine.answers_in and heard.language not in engine.answers_in:
+        name = engine.languages.get(heard.language, heard.language)
+        print(f"The model that answers knows no {name}: add --translate to ask it in English.", file=sys.stderr)
+    return heard.text
 
 
 def batch(options: argparse.Namespace) -> int:

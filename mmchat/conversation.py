@@ -6,7 +6,7 @@ Plain data, without torch, so the page and the model server's client start fast.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,8 +99,9 @@ class Transcript:
     """What is said in a recording."""
 
     text: str
-    language: str  # two-letter code, such as "en"
+    language: str  # Whisper's code of the spoken language, such as "en", also where the text is a translation
     segments: tuple[SpeechSegment, ...]
+    progress: float = 1.0  # share of the recording that was heard; below 1 while the rest is being transcribed
 
 
 class Engine(Protocol):
@@ -116,8 +117,25 @@ class Engine(Protocol):
     def warm_up(self) -> None:
         """Loads the models that would otherwise load on first use."""
 
-    def transcribe(self, path: str | Path) -> Transcript:
+    @property
+    def languages(self) -> dict[str, str]:
+        """The languages that ``transcribe`` hears, code -> English name."""
+
+    @property
+    def answers_in(self) -> tuple[str, ...]:
+        """The languages of the model that answers, as codes; empty if they are not known."""
+
+    def transcribe(self, path: str | Path, language: str | None = None, task: str = "transcribe") -> Transcript:
         """Transcribes a recording."""
+
+    def listen(self, path: str | Path, language: str | None = None, task: str = "transcribe") -> Iterator[Transcript]:
+        """Transcribes a recording part by part."""
+
+    def speak(self, text: str) -> tuple[Any, int]:
+        """Reads a text aloud: samples and their rate."""
+
+    def read_aloud(self, pieces: Iterable[str]) -> Iterator[Any]:
+        """Reads a text aloud while it is being written, sentence by sentence."""
 
     def reply(
         self,

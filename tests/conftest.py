@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.browsing import SPEECH, browser, page  # noqa: F401 (fixtures)
+
 ROOT = Path(__file__).resolve().parent.parent
-SPEECH = Path(__file__).parent / "data" / "jfk.flac"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the `smol` preset must work without the Hub
 
@@ -28,7 +29,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def engine():
-    """The real engine: SmolLM2, EfficientNet-Lite2, Whisper tiny.en and the shipped weights."""
+    """The real engine: SmolLM2, EfficientNet-Lite2, Whisper base and the shipped weights."""
     import mmchat
 
     return mmchat.load("smol")
@@ -76,12 +77,12 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def page_address(page, log: Path) -> str:
+def page_address(app, log: Path) -> str:
     """Waits for the address of an app.py that runs in a subprocess."""
     for _ in range(1200):
         found = re.search(r"local URL:\s+(http://\S+)", log.read_text())
         if found:
             return found[1]
-        assert page.poll() is None, log.read_text()
+        assert app.poll() is None, log.read_text()
         time.sleep(0.1)
     raise AssertionError(log.read_text())

@@ -29,10 +29,10 @@ def upload(address: str, path: Path, name: str = "") -> dict[str, Any]:
     return {"path": answer.raise_for_status().json()[0], "meta": {"_type": "gradio.FileData"}}
 
 
-def served(address: str, endpoint: dict, data: list) -> str:
+def served(address: str, endpoint: dict, data: list, event: dict[str, Any] | None = None) -> str:
     """The full response of an endpoint through the queue, which also reaches private ones."""
     session = f"raw-{next(sessions)}"
-    body = {"data": data, "fn_index": endpoint["id"], "session_hash": session, "event_data": {"index": 0}}
+    body = {"data": data, "fn_index": endpoint["id"], "session_hash": session, "event_data": event or {"index": 0}}
     joined = httpx.post(f"{address}gradio_api/queue/join", json=body, timeout=60)
     if joined.status_code != 200:
         return joined.text

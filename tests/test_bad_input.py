@@ -197,7 +197,7 @@ def test_unusual_recordings_are_transcribed_or_get_an_error_sentence(client, tmp
         (noise(tmp_path / "a minute of noise.ogg", 1 / 60), "no speech"),
         (SPEECH, "your country"),
     ):
-        answer = served(client.src, hear, [upload(client.src, path), None, [], None])
+        answer = served(client.src, hear, [upload(client.src, path), None, [], None, "", False, False])
         assert says in answer and "Traceback" not in answer and str(ROOT) not in answer, (path.name, answer)
 
 

@@ -2,111 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import base64
 import re
-import shutil
-import subprocess
-import wave
 
 import pytest
 
-from mmchat.media import SAMPLE_RATE, read_audio
 from mmchat.serving import page as ui
-from tests.conftest import ROOT, SPEECH
+from tests.browsing import answers, ask, expect, finished, question, show, thumbnails
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.browser
-
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--use-fake-device-for-media-stream",
-    "--use-fake-ui-for-media-stream",
-]
-PATIENCE = 60_000  # milliseconds; two cores may be busy
-
-
-def find_chromium() -> str:
-    """Path of Chromium, found or installed; without one the tests are skipped with a message."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = next(filter(None, map(shutil.which, names)), None)
-    if not found and shutil.which("apt-get") and os.geteuid() == 0:
-        print("No Chromium found: installing it with apt-get")
-        subprocess.run(["apt-get", "update", "-qq"], check=False)
-        subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"], check=False)
-        found = shutil.which("chromium")
-    if not found:
-        complain = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
-        complain("no Chromium on this machine: install it to run the browser tests")
-    return found
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """Chromium whose microphone plays recorded speech."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    microphone = tmp_path_factory.mktemp("microphone") / "speech.wav"
-    with wave.open(str(microphone), "wb") as sink:
-        sink.setnchannels(1)
-        sink.setsampwidth(2)
-        sink.setframerate(SAMPLE_RATE)
-        sink.writeframes((read_audio(SPEECH) * 32767).astype("<i2").tobytes())
-    flags = [*FLAGS, f"--use-file-for-fake-audio-capture={microphone}"]
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=find_chromium(), args=flags)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def page(browser, address):
-    """A fresh visit. Fails if the page sends a request to another machine."""
-    context = browser.new_context(permissions=["microphone"], viewport={"width": 1280, "height": 900})
-    context.set_default_timeout(PATIENCE)
-    page = context.new_page()
-    strangers = []
-    page.on("request", lambda r: strangers.append(r.url) if not r.url.startswith((address, "data:", "blob:")) else None)
-    page.goto(address)
-    question(page).wait_for()
-    yield page
-    context.close()
-    assert strangers == []
-
-
-def question(page):
-    return page.get_by_label("Your question")
-
-
-def answers(page):
-    return page.locator("#chat .bot .prose")
-
-
-def ask(page, text):
-    question(page).fill(text)
-    page.get_by_role("button", name="Send", exact=True).click()
-
-
-def show(page, path):
-    page.locator("#image input[type=file]").set_input_files(str(path))
-    page.locator("#image img").wait_for()
-
-
-def finished(page):
-    """Waits until the last answer stops growing for three seconds."""
-    answers(page).last.wait_for()
-    text = None
-    while text != (text := answers(page).last.inner_text()) or not text:
-        page.wait_for_timeout(3_000)
-
-
-def expect(locator):
-    from playwright.sync_api import expect as playwright_expect
-
-    playwright_expect.set_options(timeout=PATIENCE)
-    return playwright_expect(locator)
 
 
 def test_the_answer_to_a_typed_question_streams_in(page):
@@ -130,7 +35,7 @@ def test_a_question_about_a_photo_and_a_follow_up(page, photo, engine, monkeypat
     ask(page, "Describe the image.")
     finished(page)
     expect(page.locator("#chat .user img")).to_have_count(1)
-    expect(page.locator("#image img")).to_have_count(0)  # the picture moved into the conversation
+    expect(thumbnails(page)).to_have_count(0)  # the picture moved into the conversation
     ask(page, "Is there a person?")
     expect(answers(page)).to_have_count(2)
     finished(page)
@@ -143,6 +48,7 @@ def test_a_question_about_a_photo_and_a_follow_up(page, photo, engine, monkeypat
 
 def test_a_spoken_question_is_transcribed_and_answered(page):
     page.get_by_role("tab", name="Voice").click()
+    page.get_by_label("Check before sending").uncheck()
     microphone = page.locator("#mic")
     microphone.get_by_role("button", name="Record", exact=True).click()
     page.wait_for_timeout(11_500)  # the length of the speech
@@ -197,17 +103,17 @@ def test_a_new_question_ends_the_previous_reply(page):
     expect(page.locator("#chat .user .prose")).to_have_count(2)
 
 
-def test_clear_resets_everything_even_during_a_reply(page, photo):
+def test_a_new_chat_resets_everything_even_during_a_reply(page, photo):
     ask(page, "Tell me a very long story about a dragon.")
     expect(answers(page).last).to_contain_text(re.compile(r"\w+ \w+ \w+"))
     show(page, photo)
     question(page).fill("half a question")
-    page.get_by_role("button", name="Clear", exact=True).last.click()
+    page.get_by_role("button", name="New chat", exact=True).click()
     expect(page.locator("#chat .user")).to_have_count(0)
     page.wait_for_timeout(1_500)
     expect(page.locator("#chat .user, #chat .bot")).to_have_count(0)
     expect(question(page)).to_have_value("")
-    expect(page.locator("#image img")).to_have_count(0)
+    expect(thumbnails(page)).to_have_count(0)
 
 
 def test_retry_answers_again_and_undo_restores_the_question(page, photo, engine, monkeypatch):
@@ -225,25 +131,57 @@ def test_retry_answers_again_and_undo_restores_the_question(page, photo, engine,
     assert [message.text for message in replies[0]] == ["Describe the image."] and len(replies) == 1
     page.get_by_role("button", name="Undo").click()
     expect(question(page)).to_have_value("Describe the image.")
-    expect(page.locator("#image img")).to_have_count(1)
+    expect(thumbnails(page)).to_have_count(1)
     expect(page.locator("#chat .user")).to_have_count(0)
 
 
-def test_an_example_fills_the_inputs(page):
+def test_one_click_on_an_example_asks_it(page):
     text, _ = ui.read_examples(ROOT / "examples")[0]
-    page.get_by_text(text).first.click()
-    expect(question(page)).to_have_value(text)
-    page.locator("#image img").wait_for()
-    page.get_by_role("button", name="Send", exact=True).click()
+    page.locator("#chat .examples button").first.click()
     finished(page)
     expect(page.locator("#chat .user img")).to_have_count(1)
+    expect(page.locator("#chat .user .prose")).to_have_text(text)
+
+
+def test_several_pictures_go_with_one_question(page, photo, engine, monkeypatch):
+    asked, reply = [], engine.reply
+    monkeypatch.setattr(
+        engine, "reply", lambda messages, *a, **k: (asked.append(messages), reply(messages, *a, **k))[1]
+    )
+    show(page, photo)
+    show(page, photo.with_name("bus.jpg"))
+    ask(page, "What is in picture 2?")
+    finished(page)
+    assert [path.name for path in asked[-1][-1].images] == ["astronaut.jpg", "bus.jpg"]
+    pictures = page.locator("#chat .user img")
+    assert [pictures.nth(index).get_attribute("alt") for index in range(2)] == ["Picture 1", "Picture 2"]
+
+
+def test_pictures_can_be_dropped_and_pasted_anywhere(page, photo):
+    page.evaluate(
+        """data => { const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+        const transfer = new DataTransfer();
+        transfer.items.add(new File([bytes], 'photo.jpg', {type: 'image/jpeg'}));
+        const told = {dataTransfer: transfer, bubbles: true, cancelable: true};
+        document.body.dispatchEvent(new DragEvent('drop', told)); }""",
+        base64.b64encode(photo.read_bytes()).decode(),
+    )
+    expect(thumbnails(page)).to_have_count(1)
+    page.evaluate(
+        """data => { const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+        const clipboardData = new DataTransfer();
+        clipboardData.items.add(new File([bytes], 'photo.jpg', {type: 'image/jpeg'}));
+        const told = {clipboardData, bubbles: true, cancelable: true};
+        document.body.dispatchEvent(new ClipboardEvent('paste', told)); }""",
+        base64.b64encode(photo.read_bytes()).decode(),
+    )
+    expect(thumbnails(page)).to_have_count(2)
 
 
 def test_a_text_file_named_as_a_picture_gets_a_toast(page, tmp_path):
     path = tmp_path / "picture.png"
     path.write_text("This is text.")
-    page.locator("#image input[type=file]").set_input_files(str(path))
-    page.wait_for_timeout(1_000)
+    show(page, path)
     ask(page, "What is it?")
     expect(page.locator(".toast-body")).to_contain_text("not a picture I can read")
     expect(question(page)).to_have_value("What is it?")  # nothing is lost
@@ -255,9 +193,9 @@ def test_save_downloads_the_conversation(page):
     with page.expect_download() as download:
         page.get_by_role("button", name="Save", exact=True).click()
     saved = download.value.path().read_text()
-    assert download.value.suggested_filename == "conversation.md"
+    assert download.value.suggested_filename == "What is the capital of France.md"
     shown = answers(page).last.inner_text().split()
-    assert "**user**: What is the capital of France?" in saved and saved.split()[-len(shown) :] == shown
+    assert "## User\nWhat is the capital of France?\n" in saved and saved.split()[-len(shown) :] == shown
 
 
 def test_an_empty_question_gets_a_toast(page):
@@ -265,11 +203,23 @@ def test_an_empty_question_gets_a_toast(page):
     expect(page.locator(".toast-body")).to_contain_text("Please type a question")
 
 
-def test_the_page_fits_on_a_phone(page):
-    page.set_viewport_size({"width": 390, "height": 844})
+@pytest.mark.parametrize("width, height", [(390, 844), (360, 640), (1280, 800)])
+def test_the_composer_is_in_view_and_nothing_scrolls_sideways(page, photo, width, height):
+    page.set_viewport_size({"width": width, "height": height})
+    page.reload()
+    question(page).wait_for()
+    for tab in ("Text", "Voice"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(500)
+        bottom = page.locator("#composer").evaluate("e => e.getBoundingClientRect().bottom")
+        assert 0 < bottom <= height
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.get_by_role("tab", name="Text").click()
+    show(page, photo)
+    assert page.locator("#composer").evaluate("e => e.getBoundingClientRect().bottom") <= height
     ask(page, "What is the capital of France?")
     finished(page)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_a_picture_linked_in_an_answer_is_not_fetched(page, address):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import threading
 from pathlib import Path
 
@@ -16,7 +17,16 @@ from tests.raw import endpoints, served, upload
 
 CANARY = "canary-7f3a"
 PHOTO = ROOT / "examples" / "ball.jpg"
-USUAL = {"textbox": "Hi", "checkbox": False, "slider": 1, "number": 0, "chatbot": []}  # normal values of the inputs
+USUAL = {  # normal values of the inputs
+    "textbox": "Hi",
+    "checkbox": False,
+    "slider": 1,
+    "number": 0,
+    "chatbot": [],
+    "multimodaltextbox": {"text": "Hi", "files": []},
+}
+
+FILE_INPUTS = {"image", "audio", "multimodaltextbox"}
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +110,13 @@ def histories(path: str) -> list[list]:
 def attacks(kinds: list[str], path: str):
     """Requests to an endpoint: each file input names the file in each way; the other inputs are normal."""
     for index, kind in enumerate(kinds):
-        named = {"image": file_references(path), "audio": file_references(path), "chatbot": histories(path)}.get(
-            kind, []
-        )
+        references = file_references(path)
+        named = {
+            "image": references,
+            "audio": references,
+            "chatbot": histories(path),
+            "multimodaltextbox": [{"text": "Hi", "files": [file]} for file in [*references, path]],
+        }.get(kind, [])
         for value in [*named, *([path] if kind in ("image", "audio") else [])]:
             data = [USUAL.get(other) for other in kinds]
             data[index] = value
@@ -133,12 +147,28 @@ def test_no_endpoint_reads_a_file_that_was_not_uploaded(address, secrets, engine
     good = upload(address, PHOTO)
     assert "An answer." in served(address, named["ask"], ["Hi", good, False]) and len(seen) == 1
     turn = {"role": "user", "content": [{"type": "file", "file": good}, {"type": "text", "text": "Hi"}]}
-    answer = served(address, named["reply"], [[turn], None, 0, 1, 16, False])
+    answer = served(address, named["reply"], [[turn], None, 0, 1, 16, False, 1, 1, False, None, ""])
     assert "An answer." in answer and len(seen) == 2
+    _no_event_names_a_file(address, named, secrets)
     allowed = Path(get_upload_folder()).resolve()
     assert all(Path(path).resolve().is_relative_to(allowed) for path in seen), seen
     copied = [path for path in allowed.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
     assert copied == [], "files in this folder are served to anybody who knows their URL"
+
+
+def _no_event_names_a_file(address, named, secrets):
+    """What a browser tells about an event may name a file, too."""
+    path = str(secrets[0])
+    answers = [[{"role": "assistant", "content": {"path": path}}], [{"role": "assistant", "content": "b"}]]
+    value = json.dumps({"shown": 1, "to": 0, "answers": answers})
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    for name in ("flip", "edit", "undo", "drop_reply", "add_example", "show_notice"):
+        for event in ({"value": value, "index": 0}, {"value": {"files": [{"path": path}]}, "index": 0}, {"path": path}):
+            data = [USUAL.get(kind) for kind in named[name]["kinds"]]
+            data = [
+                turns if kind == "chatbot" else usual for kind, usual in zip(named[name]["kinds"], data, strict=True)
+            ]
+            assert CANARY not in served(address, named[name], data, event), (name, event)
 
 
 def test_no_url_serves_a_file(address, secrets):
@@ -176,10 +206,11 @@ def test_nothing_is_fetched_for_a_request(address, elsewhere, engine, monkeypatc
     tried = 0
     for url in (f"{home}/picture.png", f"{home.replace('127.0.0.1', 'localhost')}/x.png", "http://[::1]:1/x.png"):
         for endpoint in endpoints(address).values():
-            if not {"image", "audio"} & set(endpoint["kinds"]):
+            if not FILE_INPUTS & set(endpoint["kinds"]):
                 continue
             for file in ({"path": url, "meta": meta}, {"path": "x.png", "url": url, "meta": meta}, {"url": url}, url):
-                data = [file if kind in ("image", "audio") else USUAL.get(kind) for kind in endpoint["kinds"]]
+                named = {"image": file, "audio": file, "multimodaltextbox": {"text": "Hi", "files": [file]}}
+                data = [named.get(kind, USUAL.get(kind)) for kind in endpoint["kinds"]]
                 served(address, endpoint, data)
                 tried += 1
         httpx.get(f"{address}gradio_api/proxy={url}", timeout=20)

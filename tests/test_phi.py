@@ -379,8 +379,8 @@ def test_the_page_shows_the_draft_but_the_model_does_not_see_it(tiny, trained):
     preset, folder = trained
     engine = LocalEngine(preset, folder)
     question = Message("user", "Describe the image.", [tiny / "pictures" / "3.png"])
-    *_, turns = Page(engine).answer([question], temperature=0, max_new_tokens=8, rewrite=True)
     options = SamplingOptions(temperature=0, max_new_tokens=8)
+    *_, turns = Page(engine).answer([question], options, rewrite=True)
     draft = "".join(engine.reply([question], options))
     assert turns[0] == {"role": "assistant", "content": draft, "metadata": {"title": "Draft"}}
     assert turns[1]["content"] == "".join(engine.rewrite(question.text, draft, options))

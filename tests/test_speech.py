@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import wave
+from itertools import pairwise
 
 import av
 import jiwer
@@ -13,8 +14,8 @@ import torch
 from mmchat.conversation import Transcript
 from mmchat.errors import BadInput, WeightsError
 from mmchat.media import read_audio
-from mmchat.models.speech import SpeechRecognizer, find_speech_model
-from mmchat.presets import SMOL, HubRepository, SpeechPreset
+from mmchat.models.speech import SpeechRecognizer, find_speech_model, without_loops
+from mmchat.presets import OFFLINE_SPEECH, SMOL, WHISPER_BASE, WHISPER_TINY_EN, HubRepository, SpeechPreset
 from tests.conftest import SPEECH
 
 SAID = "and so my fellow americans ask not what your country can do for you ask what you can do for your country"
@@ -137,7 +138,7 @@ def test_loading_whisper_keeps_pytorchs_thread_count():
     threads = torch.get_num_threads()
     torch.set_num_threads(3)  # tiny.en uses one
     try:
-        SpeechRecognizer(SMOL.speech).load()
+        SpeechRecognizer(WHISPER_TINY_EN).load()
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
@@ -203,6 +204,72 @@ def test_whisper_models_by_name(name, repository, language):
     assert find_speech_model(name) == SpeechPreset(HubRepository(repository), language)
 
 
+@pytest.mark.parametrize("size", OFFLINE_SPEECH)
+def test_the_offline_sizes_need_no_hub(size):
+    preset = find_speech_model(size)
+    assert not isinstance(preset.source, HubRepository)
+    recognizer = SpeechRecognizer(preset)
+    assert word_errors(recognizer.transcribe(SPEECH).text) == 0
+    assert len(recognizer.languages) == (1 if size.endswith(".en") else 100)
+
+
+def test_the_shipped_sizes_are_those_of_the_presets():
+    assert SMOL.speech in (WHISPER_BASE, WHISPER_TINY_EN)
+
+
 def test_an_unknown_size_lists_the_known_ones():
     with pytest.raises(BadInput, match="tiny.en.*turbo"):
         find_speech_model("huge")
+
+
+@pytest.mark.parametrize(
+    ("recording", "language", "said", "english"),
+    [("ja.flac", "ja", "赤いボールはどこにありますか", "red ball"), ("fr.flac", "fr", "devant la maison", "house")],
+)
+def test_other_languages_are_detected_and_translated(engine, recording, language, said, english):
+    path = SPEECH.with_name(recording)
+    heard = engine.transcribe(path)
+    assert heard.language == language and said in heard.text
+    translated = engine.transcribe(path, language, "translate")
+    assert translated.language == language and english in translated.text
+
+
+def test_a_language_is_named_by_code_or_name(engine):
+    assert engine.languages["de"] == "German" and len(engine.languages) == 100
+    assert engine.transcribe(SPEECH, "English").language == "en"
+    with pytest.raises(BadInput, match="There is no language 'Klingon'"):
+        engine.transcribe(SPEECH, "Klingon")
+    with pytest.raises(BadInput, match="must be one of transcribe, translate"):
+        engine.transcribe(SPEECH, task="sing")
+
+
+def test_an_english_model_says_that_it_hears_english_only():
+    with pytest.raises(BadInput, match="hears English only.*--speech base"):
+        SpeechRecognizer(WHISPER_TINY_EN).transcribe(SPEECH, "de")
+
+
+@pytest.mark.slow
+def test_a_long_recording_shows_its_finished_parts_and_stops(engine, tmp_path):
+    samples = read_audio(SPEECH)
+    whole = np.concatenate([samples] * 4)[:, None]
+    path = write_wav(tmp_path / "minute.wav", whole, 16_000)
+    parts = list(engine.listen(path, "en"))
+    assert len(parts) >= 2 and parts[-1].progress == 1
+    assert all(one.progress < two.progress and two.text.startswith(one.text) for one, two in pairwise(parts))
+    listening = engine.listen(path, "en")
+    next(listening)
+    listening.close()
+    assert list(listening) == []
+
+
+@pytest.mark.parametrize(
+    ("looping", "text"),
+    [
+        ("Thank you. Thank you. Thank you. Thank you. Thank you.", "Thank you."),
+        ("I see a cat a cat a cat a cat a cat here", "I see a cat here"),
+        ("No, no, no.", "No, no, no."),
+        ("the cat and the dog and the bird", "the cat and the dog and the bird"),
+    ],
+)
+def test_loops_are_written_once(looping, text):
+    assert without_loops(looping) == text

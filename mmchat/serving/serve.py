@@ -10,7 +10,7 @@ from typing import Any
 
 from ..bundle import bundled
 from ..errors import BadInput, MmchatError
-from ..presets import AUTO, get_preset
+from ..presets import AUTO, SMOL, get_preset
 from .rate_limit import RateLimit, questions_per_minute
 
 HEAD_START = 1.0  # seconds for the first page: it would wait for the interpreter, which importing torch keeps busy
@@ -77,9 +77,11 @@ def sign_in() -> tuple[str, str] | None:
 def load_engine(options: argparse.Namespace) -> Any:
     """Loads local models, or connects to a model server."""
     if options.server:
+        from ..models.speech import find_speech_model
         from .remote import RemoteEngine
 
-        engine: Any = RemoteEngine(options.server, os.environ.get("MMCHAT_MODEL"))
+        speech = find_speech_model(options.speech) if options.speech else SMOL.speech
+        engine: Any = RemoteEngine(options.server, os.environ.get("MMCHAT_MODEL"), speech=speech)
     else:
         from ..engine import load
         from .zero_gpu import lend_gpu

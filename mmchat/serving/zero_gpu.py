@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
+from typing import Any
 
-from ..conversation import Engine, Message, SamplingOptions, Transcript, rewrite_request
+from ..conversation import Engine, Message, SamplingOptions, rewrite_request
 from ..device import on_zero_gpu
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,8 @@ class ZeroGpuEngine:
     def warm_up(self) -> None:
         self._engine.warm_up()
 
-    def transcribe(self, path: str | Path) -> Transcript:
-        return self._engine.transcribe(path)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)  # hearing and speaking need no GPU
 
     def reply(
         self,

@@ -1,0 +1,23 @@
+"""The web page, in small files; it sends plain data to the engine and gets text back.
+
+layout.py         what is where on the page, and which event calls what
+turns.py          ask, retry, undo, stop: one turn of a conversation
+history.py        the page's conversation and the engine's messages, one made from the other
+voice.py          the Voice tab
+settings.py       the visitor's settings
+components.py     inputs that take uploads only
+examples.py       the cards of an empty conversation
+page.css page.js  looks, and the little that must happen in the browser
+"""
+
+import os
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+
+from .examples import read_examples
+from .history import DRAFT, History, to_messages
+from .layout import Parts, build, launch
+from .turns import Page
+from .visit import Visit
+
+__all__ = ["DRAFT", "History", "Page", "Parts", "Visit", "build", "launch", "read_examples", "to_messages"]

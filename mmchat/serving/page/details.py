@@ -1,0 +1,73 @@
+"""What happened while an answer was made: a folded message before the answer, never a part of its text."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...conversation import Engine, Message
+from .history import Turn, said
+
+logger = logging.getLogger(__name__)
+
+DETAILS = "Details"  # title of the folded message
+
+
+def working(title: str, log: str = "") -> Turn:
+    """A row that says what is going on."""
+    return {**said(""), "metadata": {"title": title, "log": log, "status": "pending"}}
+
+
+@dataclass
+class Stopwatch:
+    """Times an answer."""
+
+    begun: float = field(default_factory=time.monotonic)
+    first: float | None = None  # seconds to the first piece of text
+
+    def piece(self) -> None:
+        """A piece of the answer has come."""
+        if self.first is None:
+            self.first = self.seconds
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.begun
+
+
+def details(engine: Engine, messages: list[Message], text: str, watch: Stopwatch, speech_seconds: float = 0) -> Turn:
+    """The folded message about an answer."""
+    seconds, first = watch.seconds, watch.first or 0
+    told = _ask(engine, text, messages)
+    tokens = told.get("tokens", 0)
+    lines = [f"Model: {told['model']}"] if told.get("model") else []
+    if tokens:
+        lines.append(f"Length: {_count(tokens, 'token')}")
+    if tokens > 1 and seconds - first > 0.01:
+        lines.append(f"Speed: {(tokens - 1) / (seconds - first):.0f} tokens per second")
+    lines.append(f"Time to the first token: {first:.2f} s")
+    if speech_seconds:
+        lines.append(f"Speech: {speech_seconds:.1f} s")
+    for number, classes in enumerate(told.get("classes", ()), start=1):
+        if classes:
+            lines.append(f"Seen in picture {number}: {', '.join(classes)}")
+    if told.get("from_cache"):
+        lines.append("From the cache: the same question was answered before")
+    log = _count(tokens, "token") if tokens else ""
+    metadata = {"title": DETAILS, "log": log, "duration": round(seconds, 2), "status": "done"}
+    return {**said("\n".join(f"- {line}" for line in lines)), "metadata": metadata}
+
+
+def _ask(engine: Engine, text: str, messages: list[Message]) -> dict[str, Any]:
+    """What the engine knows about its answer; nothing if it does not tell, or fails: the answer is there already."""
+    try:
+        return engine.details(text, messages[-1].images) if hasattr(engine, "details") else {}
+    except Exception as error:
+        logger.debug("details", exc_info=error)
+        return {}
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

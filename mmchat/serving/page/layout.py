@@ -1,0 +1,239 @@
+"""What is where on the page, and which event calls what."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ...conversation import Engine
+from ..rate_limit import RateLimit
+from ..uploads import KEEP_UPLOADS, MAX_UPLOAD, SafeImage
+from . import branches, conversations, turns
+from .assets import asset
+from .components import Conversation, QuestionBox
+from .examples import cards, read_examples
+from .settings import build_settings, default_settings
+from .turns import MAX_QUESTION, Page
+from .visit import Visit
+from .voice import VoicePage, VoiceTab, build_speaker, build_voice_tab, connect_voice
+
+MAX_CONCURRENT = 4  # answers generated at the same time; they take turns, so a short one does not wait for a long one
+MAX_WAITING = 16  # questions in the queue; the next one is turned away
+
+# Markdown in an answer may link pictures anywhere on the web; the browser must not fetch them.
+CONTENT_SECURITY = (
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"img-src 'self' data: blob:; media-src 'self' data: blob:\">"
+)
+PLACEHOLDER = "<h2>Ask about a picture</h2><p>Drop one anywhere and type or speak, or begin with an example.</p>"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The components of the page, for the files that add to it."""
+
+    chat: Conversation
+    box: QuestionBox
+    voice: VoiceTab
+    status: gr.Markdown  # a thin row above the box: place in line, progress, errors
+    stop: gr.Button
+    fresh: gr.Button  # "New chat"
+    listing: gr.HTML  # the conversations in the visitor's browser
+    save: gr.Button
+    save_json: gr.Button
+    settings: list[Any]
+    reset: gr.Button
+    buttons: gr.HTML  # puts buttons on messages
+    about: gr.Markdown
+    visit: gr.State
+    request_id: gr.Number  # lives in the browser and tells a reply its request
+
+
+def build(engine: Engine, examples: Path, limit: RateLimit | None = None) -> gr.Blocks:
+    """Builds the page for an engine.
+
+    Args:
+        examples: a folder with examples.csv and its pictures.
+        limit: rate limit per address; none if None.
+    """
+    page = Page(engine, limit, read_examples(examples))
+    with gr.Blocks(title="mmchat", fill_height=True, delete_cache=(KEEP_UPLOADS // 12, KEEP_UPLOADS)) as demo:
+        parts = _place(page)
+        _connect(demo, page, parts)
+        _add_endpoint(page)
+    return demo.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+
+
+def _place(page: Page) -> Parts:
+    with gr.Sidebar(open=False, width=280, elem_id="side"):
+        fresh = gr.Button("New chat", size="sm")
+        listing = conversations.build_list()
+        with gr.Row():
+            save, save_json = (gr.Button(name, size="sm", min_width=80) for name in ("Save", "Save JSON"))
+        settings = build_settings()
+        reset = gr.Button("Reset settings", size="sm")
+        about = gr.Markdown(elem_id="about")
+    with gr.Column(elem_id="app", scale=1, min_width=0):
+        gr.Markdown("# mmchat", elem_id="top")
+        chat = Conversation(
+            label="Conversation",
+            show_label=False,
+            container=False,
+            elem_id="chat",
+            height=None,
+            scale=1,
+            placeholder=PLACEHOLDER,
+            examples=cards(page.examples),
+            buttons=["copy"],
+            feedback_options=None,
+            group_consecutive_messages=False,  # else copying an answer copies what is folded above it, too
+            allow_tags=False,
+            allow_file_downloads=False,
+        )
+        with gr.Row(elem_id="status"):
+            status = gr.Markdown(" ", min_height=24)
+            stop = gr.Button("Stop", size="sm", scale=0, min_width=80, visible=False)
+        speaker = build_speaker()
+        with gr.Column(elem_id="composer", scale=0, min_width=0), gr.Tabs(elem_id="tabs"):
+            with gr.Tab("Text", id="text"):
+                box = QuestionBox(
+                    label="Your question",
+                    show_label=False,
+                    placeholder="Ask anything",
+                    elem_id="box",
+                    file_count="multiple",
+                    file_types=["image"],
+                    sources=["upload"],
+                    submit_btn="Send",
+                    max_lines=6,
+                    max_plain_text_length=MAX_QUESTION + 1,  # a longer paste would become a text file
+                    autofocus=True,
+                )
+            with gr.Tab("Voice", id="voice"):
+                voice = build_voice_tab(speaker)
+    buttons = gr.HTML(visible="hidden", js_on_load=asset("buttons.js"))
+    visit, request_id = gr.State(Visit()), gr.Number(visible=False)
+    return Parts(
+        chat,
+        box,
+        voice,
+        status,
+        stop,
+        fresh,
+        listing,
+        save,
+        save_json,
+        settings,
+        reset,
+        buttons,
+        about,
+        visit,
+        request_id,
+    )
+
+
+def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
+    # Progress and errors are shown in the status row; shown on the conversation, an error would cover all of it.
+    private = {"api_visibility": "private", "show_progress_on": parts.status}
+    quick = {**private, "show_progress": "hidden"}
+    chat, box, visit, request_id, stop = parts.chat, parts.box, parts.visit, parts.request_id, parts.stop
+    voice = VoicePage(page)
+
+    keep = {"fn": None, "inputs": chat, "js": "(history) => mmchat.store.save(history)", **quick}
+
+    def answered(event: Any, aloud: Any = parts.voice.aloud) -> None:
+        """What follows a question: its answer, which is read aloud where ``aloud`` is ticked."""
+        event.success(**keep)
+        shown = event.success(turns.show_stop, request_id, stop, queue=False, **quick)
+        shown.success(
+            voice.reply,
+            [chat, visit, request_id, *parts.settings, aloud],
+            [chat, parts.voice.speaker],
+            concurrency_id="engine",
+            concurrency_limit=MAX_CONCURRENT,
+            trigger_mode="multiple",  # a new question does not wait for the reply that it ends
+            show_progress="minimal",
+            **private,
+        ).then(turns.hide_stop, [visit, request_id], stop, queue=False, **quick).then(**keep)
+
+    demo.load(
+        lambda: page.engine.about, None, parts.about, queue=False, show_progress="hidden", api_visibility="private"
+    )
+    demo.load(None, None, None, js="() => mmchat.openSidebar()", api_visibility="private")
+    stored = f"() => mmchat.settings.read({json.dumps(default_settings())})"
+    demo.load(None, None, parts.settings, js=stored, api_visibility="private")
+    demo.load(None, None, chat, js="() => mmchat.store.reopen()", api_visibility="private")
+    answered(box.submit(page.add_text, [box, chat, visit], [box, chat, request_id], **quick))
+    connect_voice(demo, voice, parts, answered, quick)
+    answered(chat.example_select(page.add_example, [chat, visit], [chat, request_id], **quick))
+    answered(chat.retry(page.drop_reply, [chat, visit], [chat, request_id], **quick))
+    chat.undo(turns.undo, [chat, visit], [chat, box], queue=False, **quick).then(**keep)
+    chat.option_select(branches.flip, [chat, visit], chat, **quick).then(**keep)
+    parts.buttons.edit(branches.edit, [chat, visit], [chat, box], **quick)
+    remember = {"fn": None, "js": "(...values) => mmchat.settings.write(values)", **quick}
+    for setting in parts.settings:
+        setting.change(inputs=parts.settings, **remember)
+    parts.reset.click(default_settings, None, parts.settings, queue=False, **quick).then(
+        inputs=parts.settings, **remember
+    )
+    stop.click(turns.stop_reply, visit, None, queue=False, **quick)
+    listing = parts.listing
+    for emptied in (parts.fresh.click, chat.clear, listing.fresh):
+        emptied(None, None, [box, parts.voice.recording, chat], js="() => mmchat.store.fresh()", **quick).then(
+            turns.stop_reply, visit, None, queue=False, **quick
+        ).then(None, chat, chat, js="(history) => mmchat.store.settle(history)", **quick)
+    leave = {**keep, "js": "(history) => mmchat.store.save(history, false)"}  # an answer that is being written
+    listing.open(**leave).then(turns.stop_reply, visit, None, queue=False, **quick).then(
+        None, None, chat, js="() => [mmchat.opened]", **quick
+    )
+    listing.notice(conversations.show_notice, None, None, **quick)
+    parts.save.click(None, chat, None, js="(history) => mmchat.transfer.saveMarkdown(history)", **quick)
+    parts.save_json.click(None, chat, None, js="(history) => mmchat.transfer.saveJson(history)", **quick)
+
+
+def _add_endpoint(page: Page) -> None:
+    """The public API: ``ask(question, image, rewrite) -> answer``, streamed. Hidden components check uploads."""
+    with gr.Group(visible=False):
+        question, picture = gr.Textbox(label="question"), SafeImage(type="filepath", label="image")
+        rewrite, answer = gr.Checkbox(label="rewrite"), gr.Textbox(label="answer")
+        gr.Button().click(
+            page.ask,
+            [question, picture, rewrite],
+            answer,
+            api_name="ask",
+            concurrency_id="engine",
+            concurrency_limit=MAX_CONCURRENT,
+        )
+
+
+def look() -> gr.themes.Base:
+    """The theme: gradio's Soft, with the contrast that small text needs."""
+    return gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"]).set(
+        color_accent="*primary_700",
+        block_title_text_color="*primary_700",
+        block_title_text_color_dark="white",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_dark="*primary_600",
+        block_label_text_color="*primary_700",
+        body_text_color_subdued="*neutral_600",
+    )
+
+
+def launch(demo: gr.Blocks, **options: Any):
+    """Serves the page. ``options`` are passed to gradio's launch, such as server_name and server_port."""
+    script = "\n".join(asset(name) for name in ("page.js", "store.js", "transfer.js"))
+    return demo.launch(
+        theme=look(),
+        css=asset("page.css"),
+        head=f"{CONTENT_SECURITY}<script>{script}</script>",
+        max_file_size=MAX_UPLOAD,
+        show_error=False,
+        enable_monitoring=False,
+        run_history=False,
+        ssr_mode=False,
+        footer_links=[],
+        **options,
+    )

@@ -1,0 +1,68 @@
+// What must happen in the browser. Titles and texts of visitors are set with textContent, never as HTML.
+window.mmchat = (() => {
+  const openSidebar = () => {
+    if (innerWidth > 900) document.querySelector('#side:not(.open) .toggle-button')?.click();
+    return [];
+  };
+
+  const SETTINGS = 'mmchat-settings';
+  let areRead = false; // else the defaults would be written over what is kept
+  const settings = {
+    write: values => { if (areRead) localStorage.setItem(SETTINGS, JSON.stringify(values)); return []; },
+    read: defaults => {
+      areRead = true;
+      try {
+        const kept = JSON.parse(localStorage.getItem(SETTINGS));
+        if (Array.isArray(kept) && kept.length === defaults.length) return kept;
+      } catch (error) { console.debug('settings', error); }
+      return defaults;
+    },
+  };
+
+  // Drop and paste anywhere: the files go to the question box's own input.
+  const images = list => [...(list || [])].filter(file => file.type.startsWith('image/'));
+  const give = files => {
+    const input = document.querySelector('#box input[type=file]');
+    if (!input || !files.length) return false;
+    const all = new DataTransfer();
+    files.forEach(file => all.items.add(file));
+    input.files = all.files;
+    input.dispatchEvent(new Event('change', {bubbles: true}));
+    return true;
+  };
+  document.addEventListener('dragover', event => {
+    if ([...event.dataTransfer.types].includes('Files')) event.preventDefault();
+  });
+  document.addEventListener('drop', event => {
+    if (event.target.closest('#box, #mic')) return;
+    event.preventDefault();
+    give(images(event.dataTransfer.files));
+  });
+  document.addEventListener('paste', event => {
+    if (!event.target.closest?.('#box') && give(images(event.clipboardData.files))) event.preventDefault();
+  });
+
+  // Names and roles that gradio's components lack for screen readers.
+  const name = (element, text) => { if (!element.getAttribute('aria-label')) element.setAttribute('aria-label', text); };
+  const repair = () => {
+    document.querySelectorAll('#chat .examples[role=list], .thumbnail-wrapper[role=listitem]')
+      .forEach(element => element.setAttribute('role', 'group'));
+    document.querySelectorAll('#box [data-testid=submit-button]').forEach(element => element.ariaLabel = element.innerText);
+    document.querySelectorAll('#box textarea').forEach(element => name(element, 'Your question'));
+    document.querySelectorAll('#chat .image-container > button').forEach((element, index) => {
+      name(element, `Enlarge picture ${index + 1}`);
+      const picture = element.querySelector('img');
+      if (picture && !picture.alt) picture.alt = `Picture ${index + 1}`;
+    });
+    document.querySelectorAll('#chat .thought-group .title > .arrow > button').forEach(element => {
+      element.disabled = true;
+      name(element, 'Details');
+    });
+  };
+  let due = false;
+  new MutationObserver(() => {
+    if (!due) { due = true; requestAnimationFrame(() => { due = false; repair(); }); }
+  }).observe(document, {childList: true, subtree: true});
+
+  return {openSidebar, settings};
+})();

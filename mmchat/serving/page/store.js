@@ -1,0 +1,142 @@
+// Conversations in the visitor's own browser: IndexedDB, with a small copy of every picture. Nothing is kept on the
+// server. A conversation's id is in its first message, so a late save can never write into another conversation.
+mmchat.store = (() => {
+  const SIDE = 1024, SMALL = 300_000; // pixels, bytes: larger pictures are kept as a JPEG of this side
+  const OPEN = 'mmchat-open'; // in sessionStorage: the conversation that a reload goes on with
+  let upload = null, notice = () => {}, ready;
+  const isReady = new Promise(resolve => { ready = resolve; });
+
+  const database = () => new Promise((resolve, reject) => {
+    const request = indexedDB.open('mmchat', 1);
+    request.onupgradeneeded = () => {
+      request.result.createObjectStore('chats', {keyPath: 'id'});
+      request.result.createObjectStore('pictures');
+    };
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
+  });
+  const run = async (store, mode, action) => {
+    const opened = await database();
+    return new Promise((resolve, reject) => {
+      const transaction = opened.transaction(store, mode), request = action(transaction.objectStore(store));
+      transaction.oncomplete = () => { opened.close(); resolve(request?.result); };
+      transaction.onerror = transaction.onabort = () => { opened.close(); reject(transaction.error); };
+    });
+  };
+  const read = (store, key) => run(store, 'readonly', all => all.get(key));
+  const write = (store, value, key) => run(store, 'readwrite', all => key === undefined ? all.put(value) : all.put(value, key));
+  const changed = () => dispatchEvent(new Event('mmchat-list'));
+
+  const files = history => history.flatMap(turn => turn.content).filter(part => part.type === 'file').map(part => part.file);
+  const textOf = turn => turn.content.filter(part => part.type === 'text').map(part => part.text).join('\n');
+  const idOf = history => history[0]?.metadata?.id;
+  const newId = () => [Date.now(), Math.random().toString(36).slice(2)].join('-');
+
+  const shrink = async blob => {
+    if (blob.size <= SMALL) return blob;
+    const picture = await createImageBitmap(blob), scale = Math.min(1, SIDE / Math.max(picture.width, picture.height));
+    const canvas = Object.assign(document.createElement('canvas'),
+      {width: Math.round(picture.width * scale), height: Math.round(picture.height * scale)});
+    const paper = canvas.getContext('2d');
+    paper.fillStyle = 'white'; // behind what is transparent
+    paper.fillRect(0, 0, canvas.width, canvas.height);
+    paper.drawImage(picture, 0, 0, canvas.width, canvas.height);
+    return new Promise(resolve => canvas.toBlob(resolve, 'image/jpeg', 0.9));
+  };
+  const keepPicture = async file => {
+    if (await read('pictures', file.path)) return;
+    try {
+      const answer = await fetch(file.url);
+      if (answer.ok) await write('pictures', await shrink(await answer.blob()), file.path);
+    } catch (error) { console.debug('picture', error); notice('not_kept'); }
+  };
+
+  const write_chat = async history => {
+    for (const file of files(history)) await keepPicture(file);
+    const id = idOf(history), old = await read('chats', id);
+    if (old && JSON.stringify(old.history) === JSON.stringify(history)) return;
+    const first = history.find(turn => turn.role === 'user');
+    const title = old?.title ?? ((first && textOf(first).trim().slice(0, 60)) || 'Picture');
+    try { await write('chats', {id, title, time: Date.now(), history}); }
+    catch (error) { console.debug('conversation', error); notice('full'); }
+    changed();
+  };
+  let saving = Promise.resolve(); // one save after the other
+  const save = (history, isOpen = true) => {
+    if (history?.length && idOf(history)) {
+      const copy = structuredClone(history);
+      if (isOpen) sessionStorage.setItem(OPEN, idOf(history));
+      saving = saving.then(() => write_chat(copy)).catch(error => console.debug('save', error));
+    }
+    return [];
+  };
+
+  // Pictures that the server has deleted are sent again from the copy.
+  const restore = async history => {
+    let isChanged = false;
+    for (const turn of history) {
+      const lost = [];
+      for (const part of turn.content.filter(part => part.type === 'file')) {
+        if (part.file.url && (await fetch(part.file.url, {method: 'HEAD'})).ok) continue;
+        const blob = await read('pictures', part.file.path);
+        isChanged = true;
+        if (!blob) { lost.push(part); continue; }
+        await isReady;
+        const name = 'picture.' + blob.type.split('/')[1].replace('jpeg', 'jpg');
+        const sent = await upload(new File([blob], name, {type: blob.type}));
+        part.file = {path: sent.path, url: sent.url, orig_name: name, mime_type: blob.type, meta: {_type: 'gradio.FileData'}};
+        await write('pictures', blob, part.file.path);
+      }
+      if (lost.length) {
+        notice('lost');
+        turn.content = turn.content.map(part => lost.includes(part) ? {type: 'text', text: `(${part.alt_text || 'Picture'} is gone.)`} : part);
+      }
+    }
+    return isChanged;
+  };
+  const open = async id => {
+    await saving;
+    const chat = await read('chats', id);
+    if (!chat) return [];
+    sessionStorage.setItem(OPEN, id);
+    if (await restore(chat.history)) await write('chats', chat);
+    changed();
+    return chat.history;
+  };
+  let left = null;
+  const fresh = () => { // empties the question box, the recording and the conversation
+    left = sessionStorage.getItem(OPEN);
+    sessionStorage.removeItem(OPEN);
+    changed();
+    return [{text: '', files: []}, null, []];
+  };
+  const settle = history => [history?.length && idOf(history) === left ? [] : history]; // an answer's late piece
+  const reopen = async () => { // after a reload
+    const id = sessionStorage.getItem(OPEN);
+    try { return [id ? await open(id) : []]; } catch (error) { console.debug('reload', error); return [[]]; }
+  };
+
+  const list = async () => (await run('chats', 'readonly', all => all.getAll())).sort((a, b) => b.time - a.time);
+  const rename = async (id, title) => { await write('chats', {...await read('chats', id), title}); changed(); };
+  const remove = async id => {
+    await saving;
+    await run('chats', 'readwrite', all => all.delete(id));
+    const used = new Set((await list()).flatMap(chat => files(chat.history)).map(file => file.path));
+    for (const key of await run('pictures', 'readonly', all => all.getAllKeys()))
+      if (!used.has(key)) await run('pictures', 'readwrite', all => all.delete(key));
+    if (sessionStorage.getItem(OPEN) === id) fresh(); else changed();
+  };
+  const add = async (title, history, blobs) => { // an imported conversation; ``blobs`` by the path of its files
+    const id = newId();
+    for (const [path, blob] of blobs) await write('pictures', blob, path);
+    history[0] = {...history[0], metadata: {...history[0].metadata, id}};
+    await write('chats', {id, title, time: Date.now(), history});
+    changed();
+    return id;
+  };
+
+  return {
+    save, open, fresh, settle, reopen, list, rename, remove, add, read, files, textOf, idOf, newId, OPEN,
+    connect: (give, tell) => { upload = give; notice = tell; ready(); },
+  };
+})();

@@ -1,0 +1,184 @@
+"""What people expect of a chat page, done in a browser as a person would, with the real models."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.resources import files
+
+import pytest
+from gradio_client import Client
+
+from tests.browsing import answers, ask, expect, finished, question, show, thumbnails
+
+pytestmark = pytest.mark.browser
+
+
+def details(page):
+    return page.locator("#chat .thought-group .title")
+
+
+def edit(page):
+    return page.locator(".mm-edit:visible")
+
+
+def test_both_answers_of_a_retry_can_be_flipped_to_also_after_a_reload(page):
+    ask(page, "Name a color.")
+    finished(page)
+    page.get_by_role("button", name="Retry").click()
+    options = page.locator("#chat .option")
+    expect(options).to_have_text(["‹ Answer 1 of 2"])
+    finished(page)
+    expect(answers(page)).to_have_count(1)
+    options.first.click()
+    expect(options).to_have_text(["Answer 2 of 2 ›"])
+    page.wait_for_timeout(1_000)
+    page.reload()
+    question(page).wait_for()
+    expect(options).to_have_text(["Answer 2 of 2 ›"])
+    options.first.click()
+    expect(options).to_have_text(["‹ Answer 1 of 2"])
+
+
+def test_an_edited_question_goes_on_from_there_and_the_old_conversation_stays(page, photo):
+    show(page, photo)
+    ask(page, "Who is this?")
+    finished(page)
+    ask(page, "Is there a dog?")
+    expect(answers(page)).to_have_count(2)
+    finished(page)
+    edit(page).last.click()
+    expect(question(page)).to_have_value("Is there a dog?")
+    expect(answers(page)).to_have_count(1)
+    ask(page, "Is there a flag?")
+    expect(answers(page)).to_have_count(2)
+    finished(page)
+    titles = page.locator("#list li button:first-child")
+    expect(titles).to_have_count(2)
+    titles.last.click()
+    expect(page.locator("#chat .user .prose").last).to_have_text("Is there a dog?")
+    edit(page).first.click()
+    expect(question(page)).to_have_value("Who is this?")
+    expect(thumbnails(page)).to_have_count(1)
+    expect(page.locator("#chat .user")).to_have_count(0)
+
+
+def test_details_are_under_a_fold_and_not_in_what_is_copied(page, photo):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    show(page, photo)
+    ask(page, "What is this?")
+    finished(page)
+    expect(details(page)).to_have_count(1)
+    expect(details(page)).to_contain_text(re.compile(r"Details\s+\d+ tokens?"))
+    details(page).click()
+    told = page.locator("#chat .thought-group")
+    for line in ("Model: smol", "Time to the first token", "Seen in picture 1"):
+        expect(told).to_contain_text(line)
+    page.get_by_role("button", name=re.compile("Copy")).last.click()
+    page.wait_for_timeout(500)
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied.strip() == answers(page).last.inner_text().strip()
+
+
+def test_settings_are_kept_in_the_browser_and_reset_with_one_click(page, engine, monkeypatch):
+    asked, reply = [], engine.reply
+    monkeypatch.setattr(
+        engine, "reply", lambda messages, *a, **k: (asked.append((messages, a[0])), reply(messages, *a, **k))[1]
+    )
+    page.get_by_role("button", name="Settings", exact=False).first.click()
+    page.get_by_label("Exact").check()
+    page.get_by_label("System prompt").fill("Answer in one word.")
+    page.wait_for_timeout(1_000)
+    page.reload()
+    question(page).wait_for()
+    page.wait_for_timeout(1_000)
+    ask(page, "What is the capital of France?")
+    finished(page)
+    messages, options = asked[-1]
+    assert (messages[0].role, messages[0].text) == ("system", "Answer in one word.") and options.temperature == 0
+    page.get_by_role("button", name="Reset settings").click()
+    page.wait_for_timeout(1_000)
+    page.reload()
+    question(page).wait_for()
+    page.wait_for_timeout(1_000)
+    ask(page, "What is the capital of France?")
+    finished(page)
+    messages, options = asked[-1]
+    assert messages[0].role == "user" and options.temperature > 0
+
+
+def test_a_busy_page_shows_the_place_in_line(page, address):
+    client = Client(address, verbose=False)
+    jobs = [client.submit("Tell me a very long story about a dragon.", api_name="/ask") for _ in range(5)]
+    page.wait_for_timeout(1_000)
+    ask(page, "What is the capital of France?")
+    expect(page.locator("#status")).to_contain_text(re.compile(r"queue: \d+/\d+"))
+    for job in jobs:
+        job.cancel()
+    expect(answers(page).last).to_contain_text(re.compile(r"\w+"))
+
+
+def violations(page):
+    """Serious findings of axe-core: rule, and the elements."""
+    page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8"))
+    found = page.evaluate("async () => (await axe.run(document, {resultTypes: ['violations']})).violations")
+    serious = [rule for rule in found if rule["impact"] in ("serious", "critical")]
+    return [(rule["id"], [node["html"][:200] for node in rule["nodes"]]) for rule in serious]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width, height", [(1280, 900), (390, 844)])
+def test_axe_finds_no_serious_violation(page, address, photo, width, height, theme):
+    pytest.importorskip("axe_playwright_python", reason="axe-core checks the page: pip install axe-playwright-python")
+    page.set_viewport_size({"width": width, "height": height})
+    page.goto(f"{address}?__theme={theme}")
+    question(page).wait_for()
+    page.wait_for_timeout(1_500)
+    assert violations(page) == [], "an empty conversation"
+    show(page, photo)
+    assert violations(page) == [], "a thumbnail"
+    ask(page, "What is this?")
+    finished(page)
+    page.wait_for_timeout(500)
+    assert violations(page) == [], "an answer"
+    if width > 900:
+        page.get_by_role("button", name="Settings", exact=False).first.click()
+    page.get_by_role("tab", name="Voice").click()
+    page.wait_for_timeout(1_000)
+    assert violations(page) == [], "the Voice tab"
+
+
+def test_the_page_works_with_the_keyboard_alone(page):
+    page.locator("#box textarea").focus()
+    page.keyboard.type("What is the capital")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("of France?")
+    page.keyboard.press("Enter")
+    expect(answers(page).last).to_contain_text("Paris")
+    finished(page)
+    expect(page.locator("#chat .user .prose")).to_contain_text("of France?")
+    reached = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.ariaLabel || document.activeElement.innerText.trim()"))
+    wanted = {"New chat", "Search conversations", "Edit question", "Retry", "Undo", "Text", "Voice", "Send"}
+    assert not wanted - reached, reached
+
+
+def test_at_200_percent_zoom_everything_is_in_view(page):
+    page.set_viewport_size({"width": 640, "height": 450})  # 1280 x 900 at 200%
+    page.reload()
+    question(page).wait_for()
+    page.wait_for_timeout(1_000)
+    ask(page, "What is the capital of France?")
+    expect(answers(page).last).to_contain_text("Paris")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 640
+    assert page.locator("#composer").evaluate("e => e.getBoundingClientRect().bottom") <= 450
+    assert page.locator("#chat").evaluate("e => e.clientHeight") >= 100
+
+
+def test_the_page_is_light_and_says_where_conversations_are(page):
+    sizes = json.loads(
+        page.evaluate("JSON.stringify(performance.getEntriesByType('resource').map(e => e.decodedBodySize))")
+    )
+    assert sum(sizes) < 3_000_000

@@ -1,0 +1,185 @@
+"""Speech on the page, in a real browser with a fake microphone, with the real models."""
+
+from __future__ import annotations
+
+import re
+import wave
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mmchat.media import SAMPLE_RATE, read_audio
+from tests.browsing import FLAGS, PATIENCE, answers, ask, expect, find_chromium, finished, question
+from tests.conftest import SPEECH
+
+pytestmark = pytest.mark.browser
+JAPANESE = SPEECH.with_name("ja.flac")
+
+
+def write_wav(path, samples):
+    with wave.open(str(path), "wb") as sink:
+        sink.setnchannels(1)
+        sink.setsampwidth(2)
+        sink.setframerate(SAMPLE_RATE)
+        sink.writeframes((samples * 32767).astype("<i2").tobytes())
+    return path
+
+
+@pytest.fixture(scope="module")
+def spoken_question(engine, tmp_path_factory):
+    """A question by our own voice, with silence around it, which the fake microphone repeats."""
+    samples, rate = engine.speak("What is the capital of France?")
+    there, wanted = np.arange(len(samples)) / rate, np.arange(int(len(samples) / rate * SAMPLE_RATE)) / SAMPLE_RATE
+    silence = np.zeros(4 * SAMPLE_RATE)
+    whole = np.concatenate([silence[: SAMPLE_RATE // 2], np.interp(wanted, there, samples), silence])
+    return write_wav(tmp_path_factory.mktemp("microphone") / "question.wav", whole)
+
+
+@pytest.fixture(scope="module")
+def browser(spoken_question):
+    """Chromium whose microphone plays the question; its pages may play sound without a click."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    flags = [*FLAGS, f"--use-file-for-fake-audio-capture={spoken_question}"]
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=find_chromium(), args=flags)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def context(browser):
+    context = browser.new_context(permissions=["microphone"], viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(PATIENCE)
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def page(context, address, engine, monkeypatch):
+    """A fresh visit. Answers are greedy: what is sampled is now and then no English, which the voice leaves out."""
+    reply = engine.reply
+    monkeypatch.setattr(
+        engine, "reply", lambda messages, options, **more: reply(messages, replace(options, temperature=0), **more)
+    )
+    page = context.new_page()
+    page.goto(address)
+    question(page).wait_for()
+    return page
+
+
+def open_voice(page):
+    page.get_by_role("tab", name="Voice").click()
+    page.locator("#mic").wait_for()
+
+
+def upload(page, path):
+    open_voice(page)
+    page.locator("#mic").get_by_role("button", name="Upload file").click()
+    page.locator("#mic input[type=file]").set_input_files(str(path))
+    page.locator("#mic audio, #mic .waveform-container").first.wait_for(state="attached")
+    page.get_by_role("button", name="Send recording").click()
+
+
+def clips(page):
+    return page.evaluate("mmchatVoice.played")
+
+
+def wait_for_clips(page, count):
+    page.wait_for_function(f"mmchatVoice.played >= {count}")
+
+
+def test_the_transcript_waits_in_the_box_for_checking(page, spoken_question):
+    upload(page, spoken_question)
+    expect(question(page)).to_have_value(re.compile("capital of France", re.IGNORECASE))
+    expect(page.locator("#chat .user")).to_have_count(0)
+    expect(page.get_by_role("button", name="Stop", exact=True)).to_have_count(0)
+    question(page).fill("What is the capital of Italy?")
+    page.get_by_role("button", name="Send", exact=True).click()
+    expect(answers(page).last).to_contain_text(re.compile(r"\w+"))
+
+
+def test_a_recording_is_sent_at_once_and_the_browser_keeps_the_switches(page, spoken_question):
+    open_voice(page)
+    page.get_by_label("Check before sending").uncheck()
+    page.get_by_label("Read answers aloud").check()
+    page.reload()
+    question(page).wait_for()
+    open_voice(page)
+    expect(page.get_by_label("Check before sending")).not_to_be_checked()
+    expect(page.get_by_label("Read answers aloud")).to_be_checked()
+    upload(page, spoken_question)
+    expect(page.locator("#chat .user").last).to_contain_text(re.compile("capital of France", re.IGNORECASE))
+    expect(answers(page).last).to_contain_text(re.compile(r"\w+"))
+    wait_for_clips(page, 1)
+
+
+def test_another_language_is_named_and_translated(page):
+    upload(page, JAPANESE)
+    expect(page.locator("#heard")).to_contain_text("Heard Japanese, which the model that answers does not know")
+    expect(question(page)).to_have_value(re.compile("赤いボール"))
+    open_voice(page)
+    expect(page.locator("#language input")).to_have_value("Detected: Japanese")
+    page.get_by_label("Translate into English").check()
+    page.locator("#language input").click()
+    page.get_by_role("option", name="Japanese", exact=True).click()
+    upload(page, JAPANESE)
+    expect(question(page)).to_have_value(re.compile("red ball"))
+    expect(page.locator("#heard")).to_contain_text("translated into English")
+
+
+def test_the_speaker_button_reads_an_answer_and_stop_silences_it(page):
+    ask(page, "What is the capital of France?")
+    finished(page)
+    assert clips(page) == 0  # off by default
+    page.get_by_role("button", name="Read aloud").click()
+    wait_for_clips(page, 1)
+    assert page.evaluate("mmchatVoice.speaking()")
+    page.get_by_role("button", name="Read aloud").click()
+    page.wait_for_function("!mmchatVoice.speaking()")
+
+
+def test_answers_are_read_while_they_are_written_and_stop_ends_the_voice(page):
+    open_voice(page)
+    page.get_by_label("Read answers aloud").check()
+    page.get_by_role("tab", name="Text").click()
+    ask(page, "Tell me a very long story about a dragon.")
+    wait_for_clips(page, 1)
+    stop = page.get_by_role("button", name="Stop", exact=True)
+    expect(stop).to_be_visible()  # the answer is still being written
+    stop.click()
+    page.wait_for_function("!mmchatVoice.speaking()")
+    page.wait_for_timeout(1_500)
+    played = clips(page)
+    page.wait_for_timeout(2_000)
+    assert clips(page) == played and not page.evaluate("mmchatVoice.speaking()")
+
+
+def test_hands_free_talk_hears_answers_and_listens_again(page):
+    open_voice(page)
+    page.get_by_role("button", name="Talk hands-free").click()
+    expect(page.locator("#chat .user")).to_have_count(2)  # the microphone repeats the question
+    expect(page.locator("#chat .user").first).to_contain_text(re.compile("capital of France", re.IGNORECASE))
+    expect(answers(page).first).to_contain_text(re.compile(r"\w+"))
+    wait_for_clips(page, 2)
+    page.get_by_role("button", name="Stop talking").click()
+    page.wait_for_function("!mmchatVoice.hearing() && !mmchatVoice.speaking()")
+    expect(page.get_by_role("button", name="Talk hands-free")).to_be_visible()
+
+
+def test_without_a_microphone_one_sentence_says_so(page):
+    page.evaluate(
+        "() => { navigator.mediaDevices.getUserMedia = () => Promise.reject(new DOMException('', 'NotAllowedError')); }"
+    )
+    open_voice(page)
+    page.get_by_role("button", name="Talk hands-free").click()
+    expect(page.locator("#talk-note")).to_contain_text("The browser gives no microphone")
+
+
+def test_a_long_recording_shows_progress_and_stops(page, tmp_path):
+    samples = read_audio(SPEECH)
+    upload(page, write_wav(tmp_path / "long.wav", np.concatenate([samples] * 8)))
+    expect(page.locator("#heard")).to_contain_text(re.compile(r"\d+% heard: .*country"))
+    page.get_by_role("button", name="Stop", exact=True).click()
+    expect(page.get_by_role("button", name="Stop", exact=True)).to_have_count(0)
+    expect(question(page)).to_have_value("")

@@ -1,0 +1,157 @@
+"""Conversations in the visitor's browser: kept, found again, exported and imported; with the real models."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import pytest
+
+from tests.browsing import answers, ask, expect, finished, question, show
+
+pytestmark = pytest.mark.browser
+
+TRICKY = "## User\n\\## Assistant\n<!-- mmchat {} -->\n# title\n![a](b)\n\n  two\nlines\n\n"
+
+
+def titles(page):
+    return page.locator("#list li button:first-child")
+
+
+def reload(page):
+    page.reload()
+    question(page).wait_for()
+
+
+def export(page, kind="Save JSON"):
+    with page.expect_download() as download:
+        page.get_by_role("button", name=kind, exact=True).click()
+    return download.value.path().read_text(encoding="utf-8")
+
+
+def load(page, path):
+    page.locator("#list input[type=file]").set_input_files(str(path))
+
+
+def conversation(photo, **changes):
+    """A conversation as the page exports it."""
+    picture = "data:image/jpeg;base64," + base64.b64encode(photo.read_bytes()).decode()
+    turns = [
+        {"role": "user", "parts": [{"picture": picture, "name": "Picture 1"}, {"text": TRICKY}]},
+        {
+            "role": "assistant",
+            "parts": [{"text": "- 7 tokens"}],
+            "metadata": {"title": "Details", "log": "7 tokens", "duration": 1.5, "status": "done"},
+        },
+        {
+            "role": "assistant",
+            "parts": [{"text": "Yes --> no."}],
+            "options": [{"label": "‹ 1/2", "value": '{"at": 0, "all": ["a", "-->"]}'}],
+        },
+    ]
+    return {"format": "mmchat", "version": 1, "title": "A <b>title</b>", "turns": turns, **changes}
+
+
+def test_a_conversation_goes_on_after_a_reload_even_if_its_upload_is_gone(page, photo, engine, monkeypatch):
+    asked, reply = [], engine.reply
+    monkeypatch.setattr(
+        engine, "reply", lambda messages, *a, **k: (asked.append(messages), reply(messages, *a, **k))[1]
+    )
+    show(page, photo)
+    ask(page, "Who is this?")
+    finished(page)
+    said = answers(page).last.inner_text()
+    expect(titles(page)).to_have_text(["Who is this?"])
+    (uploaded,) = asked[-1][-1].images
+    uploaded.unlink()
+    reload(page)
+    expect(answers(page).last).to_have_text(said)
+    expect(page.locator("#chat .user img")).to_have_count(1)
+    ask(page, "Is there a dog?")
+    expect(answers(page)).to_have_count(2)
+    finished(page)
+    assert len(asked[-1]) == 3 and len(asked[-1][0].images) == 1 and asked[-1][0].images[0] != uploaded
+    expect(titles(page)).to_have_count(1)
+
+
+def test_conversations_are_listed_found_renamed_and_deleted(page):
+    page.on("dialog", lambda dialog: dialog.accept("Trains and boats" if dialog.type == "prompt" else None))
+    for count, text in enumerate(("What is a boat?", "What is the capital of France?"), start=1):
+        page.get_by_role("button", name="New chat", exact=True).click()
+        page.wait_for_timeout(500)  # a person is slower than the box is emptied
+        expect(page.locator("#chat .user")).to_have_count(0)
+        ask(page, text)
+        finished(page)
+        expect(titles(page)).to_have_count(count)
+    page.get_by_label("Search conversations").fill("paris")  # in the answer
+    expect(titles(page)).to_have_text(["What is the capital of France?"])
+    page.get_by_label("Search conversations").fill("")
+    page.get_by_role("button", name="Rename What is a boat?").click()
+    expect(titles(page)).to_have_text(["What is the capital of France?", "Trains and boats"])
+    page.get_by_role("button", name="Open Trains and boats").click()
+    expect(page.locator("#chat .user .prose")).to_have_text("What is a boat?")
+    page.get_by_role("button", name="Delete Trains and boats").click()
+    expect(titles(page)).to_have_count(1)
+    expect(page.locator("#chat .user")).to_have_count(0)
+    reload(page)
+    expect(titles(page)).to_have_text(["What is the capital of France?"])
+
+
+def test_export_and_import_lose_nothing(page, photo, tmp_path):
+    path = tmp_path / "given.json"
+    path.write_text(json.dumps(conversation(photo)))
+    load(page, path)
+    expect(titles(page)).to_have_text(["A <b>title</b>"])  # text, not HTML
+    expect(page.locator("#chat .user img")).to_have_count(1)
+    assert json.loads(export(page)) == conversation(photo)
+    path = tmp_path / "saved.md"
+    path.write_text(export(page, "Save"), encoding="utf-8")
+    load(page, path)
+    expect(titles(page)).to_have_count(2)
+    page.wait_for_timeout(1_000)
+    assert json.loads(export(page)) == conversation(photo)
+
+
+def test_a_file_of_somebody_else_is_refused_in_words(page, photo, tmp_path):
+    page.on("dialog", lambda dialog: pytest.fail("a script ran"))
+    turn = {"role": "user", "parts": [{"text": "Hi"}]}
+    component = {"type": "component", "component": "html", "value": "<script>alert(1)</script>"}
+    svg = "data:image/svg+xml;base64,PHN2Zz48L3N2Zz4="
+    hostile = [
+        "This is text.",
+        "{",
+        "[]",
+        json.dumps(conversation(photo, format="other")),
+        json.dumps(conversation(photo, version=99)),
+        json.dumps(conversation(photo, turns=[])),
+        json.dumps(conversation(photo, turns=[turn] * 2000)),
+        json.dumps(conversation(photo, turns=[{**turn, "role": "system"}])),
+        json.dumps(conversation(photo, turns=[{**turn, "parts": [component]}])),
+        json.dumps(conversation(photo, turns=[{**turn, "parts": [{"picture": svg}]}])),
+        json.dumps(conversation(photo, turns=[{**turn, "parts": [{"picture": "http://127.0.0.1:1/x.png"}]}])),
+        json.dumps(conversation(photo, turns=[{**turn, "parts": [{"picture": "/etc/passwd"}]}])),
+        json.dumps(conversation(photo, turns=[{**turn, "parts": [{"text": "x" * 300_000}]}])),
+        json.dumps(conversation(photo, turns=[{**turn, "metadata": {"title": {"a": 1}}}])),
+        "# title\n\n## User\n<!-- mmchat {broken -->\nHi\n",
+    ]
+    for number, content in enumerate(hostile):
+        path = tmp_path / f"{number}.json"
+        path.write_text(content)
+        load(page, path)
+        expect(page.locator(".toast-body").last).to_contain_text("not a conversation that was exported here")
+        page.locator(".toast-close").last.click()
+        expect(page.locator(".toast-body")).to_have_count(0)
+    assert titles(page).count() == 0
+
+
+def test_what_an_imported_answer_says_is_not_run(page, photo, tmp_path):
+    page.on("dialog", lambda dialog: pytest.fail("a script ran"))
+    script = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+    given = conversation(photo, title=script)
+    given["turns"][2]["parts"] = [{"text": script + " Harmless."}]
+    path = tmp_path / "given.json"
+    path.write_text(json.dumps(given))
+    load(page, path)
+    expect(answers(page).last).to_contain_text("Harmless.")
+    expect(titles(page)).to_have_text([script])
+    page.wait_for_timeout(1_000)

@@ -1,0 +1,207 @@
+"""Retry, edit, settings and details, by their functions and, with the real models, through the server's endpoints."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import gradio as gr
+import pytest
+
+from mmchat.conversation import Message, SamplingOptions, Transcript
+from mmchat.errors import BadInput, MmchatError
+from mmchat.serving.loading import LoadingEngine
+from mmchat.serving.page import Page, Visit, branches, to_messages, turns
+from mmchat.serving.page.conversations import with_id
+from mmchat.serving.page.history import said, user_turn
+from mmchat.serving.page.settings import default_settings, read_settings
+from mmchat.serving.progress import FetchProgress
+from tests.raw import endpoints, served, upload
+
+FIRST, SECOND = [said("first")], [{**said("7 tokens"), "metadata": {"title": "Details"}}, said("second")]
+
+
+class Told:
+    """Event data, as gradio gives it to a handler."""
+
+    def __init__(self, **data):
+        self.__dict__.update(data)
+
+
+class Engine:
+    """Answers at once, or fails."""
+
+    about = "A stand-in for the models."
+
+    def __init__(self, *answers):
+        self.answers, self.asked = list(answers), []
+
+    def reply(self, messages, options=None, notify=None):
+        self.asked.append((messages, options))
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        yield answer
+
+    def details(self, text, images):
+        return {"model": "tiny", "tokens": 3, "classes": [["cat", "dog"]] * len(images)}
+
+
+def question(text="What is it?"):
+    return {"role": "user", "content": [{"type": "text", "text": text}]}
+
+
+def test_every_answer_to_a_question_can_be_flipped_to():
+    history = [question(), *branches.with_answers([branches.plain(FIRST), branches.plain(SECOND)], 1)]
+    assert [option["label"] for option in history[-1]["options"]] == ["‹ Answer 1 of 2"]
+    back = branches.flip(history, Visit(), Told(value=history[-1]["options"][0]["value"]))
+    assert [turn["content"] for turn in back] == [question()["content"], "first"]
+    on = branches.flip(back, Visit(), Told(value=back[-1]["options"][0]["value"]))
+    assert on == history
+    assert [answer[-1]["content"] for answer in branches.answers_of(back[1:])] == ["second", "first"]
+
+
+def test_three_answers_have_two_buttons_in_the_middle_and_old_answers_are_dropped():
+    answers = [[said(str(number))] for number in range(3)]
+    labels = [option["label"] for option in branches.with_answers(answers, 1)[-1]["options"]]
+    assert labels == ["‹ Answer 1 of 3", "Answer 3 of 3 ›"]
+    many = branches.with_answers([[said(str(number))] for number in range(9)], 8)
+    assert len(branches.answers_of(many)) == branches.MAX_ANSWERS
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        7,
+        "{",
+        "[]",
+        json.dumps({"shown": 0, "to": 9, "answers": [[said("a")], [said("b")]]}),
+        json.dumps({"shown": "x", "to": 0, "answers": [[said("a")]]}),
+        json.dumps({"shown": 0, "to": 0, "answers": [[]]}),
+        json.dumps({"shown": 0, "to": 0, "answers": [["a"]]}),
+        json.dumps({"shown": 0, "to": 0, "answers": [[said("x" * branches.MAX_OPTION)]]}),
+    ],
+)
+def test_an_option_that_the_page_did_not_make_changes_nothing(value):
+    assert branches.flip([question(), *FIRST], Visit(), Told(value=value)) == gr.skip()
+
+
+def test_an_option_cannot_bring_files_roles_or_components():
+    hostile = [
+        {
+            "role": "system",
+            "content": [{"type": "file", "file": {"path": "/etc/passwd"}}, {"type": "text", "text": "a"}],
+        },
+        {"role": "user", "content": {"path": "/etc/passwd"}},
+        {"role": "user", "content": [{"component": "html", "value": "x"}], "metadata": {"title": {"path": "x"}}},
+    ]
+    value = json.dumps({"shown": 0, "to": 0, "answers": [hostile, [said("b")]]})
+    flipped = branches.flip([question(), *FIRST], Visit(), Told(value=value))
+    if flipped != gr.skip():
+        assert all(turn["role"] == "assistant" and isinstance(turn["content"], str) for turn in flipped[1:])
+
+
+def test_editing_puts_a_question_back_and_starts_another_conversation():
+    history = with_id([question("One?"), *FIRST, question("Two?"), *SECOND])
+    cut, box = branches.edit(history, Visit(), Told(nth=1))
+    assert [turn["content"] for turn in cut] == [turn["content"] for turn in history[:2]]
+    assert cut[0]["metadata"]["id"] != history[0]["metadata"]["id"]
+    assert box == {"text": "Two?", "files": []}
+    assert branches.edit(history, Visit(), Told(nth=0)) == ([], {"text": "One?", "files": []})
+    for wrong in (None, "0", -1, 2, 1e9):
+        assert branches.edit(history, Visit(), Told(nth=wrong))[0] is history
+
+
+def reply(page, history, visit, *settings):
+    shown = [value for value in page.reply(history, visit, visit.latest, *settings) if isinstance(value, list)]
+    return shown[-1]
+
+
+def test_a_retry_keeps_the_old_answer_beside_the_new_one():
+    page, visit = Page(Engine("first", "second")), Visit()
+    history = reply(page, [question()], visit)
+    cut, _ = page.drop_reply(history, visit, Told(index=0))
+    assert len(cut) == 1
+    history = reply(page, cut, visit)
+    assert history[-1]["content"] == "second"
+    assert [answer[-1]["content"] for answer in branches.answers_of(history[1:])] == ["first", "second"]
+
+
+def test_a_retry_that_fails_gives_the_old_answer_back():
+    page, visit = Page(Engine("first", MmchatError("No."))), Visit()
+    cut, _ = page.drop_reply(reply(page, [question()], visit), visit, Told(index=0))
+    shown = []
+    with pytest.raises(gr.Error, match="No"):
+        for value in page.reply(cut, visit, visit.latest):
+            shown.append(value)
+    assert shown[-1][-1]["content"] == "first"
+
+
+def test_details_stand_before_the_answer_and_are_not_seen_by_the_model():
+    visit, history = Visit(), [question()]
+    visit.request(speech_seconds=2.5)
+    answered = reply(Page(Engine("A cat.")), history, visit)
+    _, told, answer = answered
+    assert answer["content"] == "A cat."
+    assert told["metadata"]["title"] == "Details" and told["metadata"]["log"] == "3 tokens"
+    assert "Model: tiny" in told["content"] and "Speech: 2.5 s" in told["content"]
+    assert [message.text for message in to_messages(answered)] == ["What is it?", "A cat."]
+
+
+def test_settings_reach_the_engine():
+    engine = Engine("Yes.", "Yes.")
+    reply(Page(engine), [question()], Visit(), 0.5, 32.0, False, 0.7, 3.0, False, 11.0, "  Be brief. ")
+    messages, options = engine.asked[0]
+    assert options == SamplingOptions(temperature=0.5, max_new_tokens=32, top_p=0.7, beams=3, seed=11)
+    assert messages[0] == Message("system", "Be brief.")
+    reply(Page(engine), [question()], Visit(), 0.5, 32.0, False, 0.7, 1.0, True, None, "")
+    messages, options = engine.asked[1]
+    assert options.temperature == 0 and messages[0].role == "user"
+    assert read_settings(*default_settings()) == (SamplingOptions(), False, "")
+
+
+@pytest.mark.parametrize("values", [(9.0,), (0.2, 1e9), (0.2, 16, False, 0), (0.2, 16, False, 1, 99)])
+def test_settings_out_of_range_get_a_sentence(values):
+    with pytest.raises(BadInput, match="must be"):
+        read_settings(*values)
+    with pytest.raises(BadInput, match="at most"):
+        read_settings(system="x" * 9999)
+
+
+def test_what_has_been_fetched_is_shown_while_the_models_load(tmp_path):
+    loaded = threading.Event()
+    engine = LoadingEngine(lambda: loaded.wait(60) and Engine("Done."), notify=print)
+    engine._progress = FetchProgress([tmp_path])
+    engine.start()
+    visit = Visit()
+    shown = Page(engine).reply([question()], visit, 0)
+    row = next(shown)[-1]
+    assert row["metadata"]["title"] == "Loading the models" and row["metadata"]["log"] == ""
+    (tmp_path / "part").write_bytes(bytes(3_000_000))
+    assert next(shown)[-1]["metadata"]["log"] == "3 MB fetched"
+    loaded.set()
+    *_, last = (value for value in shown if isinstance(value, list))
+    assert last[-1]["content"] == "Done."
+
+
+def test_the_seconds_of_speech_are_kept_for_the_details():
+    from mmchat.conversation import SpeechSegment
+
+    engine, visit = Engine("Yes."), Visit()
+    engine.transcribe = lambda path: Transcript("Hi", "en", (SpeechSegment(0.5, 2.0, "Hi"),))
+    *_, history, request_id = Page(engine).add_voice("x.wav", {"text": "", "files": []}, [], visit)
+    assert visit.speech_seconds == 1.5 and request_id == visit.latest and history[0]["metadata"]["id"]
+
+
+def test_more_pictures_than_allowed_are_refused():
+    with pytest.raises(gr.Error, match="at most 8 pictures"):
+        turns.checked_question("Hi", ["x.png"] * 9)
+    assert [part["alt_text"] for part in user_turn("", ["a", "b"])["content"]] == ["Picture 1", "Picture 2"]
+
+
+def test_two_pictures_are_seen_and_told_in_the_details(address, photo):
+    files = [{"type": "file", "file": upload(address, photo.with_name(name))} for name in ("bus.jpg", "ball.jpg")]
+    turn = {"role": "user", "content": [*files, {"type": "text", "text": "What is this?"}]}
+    answer = served(address, endpoints(address)["reply"], [[turn], None, 0, *default_settings()])
+    assert "Seen in picture 1" in answer and "Seen in picture 2" in answer and "tokens per second" in answer
