@@ -147,6 +147,10 @@ def _add_page_flags(command: argparse.ArgumentParser) -> None:
         default=os.environ.get("MMCHAT_RATE_LIMIT") or "0",
         help="questions per minute from one address; 0 for no limit (default: MMCHAT_RATE_LIMIT, or 0)",
     )
+    command.add_argument("--api", action="store_true", help="also serve OpenAI's chat API under /v1 (or MMCHAT_API=1)")
+    command.add_argument(
+        "--metrics", action="store_true", help="also serve Prometheus' metrics under /metrics (or MMCHAT_METRICS=1)"
+    )
     command.add_argument("--host", help="the address to listen on (default: this machine only)")
     command.add_argument("--port", type=int, help="the port to listen on (default: the first free one from 7860)")
 
@@ -298,6 +302,8 @@ def _finished(path: Path, questions: list[tuple[int, str]]) -> int:
 
 
 def _answer_line(engine: LocalEngine, sampling: SamplingOptions, line: str, rewrite: bool) -> dict[str, Any]:
+    from .serving.batch import answer_one
+
     try:
         entry = json.loads(line)
         image, question = entry.get("image"), entry["question"]
@@ -305,10 +311,7 @@ def _answer_line(engine: LocalEngine, sampling: SamplingOptions, line: str, rewr
         raise BadInput('it is not of the form {"image": path or null, "question": text}.') from error
     if not isinstance(question, str) or not isinstance(image, (str, type(None))):
         raise BadInput("the question must be text and the image a path or null.")
-    answer = "".join(engine.reply([Message("user", question, [image] if image else [])], sampling))
-    if rewrite:
-        return {**entry, "draft": answer, "answer": "".join(engine.rewrite(question, answer, sampling))}
-    return {**entry, "answer": answer}
+    return {**entry, **answer_one(engine, image or None, question, sampling, rewrite)}
 
 
 def _entry(line: str) -> dict[str, Any]:

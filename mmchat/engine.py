@@ -238,6 +238,12 @@ class LocalEngine(Speaking):
         pictures = iter([(digest, index) for digest in map(_digest, encoded.images) for index in range(count)])
         return [next(pictures) if token_id == IMAGE_TOKEN_ID else token_id for token_id in encoded.token_ids]
 
+    def count_tokens(self, messages: Sequence[Message], answer: str) -> tuple[int, int]:
+        """How many tokens a conversation takes, pictures included, and how many an answer to it."""
+        with self._lock:
+            prompt = self.encode(with_question(messages))
+            return len(prompt.token_ids), len(self.tokenizer.encode(answer, add_special_tokens=False))
+
     def rewrite(self, question: str, draft: str, options: SamplingOptions | None = None) -> Iterator[str]:
         """Streams a draft answer in better English, written by the base model with the adapter off.
 

@@ -48,6 +48,16 @@ class LoadingEngine:
         return self._loaded.result()
 
     @property
+    def is_ready(self) -> bool:
+        """Whether the engine is loaded."""
+        return self._loaded.done() and not self._loaded.exception()
+
+    def __getattr__(self, name: str) -> Any:  # what only some engines have, such as count_tokens
+        if name.startswith("_") or not self.is_ready:
+            raise AttributeError(name)
+        return getattr(self.wait(), name)
+
+    @property
     def about(self) -> str:
         return self.wait().about
 

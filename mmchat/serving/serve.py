@@ -6,11 +6,14 @@ import argparse
 import logging
 import os
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..bundle import bundled
 from ..errors import BadInput, MmchatError
 from ..presets import AUTO, SMOL, get_preset
+from .equipment import equip
 from .rate_limit import RateLimit, questions_per_minute
 
 HEAD_START = 1.0  # seconds for the first page: it would wait for the interpreter, which importing torch keeps busy
@@ -33,18 +36,39 @@ def serve(options: argparse.Namespace) -> int:
     import gradio
 
     from ..device import on_zero_gpu
-    from . import page
+    from . import page, routes
+    from .gate import Gate, QueuedEngine
     from .loading import LoadingEngine
+    from .observing import Observation, log
 
-    engine = LoadingEngine(lambda: load_engine(options), notify=gradio.Info)
+    gate = Gate(page.MAX_CONCURRENT, page.MAX_WAITING)
+    observers: list[Callable[[Observation], None]] = []
+    engine = LoadingEngine(lambda: equipped(load_engine(options)), notify=gradio.Info)
+    beside = [routes.health(lambda: engine.is_ready)]
+    if os.environ.get("MMCHAT_LOG") == "json":
+        from .json_log import log_as_json
+
+        log_as_json()
+        observers.append(log)
+    if routes.is_on(options.metrics, "MMCHAT_METRICS"):
+        from .metrics import Metrics
+
+        metrics = Metrics(lambda: gate.waiting + len(demo._queue))
+        observers.append(metrics.observe)
+        beside.append(metrics.route(routes.api_key(sign_in())))
+    if routes.is_on(options.api, "MMCHAT_API"):
+        from .openai_api import OpenAiApi
+
+        beside += OpenAiApi(engine, model_name(options), gate, limit, routes.api_key(sign_in())).routes()
+    equipped = equip(observers)
     if options.preset != AUTO:
         get_preset(options.preset)  # report a wrong name before the page opens
     if on_zero_gpu():  # models must load before the page starts, in the thread that imported spaces
         engine.load_here()
-    demo = page.build(engine, bundled("examples"), limit)
+    demo = page.build(QueuedEngine(engine, gate), bundled("examples"), limit)
     address = {"server_name": options.host, "server_port": options.port}
     try:
-        page.launch(demo, **address, auth=sign_in(), prevent_thread_lock=True)
+        page.launch(demo, **address, auth=sign_in(), prevent_thread_lock=True, app_kwargs={"routes": beside})
     except OSError as error:
         logging.debug("launch", exc_info=error)
         raise MmchatError("That address or port is not available. Choose another with --host or --port.") from error
@@ -55,6 +79,13 @@ def serve(options: argparse.Namespace) -> int:
     logging.info("Ready")
     demo.block_thread()
     return 0
+
+
+def model_name(options: argparse.Namespace) -> str:
+    """The name under which the API lists the model: that of the weights folder, or of the preset."""
+    if options.server:
+        return os.environ.get("MMCHAT_MODEL") or "mmchat"
+    return Path(options.weights).resolve().name if options.weights else options.preset
 
 
 def sign_in() -> tuple[str, str] | None:

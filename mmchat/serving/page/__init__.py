@@ -16,8 +16,20 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 
 from .examples import read_examples
 from .history import DRAFT, History, to_messages
-from .layout import Parts, build, launch
+from .layout import MAX_CONCURRENT, MAX_WAITING, Parts, build, launch
 from .turns import Page
 from .visit import Visit
 
-__all__ = ["DRAFT", "History", "Page", "Parts", "Visit", "build", "launch", "read_examples", "to_messages"]
+__all__ = [
+    "DRAFT",
+    "MAX_CONCURRENT",
+    "MAX_WAITING",
+    "History",
+    "Page",
+    "Parts",
+    "Visit",
+    "build",
+    "launch",
+    "read_examples",
+    "to_messages",
+]

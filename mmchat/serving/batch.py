@@ -1,0 +1,175 @@
+"""Many pictures and one question: reads pictures and ZIPs, answers them one by one, writes CSV and JSON lines."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import stat
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, BinaryIO
+
+from ..conversation import Engine, Message, SamplingOptions
+from ..errors import BadInput
+from ..media import open_image
+
+MAX_PICTURES = 200
+MAX_MEMBER, MAX_TOTAL = 20 << 20, 500 << 20  # bytes, unpacked: of one file in a ZIP, and of all
+MAX_RATIO = 50  # unpacked to packed size; pictures are compressed already
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IGNORED = ("__MACOSX/", ".DS_Store", "Thumbs.db")
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # a spreadsheet would compute a cell that begins so
+
+
+def answer_one(
+    engine: Engine, image: Any, question: str, options: SamplingOptions | None = None, rewrite: bool = False
+) -> dict[str, str]:
+    """Answers one question: ``{"answer"}``, and ``"draft"`` before it if it was rewritten.
+
+    Args:
+        image: a path or a decoded picture; None for none.
+
+    Raises:
+        BadInput: the picture cannot be read, or there is no question.
+    """
+    messages = [Message("user", question, [] if image is None else [image])]
+    with closing(engine.reply(messages, options)) as pieces:  # type: ignore[type-var]
+        answer = "".join(pieces)
+    if not rewrite:
+        return {"answer": answer}
+    with closing(engine.rewrite(question, answer, options)) as pieces:  # type: ignore[type-var]
+        return {"draft": answer, "answer": "".join(pieces)}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a batch, read when its turn comes."""
+
+    name: str
+    path: Path
+    member: str | None = None  # its name inside the ZIP at ``path``
+
+    def open(self) -> Any:
+        """Decodes it.
+
+        Raises:
+            BadInput: it is damaged, too large, or no picture.
+        """
+        if self.member is None:
+            return open_image(self.path)
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as source:
+                return open_image(_limited(source))
+        except (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+            raise BadInput("This file of the ZIP is damaged.") from error
+
+
+def list_pictures(files: Sequence[str | Path], names: Sequence[str] = ()) -> list[Picture]:
+    """The pictures among files and in ZIPs, in order. Nothing is unpacked to disk.
+
+    Args:
+        names: what to call the files; their own names if empty.
+
+    Raises:
+        BadInput: there are none or too many, or a ZIP is damaged or looks like an attack.
+    """
+    pictures: list[Picture] = []
+    for index, file in enumerate(map(Path, files)):
+        name = names[index] if names else file.name
+        if file.suffix.lower() == ".zip" or (file.suffix.lower() not in SUFFIXES and zipfile.is_zipfile(file)):
+            pictures += _members(file, name)
+        else:
+            pictures.append(Picture(name, file))
+        if len(pictures) > MAX_PICTURES:
+            raise BadInput(f"Please send at most {MAX_PICTURES} pictures at a time.")
+    if not pictures:
+        raise BadInput("There are no pictures in what you sent.")
+    return pictures
+
+
+def _members(path: Path, name: str) -> list[Picture]:
+    """The pictures in a ZIP, after a look at its directory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise BadInput(f"'{name}' is not a ZIP file that I can read.") from error
+    if len(members) > 5 * MAX_PICTURES:
+        raise BadInput(f"'{name}' holds too many files. Please send at most {MAX_PICTURES} pictures at a time.")
+    members = [each for each in members if not each.is_dir() and not _is_ignored(each.filename)]
+    for member in members:
+        _check(member, name)
+    if sum(member.file_size for member in members) > MAX_TOTAL:
+        raise BadInput(f"'{name}' unpacks to more than {MAX_TOTAL >> 20} MB. Please send fewer pictures at a time.")
+    return [Picture(member.filename, path, member.filename) for member in members]
+
+
+def _is_ignored(filename: str) -> bool:
+    return filename.startswith(IGNORED[0]) or PurePosixPath(filename).name in IGNORED
+
+
+def _check(member: zipfile.ZipInfo, name: str) -> None:
+    """Refuses a ZIP for a member that no honest one has."""
+    filename = member.orig_filename
+    parts = PurePosixPath(filename).parts
+    odd = filename.startswith("/") or ".." in parts or "\\" in filename or ":" in filename or len(filename) > 200
+    if odd or not filename.isprintable():
+        raise BadInput(f"'{name}' holds a file with an odd name, so I do not open it.")
+    if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):
+        raise BadInput(f"'{name}' holds a link or a special file, so I do not open it.")
+    if member.flag_bits & 1:
+        raise BadInput(f"'{name}' is encrypted. Please send it without a password.")
+    if filename.lower().endswith((".zip", ".gz", ".7z", ".rar", ".tar")):
+        raise BadInput(f"'{name}' holds another archive. Please send the pictures themselves.")
+    if member.file_size > MAX_MEMBER or member.file_size > MAX_RATIO * max(member.compress_size, 20_000):
+        raise BadInput(f"'{name}' holds a file that is too large unpacked, so I do not open it.")
+    if not filename.lower().endswith(SUFFIXES):
+        raise BadInput(f"'{name}' holds a file that is no picture: {filename[-60:]}.")
+
+
+def _limited(source: IO[bytes]) -> BinaryIO:
+    """The content of a member; the size in a ZIP's directory may be a lie."""
+    content = source.read(MAX_MEMBER + 1)
+    if len(content) > MAX_MEMBER:
+        raise BadInput("This file of the ZIP is too large unpacked.")
+    return io.BytesIO(content)
+
+
+def answer_pictures(
+    engine: Engine, pictures: Iterable[Picture], question: str, options: SamplingOptions | None = None
+) -> Iterator[dict[str, Any]]:
+    """Answers one question about each picture, in order: ``{"image", "question", "answer"}``.
+
+    A picture that cannot be read gets ``"answer": None`` and an ``"error"``. Closing the iterator stops the work; what
+    it gave before stays.
+    """
+    for picture in pictures:
+        entry: dict[str, Any] = {"image": picture.name, "question": question}
+        try:
+            yield {**entry, **answer_one(engine, picture.open(), question, options)}
+        except BadInput as error:
+            yield {**entry, "answer": None, "error": str(error)}
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes answers for a spreadsheet; no cell is a formula."""
+    with path.open("w", encoding="utf-8-sig", newline="", errors="replace") as sink:
+        writer = csv.writer(sink)
+        columns = ("image", "question", "answer", "error")
+        writer.writerow(columns)
+        writer.writerows([_cell(row.get(column)) for column in columns] for row in rows)
+
+
+def _cell(value: str | None) -> str:
+    text = value or ""
+    return f"'{text}" if text.lstrip(" ").startswith(FORMULA) else text
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes answers as JSON lines, as `mmchat batch` does."""
+    with path.open("w", encoding="utf-8", errors="replace") as sink:
+        sink.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

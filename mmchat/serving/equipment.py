@@ -1,0 +1,34 @@
+"""What the operator's settings put between the page and the models: cache, observers, filter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from ..conversation import Engine
+from .caching import CachingEngine, answers_cached
+from .filtering import FilteringEngine, load_filter
+from .observing import Observation, ObservedEngine
+
+
+def equip(observers: Sequence[Callable[[Observation], None]] = ()) -> Callable[[Engine], Engine]:
+    """Reads MMCHAT_ANSWER_CACHE and MMCHAT_FILTER, and returns what they do to an engine.
+
+    Args:
+        observers: told about each request.
+
+    Raises:
+        BadInput: a setting is wrong.
+    """
+    answers = answers_cached(os.environ.get("MMCHAT_ANSWER_CACHE") or "0")
+    name = os.environ.get("MMCHAT_FILTER")
+    is_held = load_filter(name) if name and name != "0" else None
+
+    def equipped(engine: Engine) -> Engine:
+        if answers:
+            engine = CachingEngine(engine, answers)
+        if observers:
+            engine = ObservedEngine(engine, observers)
+        return FilteringEngine(engine, is_held) if is_held else engine
+
+    return equipped

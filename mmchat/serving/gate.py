@@ -1,0 +1,96 @@
+"""One line of questions for the page and the API: a few are answered at a time, the next ones wait in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from threading import Event, Lock
+
+from ..conversation import Engine, Message, SamplingOptions, logger
+from ..errors import MmchatError
+from .wrapper import EngineWrapper
+
+
+class Busy(MmchatError):
+    """Too many questions are waiting."""
+
+
+class Gate:
+    """Admits questions in the order in which they came.
+
+    Args:
+        at_once: questions that are answered at the same time.
+        waiting: questions that may wait; the next one is turned away.
+    """
+
+    def __init__(self, at_once: int, waiting: int):
+        self._free, self._max_waiting = at_once, waiting
+        self._line: deque[Event] = deque()
+        self._lock = Lock()
+
+    @property
+    def waiting(self) -> int:
+        """How many questions wait."""
+        return len(self._line)
+
+    def join(self, always: bool = False) -> Event:
+        """Joins the line; the event is set when it is this question's turn. Give it back with ``leave``.
+
+        Args:
+            always: join even a full line.
+
+        Raises:
+            Busy: the line is full.
+        """
+        with self._lock:
+            ticket = Event()
+            if self._free:
+                self._free -= 1
+                ticket.set()
+            elif len(self._line) < self._max_waiting or always:
+                self._line.append(ticket)
+            else:
+                raise Busy("Too many questions are waiting. Please try again in a moment.")
+            return ticket
+
+    def leave(self, ticket: Event) -> None:
+        """Ends a question's turn, or its waiting."""
+        with self._lock:
+            if not ticket.is_set():
+                self._line.remove(ticket)
+            elif self._line:
+                self._line.popleft().set()
+            else:
+                self._free += 1
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Waits for a turn and takes it. The page calls this; its own queue limits how many wait here."""
+        ticket = self.join(always=True)
+        try:
+            ticket.wait()
+            yield
+        finally:
+            self.leave(ticket)
+
+
+class QueuedEngine(EngineWrapper):
+    """An engine whose replies wait for their turn at a gate."""
+
+    def __init__(self, engine: Engine, gate: Gate):
+        super().__init__(engine)
+        self._gate = gate
+
+    def reply(
+        self,
+        messages: Sequence[Message],
+        options: SamplingOptions | None = None,
+        notify: Callable[[str], None] = logger.warning,
+    ) -> Iterator[str]:
+        with self._gate.turn(), closing(self.engine.reply(messages, options, notify=notify)) as pieces:  # type: ignore[type-var]
+            yield from pieces
+
+    def rewrite(self, question: str, draft: str, options: SamplingOptions | None = None) -> Iterator[str]:
+        with self._gate.turn(), closing(self.engine.rewrite(question, draft, options)) as pieces:  # type: ignore[type-var]
+            yield from pieces

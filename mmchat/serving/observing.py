@@ -1,0 +1,116 @@
+"""Watches an engine for metrics and logs: counts and times, never anybody's words."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..conversation import Engine, Message, SamplingOptions, Transcript
+from ..conversation import logger as conversation_logger
+from ..errors import MmchatError
+from .caching import CachedText
+from .wrapper import EngineWrapper
+
+logger = logging.getLogger(__name__)
+
+ANSWERED, STOPPED = "answered", "stopped"
+
+
+@dataclass
+class Observation:
+    """What is known about one request when it is over.
+
+    Attributes:
+        kind: "reply", "rewrite" or "transcribe".
+        outcome: "answered", "stopped", or the name of the error.
+        pieces: of text; nearly always one token each.
+        first_seconds: time to the first piece; None if there was none.
+        speech_seconds: of a recording.
+    """
+
+    kind: str
+    outcome: str = ANSWERED
+    turns: int = 0
+    pictures: int = 0
+    pieces: int = 0
+    cached: bool = False
+    seconds: float = 0.0
+    first_seconds: float | None = None
+    speech_seconds: float = 0.0
+    started: float = field(default_factory=time.monotonic, repr=False)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended with an error."""
+        return self.outcome not in (ANSWERED, STOPPED)
+
+
+class ObservedEngine(EngineWrapper):
+    """Tells observers about each request when it is over."""
+
+    def __init__(self, engine: Engine, observers: Sequence[Callable[[Observation], None]]):
+        super().__init__(engine)
+        self._observers = observers
+
+    def transcribe(self, path: str | Path) -> Transcript:
+        observation = Observation("transcribe")
+        try:
+            transcript = self.engine.transcribe(path)
+            observation.speech_seconds = sum(part.end - part.start for part in transcript.segments)
+            return transcript
+        except Exception as error:
+            observation.outcome = _name(error)
+            raise
+        finally:
+            self._tell(observation)
+
+    def reply(
+        self,
+        messages: Sequence[Message],
+        options: SamplingOptions | None = None,
+        notify: Callable[[str], None] = conversation_logger.warning,
+    ) -> Iterator[str]:
+        pictures = sum(len(message.images) for message in messages)
+        observation = Observation("reply", turns=len(messages), pictures=pictures)
+        return self._watched(self.engine.reply(messages, options, notify=notify), observation)
+
+    def rewrite(self, question: str, draft: str, options: SamplingOptions | None = None) -> Iterator[str]:
+        return self._watched(self.engine.rewrite(question, draft, options), Observation("rewrite", turns=1))
+
+    def _watched(self, pieces: Iterator[str], observation: Observation) -> Iterator[str]:
+        observation.started = time.monotonic()
+        try:
+            with closing(pieces):  # type: ignore[type-var]
+                for piece in pieces:
+                    if observation.first_seconds is None:
+                        observation.first_seconds = time.monotonic() - observation.started
+                    observation.pieces += 1
+                    observation.cached = isinstance(piece, CachedText)
+                    yield piece
+        except GeneratorExit:
+            observation.outcome = STOPPED
+            raise
+        except Exception as error:
+            observation.outcome = _name(error)
+            raise
+        finally:
+            self._tell(observation)
+
+    def _tell(self, observation: Observation) -> None:
+        observation.seconds = time.monotonic() - observation.started
+        for observe in self._observers:
+            observe(observation)
+
+
+def _name(error: Exception) -> str:
+    return type(error).__name__ if isinstance(error, MmchatError) else "failure"
+
+
+def log(observation: Observation) -> None:
+    """Logs a request; ``JsonFormatter`` writes the fields."""
+    facts = {name: value for name, value in asdict(observation).items() if name != "started"}
+    logger.info("request", extra={"facts": facts})

@@ -1,0 +1,42 @@
+"""The base of what stands between the page and an engine: caching, filtering, observing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..conversation import Engine, Message, SamplingOptions, Transcript, logger
+
+
+class EngineWrapper:
+    """Passes everything on to an engine, also what only some engines have."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "engine":  # not yet set
+            raise AttributeError(name)
+        return getattr(self.engine, name)
+
+    @property
+    def about(self) -> str:
+        return self.engine.about
+
+    def warm_up(self) -> None:
+        self.engine.warm_up()
+
+    def transcribe(self, path: str | Path) -> Transcript:
+        return self.engine.transcribe(path)
+
+    def reply(
+        self,
+        messages: Sequence[Message],
+        options: SamplingOptions | None = None,
+        notify: Callable[[str], None] = logger.warning,
+    ) -> Iterator[str]:
+        return self.engine.reply(messages, options, notify=notify)
+
+    def rewrite(self, question: str, draft: str, options: SamplingOptions | None = None) -> Iterator[str]:
+        return self.engine.rewrite(question, draft, options)

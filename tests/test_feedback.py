@@ -1,0 +1,121 @@
+"""Feedback that trains: what is stored, how, and that training learns it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+
+import pytest
+from PIL import Image
+
+import mmchat
+from mmchat import BadInput, Message, SamplingOptions
+from mmchat.serving import feedback
+from mmchat.serving.feedback import FeedbackStore
+from mmchat.training.data.conversations import read_conversations
+from tests.conftest import ROOT
+
+CORRECTIONS = (
+    "Eileen in her orange suit.",
+    "The red ball of our dog.",
+    "Breakfast for a monkey.",
+    "The ferry to the island.",
+    "Line 7 into town.",
+)
+QUESTION = "What do you see here?"
+
+
+def turn(picture=None, question=QUESTION, answer="A dog."):
+    return [Message("user", question, [picture] if picture else []), Message("assistant", answer)]
+
+
+def test_a_better_answer_is_a_training_example(tmp_path, photo):
+    store = FeedbackStore(tmp_path)
+    store.add(turn(photo), liked=False, better="An astronaut.")
+    (conversation,) = read_conversations(tmp_path / "conversations.json")
+    question, answer = conversation.messages
+    assert question.text == QUESTION and answer.text == "An astronaut."
+    with Image.open(tmp_path / "pictures" / question.images[0]) as stored:
+        assert stored.format == "JPEG" and not stored.getexif()
+
+
+def test_liked_answers_train_and_disliked_ones_do_not(tmp_path, photo):
+    store = FeedbackStore(tmp_path)
+    store.add(turn(photo, answer="A woman."), liked=True)
+    store.add(turn(question="Who are you?"), liked=False)
+    assert [c.messages[-1].text for c in read_conversations(tmp_path / "conversations.json")] == ["A woman."]
+    assert [c.messages[-1].text for c in read_conversations(tmp_path / "disliked.json")] == ["A dog."]
+
+
+def test_only_the_last_question_and_its_picture_are_stored(tmp_path, photo):
+    messages = [*turn(photo, "My secret?"), *turn(question="What color is it?")]
+    FeedbackStore(tmp_path).add(messages, liked=True)
+    text = (tmp_path / "conversations.json").read_text()
+    assert "secret" not in text and len(json.loads(text)) == 1 and json.loads(text)[0]["image"]
+
+
+def test_the_newest_feedback_on_a_question_counts(tmp_path, photo):
+    store = FeedbackStore(tmp_path)
+    for better in ("One.", "Two."):
+        store.add(turn(photo), liked=False, better=better)
+    assert [c.messages[-1].text for c in read_conversations(tmp_path / "conversations.json")] == ["Two."]
+
+
+def test_hostile_text_cannot_spoil_the_file(tmp_path):
+    FeedbackStore(tmp_path).add(turn(question='<image>\ud800 "},]\n\0'), liked=False, better="<image>\udfff ok")
+    (conversation,) = read_conversations(tmp_path / "conversations.json")
+    assert not conversation.images and conversation.messages[-1].text.endswith("ok")
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[], turn()[:1], turn(answer=" "), [Message("user", "x", ["a.png", "b.png"]), Message("assistant", "y")]],
+)
+def test_what_cannot_train_is_refused(tmp_path, messages):
+    with pytest.raises(BadInput):
+        FeedbackStore(tmp_path).add(messages, liked=True)
+
+
+def test_the_folder_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(feedback, "MAX_ENTRIES", 2)
+    store = FeedbackStore(tmp_path)
+    for number in range(2):
+        store.add(turn(question=f"{number}?"), liked=True)
+    with pytest.raises(BadInput, match="all the feedback"):
+        store.add(turn(question="3?"), liked=True)
+    with pytest.raises(BadInput, match="under"):
+        store.add(turn(), liked=False, better="x" * 5000)
+
+
+def test_many_at_once_lose_nothing(tmp_path):
+    stores = [FeedbackStore(tmp_path) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda n=n: [stores[n].add(turn(question=f"{n} {k}"), True) for k in range(5)])
+        for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(list(read_conversations(tmp_path / "conversations.json"))) == 20
+    assert not list(tmp_path.glob("**/*.part"))
+
+
+@pytest.mark.slow
+def test_five_corrections_are_learned(tmp_path):
+    store, pictures = FeedbackStore(tmp_path / "feedback"), ROOT / "examples"
+    names = sorted(path.name for path in pictures.glob("*.jpg"))[:5]
+    corrections = dict(zip(names, CORRECTIONS, strict=True))
+    for name, better in corrections.items():
+        store.add(turn(pictures / name), liked=False, better=better)
+    command = [sys.executable, "training_scripts/finetune_qlora.py", "--start-from", "weights/smol"]
+    command += ["--train", str(tmp_path / "feedback" / "conversations.json")]
+    command += ["--images", str(tmp_path / "feedback" / "pictures"), "--out", str(tmp_path / "run")]
+    command += "--epochs 20 --batch-size 5 --lr 1e-3 --lr-scheduler-type constant --report-to none".split()
+    subprocess.run(command, cwd=ROOT, check=True, timeout=280)
+    engine = mmchat.load("smol", tmp_path / "run")
+    for name, better in corrections.items():
+        question = [Message("user", QUESTION, [pictures / name])]
+        assert "".join(engine.reply(question, SamplingOptions(temperature=0, max_new_tokens=30))) == better

@@ -1,0 +1,191 @@
+"""What operators switch on: answer cache, content filter, metrics, logs."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+
+import httpx
+import pytest
+
+from mmchat import BadInput, Message, SamplingOptions
+from mmchat.serving import filtering
+from mmchat.serving import page as ui
+from mmchat.serving.caching import CachedText, CachingEngine
+from mmchat.serving.equipment import equip
+from mmchat.serving.filtering import ANSWER_HELD, QUESTION_HELD, REST_HELD, FilteringEngine, load_filter
+from mmchat.serving.json_log import JsonFormatter
+from mmchat.serving.metrics import Metrics
+from mmchat.serving.observing import ObservedEngine, log
+from tests.conftest import ROOT, SPEECH
+
+GREEDY = SamplingOptions(temperature=0, max_new_tokens=8)
+COLORS = [Message("user", "Name three colors.")]
+
+
+class Said:
+    """An engine that says given pieces, and counts."""
+
+    def __init__(self, *pieces):
+        self.pieces, self.asked, self.messages = pieces, 0, None
+
+    def reply(self, messages, options=None, notify=None):
+        self.asked, self.messages = self.asked + 1, list(messages)
+        yield from self.pieces
+
+    def rewrite(self, question, draft, options=None):
+        yield from self.pieces
+
+
+def test_the_same_greedy_question_comes_from_the_cache(engine, photo):
+    cached = CachingEngine(engine, 2)
+    question = [Message("user", "Describe the image.", [photo])]
+    first, again = list(cached.reply(question, GREEDY)), list(cached.reply(question, GREEDY))
+    assert again == first and len(first) > 3
+    assert all(isinstance(piece, CachedText) for piece in again)
+    assert not any(isinstance(piece, CachedText) for piece in first)
+    other = [Message("user", "Describe the image.", [photo.with_name("coffee.jpg")])]
+    assert not isinstance(next(cached.reply(other, GREEDY)), CachedText)
+    assert cached.count_tokens(question, "A.")[0] > 10  # what only some engines have is passed on
+
+
+def test_the_cache_is_bounded_and_leaves_chance_and_stopped_answers_alone():
+    engine = Said("a", "b")
+    cached = CachingEngine(engine, 2)
+    for text in ("1", "2", "1", "3", "1", "2"):  # 2 was forgotten for 3
+        list(cached.reply([Message("user", text)], GREEDY))
+    assert engine.asked == 4
+    for _ in range(2):
+        list(cached.reply(COLORS, SamplingOptions(temperature=0.5)))
+    assert engine.asked == 6
+    stopped = cached.reply([Message("user", "4")], GREEDY)
+    next(stopped)
+    stopped.close()
+    list(cached.reply([Message("user", "4")], GREEDY))
+    assert engine.asked == 8
+
+
+def never(text):
+    return "turnip" in text.lower() or "two turtle doves" in text.lower()
+
+
+def broken(text):
+    if text != "Hello.":
+        raise RuntimeError(text)
+    return False
+
+
+def filtered(*pieces, is_held=never):
+    engine = Said(*pieces)
+    return engine, FilteringEngine(engine, is_held)
+
+
+def test_held_back_questions_do_not_reach_the_engine():
+    engine, held = filtered("Yes.")
+    assert list(held.reply([Message("user", "A turnip?")])) == [QUESTION_HELD] and not engine.asked
+    later = [Message("user", "A turnip?"), Message("assistant", QUESTION_HELD), *COLORS]
+    assert list(held.reply(later)) == ["Yes."] and engine.messages == COLORS
+    assert list(held.rewrite("x", "turnip")) == [ANSWER_HELD]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+def test_no_held_back_word_is_ever_shown(size):
+    def split(text):
+        return [text[start : start + size] for start in range(0, len(text), size)]
+
+    _, held = filtered(*split("The farmer has a big field, and in it there grows a turnip and more of it."))
+    shown = list(held.reply(COLORS))
+    assert shown[-1] in (REST_HELD, ANSWER_HELD) and "turn" not in "".join(shown[:-1])
+    _, held = filtered(*split("On the second day of it all my true love gave to me two turtle doves and a partridge."))
+    assert "two" not in "".join(list(held.reply(COLORS))[:-1])
+    harmless = "A plain answer of a good number of words, which stays as it is.\n\n1. One\n2. Two"
+    _, held = filtered(*split(harmless))
+    assert "".join(held.reply(COLORS)) == harmless
+
+
+def test_a_filter_that_fails_lets_nothing_through_and_logs_no_words(caplog):
+    _, held = filtered("A secret answer.", is_held=broken)
+    assert list(held.reply(COLORS)) == [QUESTION_HELD]
+    assert "colors" not in caplog.text and "RuntimeError" in caplog.text
+
+
+def test_the_word_list_is_the_default(engine):
+    is_held = load_filter("1")
+    assert is_held("What the fuck?") and is_held("sh1t") and not is_held("A glass in Scunthorpe.")
+    assert load_filter("tests.test_operating:never") is never
+    for wrong in ("nothing", "no.such:thing", "mmchat.serving.filtering:nothing"):
+        with pytest.raises(BadInput, match="MMCHAT_FILTER"):
+            load_filter(wrong)
+    expected = "".join(engine.reply(COLORS, GREEDY))
+    assert "".join(FilteringEngine(engine, is_held).reply(COLORS, GREEDY)) == expected
+
+
+def test_settings_equip_an_engine(monkeypatch):
+    engine = Said("a")
+    for name in ("MMCHAT_ANSWER_CACHE", "MMCHAT_FILTER"):
+        monkeypatch.delenv(name, raising=False)
+    assert equip()(engine) is engine  # all off by default
+    monkeypatch.setenv("MMCHAT_ANSWER_CACHE", "8")
+    monkeypatch.setenv("MMCHAT_FILTER", "1")
+    wrapped = equip()(engine)
+    assert isinstance(wrapped, FilteringEngine) and isinstance(wrapped.engine, CachingEngine)
+    pieces = [list(wrapped.reply(COLORS, GREEDY)) for _ in range(2)]
+    assert pieces[0] == pieces[1] == ["a"] and engine.asked == 1
+    monkeypatch.setenv("MMCHAT_ANSWER_CACHE", "many")
+    with pytest.raises(BadInput, match="whole number"):
+        equip()
+    assert filtering.DEFAULT
+
+
+def test_metrics_in_prometheus_format(engine):
+    metrics = Metrics(lambda: 3)
+    observed = ObservedEngine(engine, [metrics.observe])
+    engine.warm_up()
+    list(observed.reply(COLORS, GREEDY))
+    stopped = observed.reply(COLORS, GREEDY)
+    next(stopped)
+    stopped.close()
+    with pytest.raises(BadInput):
+        list(observed.reply([Message("user", " ")], GREEDY))
+    observed.transcribe(SPEECH)
+    demo = ui.build(observed, ROOT / "examples")
+    ui.launch(demo, prevent_thread_lock=True, quiet=True, app_kwargs={"routes": [metrics.route("secret")]})
+    try:
+        assert httpx.get(f"{demo.local_url}metrics").status_code == 401
+        text = httpx.get(f"{demo.local_url}metrics", headers={"authorization": "Bearer secret"}).text
+    finally:
+        demo.close()
+    from prometheus_client.parser import text_string_to_metric_families
+
+    values = {
+        (sample.name, sample.labels.get("outcome") or sample.labels.get("kind")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.labels.get("kind") != "transcribe"
+    }
+    assert values["mmchat_questions_total", "answered"] == values["mmchat_questions_total", "stopped"] == 1
+    assert values["mmchat_errors_total", "BadInput"] == 1 and values["mmchat_queue_length", None] == 3
+    assert values["mmchat_first_token_seconds_count", None] == 2 and values["mmchat_speech_seconds_total", None] > 5
+    assert values["mmchat_tokens_per_second_count", None] >= 1
+
+
+def test_logs_are_json_without_words(engine, photo):
+    sink = io.StringIO()
+    handler = logging.StreamHandler(sink)
+    handler.setFormatter(JsonFormatter())
+    logger = logging.getLogger("mmchat.serving.observing")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        said = "".join(ObservedEngine(engine, [log]).reply([Message("user", "Zebra?", [photo])], GREEDY))
+        try:
+            raise ValueError("Zebra in a message")
+        except ValueError:
+            logger.exception("A request failed")
+    finally:
+        logger.removeHandler(handler)
+    request, failure = map(json.loads, sink.getvalue().splitlines())
+    assert request["outcome"] == "answered" and request["pictures"] == 1 and request["pieces"] > 0
+    assert failure["error"] == "ValueError" and failure["at"]
+    assert "Zebra" not in sink.getvalue() and said not in sink.getvalue()
