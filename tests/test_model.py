@@ -150,7 +150,8 @@ def test_a_fresh_marker_starts_from_the_embedding_of_a_token(tiny):
     from mmchat.training.run import build_model
 
     preset = PRESETS["phi3-patches"]
-    model, tokenizer = build_model(Recipe(preset=preset.name, end_of_image_token=True), preset)
+    data = {"train": [str(tiny / "train.json")], "features": str(tiny / "features-patches")}
+    model, tokenizer = build_model(Recipe(**data, preset=preset.name, end_of_image_token=True), preset)
     base, _ = load_language_model(preset.language_model, torch.float32)
     token_id = tokenizer.encode("\n", add_special_tokens=False)[-1]
     assert torch.equal(model.projector.marker.data, base.get_input_embeddings().weight[token_id])
