@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from threading import Thread
 from typing import Any
@@ -87,8 +87,17 @@ class LoadingEngine:
     def rewrite(self, *arguments: Any) -> Iterator[str]:
         yield from self._engine().rewrite(*arguments)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine(), name)  # hearing and speaking
+    def transcribe(self, *arguments: Any, **options: Any) -> Any:
+        return self._engine().transcribe(*arguments, **options)
+
+    def listen(self, *arguments: Any, **options: Any) -> Any:
+        return self._engine().listen(*arguments, **options)
+
+    def speak(self, text: str) -> Any:
+        return self._engine().speak(text)
+
+    def read_aloud(self, pieces: Iterable[str]) -> Any:
+        return self._engine().read_aloud(pieces)
 
     def _engine(self) -> Engine:
         if not self._loaded.done():

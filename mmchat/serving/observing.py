@@ -56,12 +56,19 @@ class ObservedEngine(EngineWrapper):
         super().__init__(engine)
         self._observers = observers
 
-    def transcribe(self, path: str | Path) -> Transcript:
+    def transcribe(self, path: str | Path, language: str | None = None, task: str = "transcribe") -> Transcript:
+        *_, whole = self.listen(path, language, task)
+        return whole
+
+    def listen(self, path: str | Path, language: str | None = None, task: str = "transcribe") -> Iterator[Transcript]:
         observation = Observation("transcribe")
         try:
-            transcript = self.engine.transcribe(path)
-            observation.speech_seconds = sum(part.end - part.start for part in transcript.segments)
-            return transcript
+            for transcript in self.engine.listen(path, language, task):
+                observation.speech_seconds = sum(part.end - part.start for part in transcript.segments)
+                yield transcript
+        except GeneratorExit:
+            observation.outcome = STOPPED
+            raise
         except Exception as error:
             observation.outcome = _name(error)
             raise

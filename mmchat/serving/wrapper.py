@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,17 @@ class EngineWrapper:
     def warm_up(self) -> None:
         self.engine.warm_up()
 
-    def transcribe(self, path: str | Path) -> Transcript:
-        return self.engine.transcribe(path)
+    def transcribe(self, path: str | Path, language: str | None = None, task: str = "transcribe") -> Transcript:
+        return self.engine.transcribe(path, language, task)
+
+    def listen(self, path: str | Path, language: str | None = None, task: str = "transcribe") -> Iterator[Transcript]:
+        return self.engine.listen(path, language, task)
+
+    def speak(self, text: str) -> tuple[Any, int]:
+        return self.engine.speak(text)
+
+    def read_aloud(self, pieces: Iterable[str]) -> Iterator[Any]:
+        return self.engine.read_aloud(pieces)
 
     def reply(
         self,
