@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmchat.models.prompt import IMAGE_TOKEN_ID
+from mmchat.models.vision_language_model import IGNORE_INDEX
 from mmchat.presets import PRESETS
 from mmchat.training.recipe import Recipe, read_recipe
 from mmchat.training.run import build_model
@@ -36,5 +38,9 @@ def test_a_tiny_model_is_built_as_the_recipe_says(tiny, tmp_path, path):
     if recipe.target_modules != ["all-linear"]:
         names = [name for name, _ in model.named_parameters() if ".lora_A." in name]
         assert {name.split(".lora_A.")[0].rsplit(".", 1)[1] for name in names} == set(recipe.target_modules)
-    ids = torch.tensor([[1, 2, 3, 4]])
-    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)["loss"].backward()
+    encoder = PRESETS[kind].image_encoder
+    ids = torch.tensor([[*[IMAGE_TOKEN_ID] * model.tokens_per_image, 1, 2, 3, 4]])
+    labels = ids.masked_fill(ids == IMAGE_TOKEN_ID, IGNORE_INDEX)
+    shown = torch.randn(1, encoder.feature_count, encoder.image_dim)
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, image_features=shown)["loss"].backward()
+    assert all(parameter.grad is not None for parameter in model.projector.parameters() if parameter.requires_grad)
