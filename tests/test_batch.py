@@ -89,6 +89,23 @@ def test_an_answer_waits_for_its_reader(decoders):
         assert begun + list(slow) == alone
 
 
+def test_an_error_reaches_its_own_reader_only(decoders, monkeypatch):
+    def fail(logits):
+        raise RuntimeError("broken sampler")
+
+    for decoder in decoders:
+        embeddings = torch.randn(1, 5, decoder.model.config.hidden_size)
+        options = SamplingOptions(temperature=0, max_new_tokens=8)
+        alone = list(stream_token_ids(decoder, embeddings, options, set()))
+        broken, sound = (stream_token_ids(decoder, embeddings, options, set()) for _ in range(2))
+        begun = [next(broken), next(sound)][1:]
+        next(iter(decoder.batch._answers.values()))._sampler = fail
+        assert begun + list(sound) == alone
+        with pytest.raises(RuntimeError, match="broken sampler"):
+            list(broken)
+        assert len(decoder.batch) == 0
+
+
 def test_the_real_model_answers_the_same_side_by_side(engine):
     options = SamplingOptions(temperature=0, max_new_tokens=16)
     questions = [

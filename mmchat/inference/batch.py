@@ -7,7 +7,7 @@ join after their prompt is prefilled and leave between tokens (Yu et al. 2022, O
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -26,8 +26,8 @@ class Rows(Protocol):
     def remove(self, row: Any) -> None:
         """Removes a row."""
 
-    def step(self, token_ids: dict[Any, int]) -> dict[Any, torch.Tensor]:
-        """Appends one token each to these rows, and none to the others → their logits, [vocabulary] each."""
+    def step(self, token_ids: dict[Any, int]) -> Iterable[tuple[Any, torch.Tensor]]:
+        """Appends one token each to these rows, and none to the others → the rows with their logits, [vocabulary]."""
 
 
 class Answer:
@@ -38,6 +38,7 @@ class Answer:
         self._unread: deque[int] = deque()  # tokens that its reader has not taken
         self.last = -1  # the newest token, which the model has not seen
         self.is_complete = self.has_left = False
+        self._error: Exception | None = None
 
     @property
     def can_grow(self) -> bool:
@@ -45,8 +46,12 @@ class Answer:
         return not self.is_complete and len(self._unread) < LOOKAHEAD
 
     def extend(self, logits: torch.Tensor) -> None:
-        """Chooses the next token from logits, [vocabulary]."""
-        self.last = self._sampler(logits)
+        """Chooses the next token from logits, [vocabulary]. An error is kept for the answer's own reader."""
+        try:
+            self.last = self._sampler(logits)
+        except Exception as error:
+            self._error, self.is_complete = error, True
+            return
         self._remaining -= 1
         is_stop = self.last in self._stop_ids
         self.is_complete = is_stop or not self._remaining
@@ -57,6 +62,8 @@ class Answer:
         """The tokens that are there but not yet taken."""
         while self._unread:
             yield self._unread.popleft()
+        if self._error:
+            raise self._error
 
 
 class Batch:
@@ -103,7 +110,7 @@ class Batch:
         token_ids = {row: answer.last for row, answer in self._answers.items() if answer.can_grow}
         self._is_running = True
         try:
-            for row, logits in self._rows.step(token_ids).items():
+            for row, logits in self._rows.step(token_ids):
                 self._answers[row].extend(logits)
         finally:
             self._is_running = False

@@ -6,6 +6,7 @@ the model with the adapter or without it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -116,9 +117,9 @@ class TorchRows:
     def remove(self, row: _Row) -> None:
         self._batches[row.with_adapter].remove(row)
 
-    def step(self, token_ids: dict[_Row, int]) -> dict[_Row, torch.Tensor]:
-        batches = [self._batches[with_adapter] for with_adapter in {row.with_adapter for row in token_ids}]
-        return {row: logits for batch in batches for row, logits in batch.step(token_ids).items()}
+    def step(self, token_ids: dict[_Row, int]) -> Iterator[tuple[_Row, torch.Tensor]]:
+        for with_adapter in {row.with_adapter for row in token_ids}:
+            yield from self._batches[with_adapter].step(token_ids)
 
 
 @dataclass(eq=False)
@@ -161,27 +162,26 @@ class _PaddedRows:
         self._layers = [(keys[kept, :, first:], values[kept, :, first:]) for keys, values in self._layers]
 
     @torch.inference_mode()
-    def step(self, token_ids: dict[_Row, int]) -> dict[_Row, torch.Tensor]:
-        """As in ``Rows``; rows without a token get one that no later token attends to."""
+    def step(self, token_ids: dict[_Row, int]) -> list[tuple[_Row, torch.Tensor]]:
+        """As in ``Rows``; rows without a token get one that no later token attends to. An error changes nothing."""
         from transformers import DynamicCache
 
         switch_adapter(self._model, self._with_adapter)
         device = self._is_token.device
         has_token = torch.tensor([[int(row in token_ids)] for row in self._rows], device=device)  # [rows, 1]
-        self._is_token = torch.cat([self._is_token, has_token], dim=1)
+        is_token = torch.cat([self._is_token, has_token], dim=1)
         cache = DynamicCache(self._layers)
         logits = self._model(
             input_ids=torch.tensor([[token_ids.get(row, 0)] for row in self._rows], device=device),
             position_ids=torch.tensor([[row.length] for row in self._rows], device=device),
-            attention_mask=self._is_token,
+            attention_mask=is_token,
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]  # [rows, vocabulary]
-        self._layers = [(layer.keys, layer.values) for layer in cache.layers]
-        stepped = {row: logits[index] for index, row in enumerate(self._rows) if row in token_ids}
-        for row in stepped:
-            row.length += 1
-        return stepped
+        self._is_token, self._layers = is_token, [(layer.keys, layer.values) for layer in cache.layers]
+        for row in self._rows:
+            row.length += row in token_ids
+        return [(row, logits[index]) for index, row in enumerate(self._rows) if row in token_ids]
 
 
 def _stack(rows: torch.Tensor, added: torch.Tensor, columns: int) -> torch.Tensor:

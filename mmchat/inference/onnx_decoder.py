@@ -247,7 +247,7 @@ class OnnxRows:
         if not self._rows:  # give the memory back
             self._values, self._bindings = _KeyValues(self._graph, 0, 0), {}
 
-    def step(self, token_ids: dict[_Row, int]) -> dict[_Row, torch.Tensor]:
+    def step(self, token_ids: dict[_Row, int]) -> list[tuple[_Row, torch.Tensor]]:
         """As in ``Rows``; a row without a token gets one that its next one overwrites."""
         self._reserve(len(self._rows), max(row.length for row in self._rows) + 1)
         adapters = tuple(row.with_adapter for row in self._rows)
@@ -258,7 +258,7 @@ class OnnxRows:
         logits = torch.from_numpy(self._graph.run(self._bindings[adapters], embeddings, lengths))
         for row in token_ids:
             row.length += 1
-        return {row: logits[index] for index, row in enumerate(self._rows) if row in token_ids}
+        return [(row, logits[index]) for index, row in enumerate(self._rows) if row in token_ids]
 
     def _reserve(self, rows: int, length: int) -> None:
         """Makes room for this many rows of this length."""
