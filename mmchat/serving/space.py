@@ -9,7 +9,8 @@ from pathlib import Path
 from ..bundle import INSIDE, PACKAGE, bundled
 from ..errors import BadInput
 
-FILES = ("app.py", "weights", "examples", "requirements.txt", "README.md", "LICENSE", "docs/page.png")
+SCREENSHOTS = ("docs/page.png", "docs/page-dark.png", "docs/page-phone.png")
+FILES = ("app.py", "weights", "examples", "requirements.txt", "README.md", "LICENSE", *SCREENSHOTS)
 IGNORED_PATTERNS = ("__pycache__", "*.pyc", "*.pyi", ".*", INSIDE)
 MAX_FILE_SIZE = 10_000_000  # bytes; the Hub requires LFS for larger files
 FRONT_MATTER = ("title", "emoji", "colorFrom", "colorTo", "sdk", "sdk_version", "python_version", "app_file", "license")
