@@ -9,7 +9,8 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-BUNDLED = ("weights", "examples", "app.py", "README.md", "LICENSE", "requirements.txt", "docs/page.png")
+SCREENSHOTS = ("docs/page.png", "docs/page-dark.png", "docs/page-phone.png")
+BUNDLED = ("weights", "examples", "app.py", "README.md", "LICENSE", "requirements.txt", *SCREENSHOTS)
 
 
 class BuildWithBundle(build_py):

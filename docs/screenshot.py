@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Take docs/page.png anew, with today's page and weights: python docs/screenshot.py
+"""Take the pictures of the page in docs/ anew, with today's page and weights: python docs/screenshot.py
 
 Needs Chromium, and the packages of the extra "dev".
 """
@@ -11,12 +11,17 @@ import time
 from pathlib import Path
 from urllib.request import urlopen
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESS, PORT = "http://127.0.0.1:7899", "7899"
 PICTURE = ROOT / "examples" / "bus.jpg"
 QUESTIONS = ("What is this?", "What color is the bus?", "Is there a dog?")
+SHOTS = {  # file name -> width, height, theme
+    "page.png": (1280, 900, "light"),
+    "page-dark.png": (1280, 900, "dark"),
+    "page-phone.png": (390, 844, "light"),
+}
 
 
 def main() -> None:
@@ -26,11 +31,8 @@ def main() -> None:
         wait_for_page()
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1280, "height": 900})
-            page.set_default_timeout(300_000)
-            page.goto(ADDRESS)
-            converse(page)
-            page.screenshot(path=ROOT / "docs" / "page.png")
+            for name, (width, height, theme) in SHOTS.items():
+                take(browser, name, width, height, theme)
     finally:
         server.terminate()
         server.wait()
@@ -46,16 +48,30 @@ def wait_for_page() -> None:
     sys.exit("The page did not come up.")
 
 
+def take(browser: Browser, name: str, width: int, height: int, theme: str) -> None:
+    """Takes one picture of a conversation."""
+    page = browser.new_page(viewport={"width": width, "height": height}, reduced_motion="reduce")
+    page.set_default_timeout(300_000)
+    page.goto(f"{ADDRESS}?__theme={theme}")
+    page.locator("#box textarea").wait_for()
+    page.wait_for_timeout(2_000)
+    converse(page)
+    page.screenshot(path=ROOT / "docs" / name)
+    page.close()
+
+
 def converse(page: Page) -> None:
-    """Shows the picture and asks every question; the picture is drawn small, so that the exchange fits."""
-    page.locator("#image input[type=file]").set_input_files(PICTURE)
-    page.locator("#image img").wait_for()
+    """Shows the picture, asks every question, and unfolds what happened at the last one."""
+    page.locator("#box input[type=file]").set_input_files(PICTURE)
+    page.locator("#box .thumbnail-item").wait_for()
+    details = page.locator("#chat .thought-group .title", has_text="Details")
     for number, question in enumerate(QUESTIONS):
-        page.get_by_label("Your question").fill(question)
+        page.locator("#box textarea").fill(question)
         page.get_by_role("button", name="Send", exact=True).click()
-        page.locator("#chat .bot .prose").nth(number).wait_for()
-        page.wait_for_timeout(8_000)  # the answer is written; retrying is offered when it is whole
-    page.add_style_tag(content="#chat .user img { max-height: 150px !important; width: auto !important; }")
+        details.nth(number).wait_for()  # the answer is whole
+    details.last.click()
+    page.wait_for_timeout(1_500)
+    page.locator("#chat .bubble-wrap").evaluate("element => element.scrollTo(0, element.scrollHeight)")
     page.wait_for_timeout(1_000)
 
 

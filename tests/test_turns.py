@@ -204,4 +204,4 @@ def test_two_pictures_are_seen_and_told_in_the_details(address, photo):
     files = [{"type": "file", "file": upload(address, photo.with_name(name))} for name in ("bus.jpg", "ball.jpg")]
     turn = {"role": "user", "content": [*files, {"type": "text", "text": "What is this?"}]}
     answer = served(address, endpoints(address)["reply"], [[turn], None, 0, *default_settings()])
-    assert "Seen in picture 1" in answer and "Seen in picture 2" in answer and "tokens per second" in answer
+    assert "Seen in picture 1" in answer and "Seen in picture 2" in answer and "Model: smol" in answer

@@ -11,7 +11,8 @@ from ..errors import BadInput
 from ..fetching.sources import HubRepository
 from ..presets import SMOL, Preset, get_preset
 
-FILES = ("app.py", "weights", "examples", "requirements.txt", "README.md", "LICENSE", "docs/page.png")
+SCREENSHOTS = ("docs/page.png", "docs/page-dark.png", "docs/page-phone.png")
+FILES = ("app.py", "weights", "examples", "requirements.txt", "README.md", "LICENSE", *SCREENSHOTS)
 IGNORED_PATTERNS = ("__pycache__", "*.pyc", "*.pyi", ".*", INSIDE)
 GPU_PACKAGES = ("accelerate>=1.10", "bitsandbytes>=0.48")
 ZERO_GPU_TORCH = "torch>=2.8,<2.9"  # 2.8.0 is the newest that the list in ZeroGPU's documentation had

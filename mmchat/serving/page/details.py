@@ -12,6 +12,7 @@ from .history import Turn, said
 
 logger = logging.getLogger(__name__)
 
+MIN_TOKENS = 5  # of an answer whose speed means anything
 DETAILS = "Details"  # title of the folded message
 
 
@@ -45,7 +46,7 @@ def details(engine: Engine, messages: list[Message], text: str, watch: Stopwatch
     lines = [f"Model: {told['model']}"] if told.get("model") else []
     if tokens:
         lines.append(f"Length: {_count(tokens, 'token')}")
-    if tokens > 1 and seconds - first > 0.01:
+    if tokens >= MIN_TOKENS and seconds > first:
         lines.append(f"Speed: {(tokens - 1) / (seconds - first):.0f} tokens per second")
     lines.append(f"Time to the first token: {first:.2f} s")
     if speech_seconds:
