@@ -147,7 +147,7 @@ def test_no_endpoint_reads_a_file_that_was_not_uploaded(address, secrets, engine
     good = upload(address, PHOTO)
     assert "An answer." in served(address, named["ask"], ["Hi", good, False]) and len(seen) == 1
     turn = {"role": "user", "content": [{"type": "file", "file": good}, {"type": "text", "text": "Hi"}]}
-    answer = served(address, named["reply"], [[turn], None, 0, 1, 16, False, 1, 1, False, None, ""])
+    answer = served(address, named["reply"], [[turn], None, 0, 1, 16, False, 1, 1, False, None, "", False])
     assert "An answer." in answer and len(seen) == 2
     _no_event_names_a_file(address, named, secrets)
     allowed = Path(get_upload_folder()).resolve()

@@ -294,8 +294,10 @@ def test_presets_pin_their_models():
     assert set(CHAT_FORMATS["phi-3"].stops) == {"<|end|>", "<|assistant|>", "<|endoftext|>"}
     assert set(CHAT_FORMATS["phi-2"].stops) == {"<|endoftext|>"}
     for preset in (PHI_2, PHI_3_5):
-        for part in (preset.language_model, preset.image_encoder, preset.speech):
+        for part in (preset.language_model, preset.image_encoder):
             assert re.fullmatch(r"[0-9a-f]{40}", part.source.revision), part
+        members = [member for _, parts in preset.speech.source.files for member in parts]
+        assert all(re.fullmatch(r"[0-9a-f]{64}", member.sha256) for member in members)
     assert PHI_3_5.weights.revision == "a3728b2d7b7c337922e36126519b653a2fd2bbd7"
 
 
