@@ -17,6 +17,7 @@ from mmchat.models.vision_language_model import IGNORE_INDEX
 from mmchat.presets import get_preset
 from mmchat.training.data.conversations import (
     Conversation,
+    conversation_of,
     entry_of,
     read_conversations,
     split_by_image,
@@ -77,6 +78,20 @@ def test_llava_instruct_files_are_read(tmp_path):
         ("[\n1 2]", "line 2: an entry"),
     ],
 )
+def test_an_entry_may_show_several_pictures_in_a_row():
+    turns = [("human", "<image>\n<image>\nWhich is red?"), ("gpt", "Picture 2."), ("human", "<image>\nAnd this?")]
+    entry = {
+        "image": ["a.jpg", "b.jpg", "c.jpg"],
+        "conversations": [{"from": who, "value": what} for who, what in turns],
+    }
+    first, _, last = conversation_of(entry, "a test").messages
+    assert (first.images, first.text) == (("a.jpg", "b.jpg"), "Which is red?")
+    assert (last.images, last.text) == (("c.jpg",), "And this?")
+    for images in (["a.jpg"], ["a.jpg"] * 4, [], [1]):
+        with pytest.raises(BadInput):
+            conversation_of({**entry, "image": images}, "a test")
+
+
 def test_errors_name_the_file_and_the_line(tmp_path, content, says):
     (tmp_path / "train.json").write_text(content)
     with pytest.raises(BadInput, match=says):

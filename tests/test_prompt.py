@@ -54,7 +54,7 @@ def test_picture_tokens_stand_where_the_picture_was_shown(tokenizer):
     assert tokenizer.decode(shown) == (
         f"<|im_start|>user\n{mark * 3}\nOne?<|im_end|>\n"
         "<|im_start|>assistant\nA dog.<|im_end|>\n"
-        f"<|im_start|>user\n{mark * 3}\n{mark * 3}\nAnd these?<|im_end|>\n"
+        f"<|im_start|>user\nPicture 1:\n{mark * 3}\nPicture 2:\n{mark * 3}\nAnd these?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
     assert encoded.images == ["a.jpg", "b.jpg", "c.jpg"]

@@ -150,6 +150,8 @@ def segments(
         yield Segment(chat_format.turn_start[message.role], is_control=True)
         for number, image in enumerate(message.images):
             yield Segment(chat_format.after_image if number else "", is_control=True)
+            if len(message.images) > 1:  # so that a question can name one
+                yield Segment(f"Picture {number + 1}:{chat_format.after_image}")
             yield Segment(image=image)
             if tags := image_text(image):
                 yield Segment(chat_format.after_image + tags)

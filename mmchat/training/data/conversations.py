@@ -168,21 +168,38 @@ def conversation_of(entry: Any, label: str) -> Conversation:
     if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
         raise BadInput(f'{label}: an entry needs a list "conversations".')
     image = entry.get("image")
-    if image is not None and not isinstance(image, str):
-        raise BadInput(f'{label}: "image" must be a file name.')
-    messages = tuple(_message(turn, image, label) for turn in entry["conversations"])
+    images = image if isinstance(image, list) else [] if image is None else [image]
+    if not all(isinstance(name, str) for name in images) or image == []:
+        raise BadInput(f'{label}: "image" must be a file name, or a list of them.')
+    if not isinstance(image, list):  # one picture, which every mark shows
+        messages = tuple(_message(turn, images, label) for turn in entry["conversations"])
+    else:
+        messages = _messages(entry["conversations"], images, label)
     if not any(message.role == "assistant" for message in messages):
         raise BadInput(f"{label}: there is no answer to train on.")
     return Conversation(str(entry.get("id", label)), messages)
 
 
-def _message(turn: Any, image: str | None, label: str) -> Message:
+def _messages(turns: Sequence[Any], images: list[str], label: str) -> tuple[Message, ...]:
+    """The messages of an entry with several pictures: each mark shows the next one."""
+    messages, marks, shown = [], 0, 0
+    for turn in turns:
+        text = turn.get("value") if isinstance(turn, dict) and turn.get("from") == "human" else ""
+        marks += text.count(IMAGE_MARK) if isinstance(text, str) else 0
+        messages.append(_message(turn, images[shown:marks], label))
+        shown = marks
+    if marks != len(images):
+        raise BadInput(f"{label}: {len(images)} pictures need as many {IMAGE_MARK}, not {marks}.")
+    return tuple(messages)
+
+
+def _message(turn: Any, images: Sequence[str], label: str) -> Message:
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or turn.get("from") not in SPEAKERS:
         raise BadInput(f'{label}: a turn needs "from" ({", ".join(SPEAKERS)}) and a text "value".')
     text, speaker = turn["value"], turn["from"]
     shows = IMAGE_MARK in text and speaker == "human"
-    if shows and image is None:
-        raise BadInput(f'{label}: a turn has {IMAGE_MARK}, but the entry has no "image".')
+    if shows and not images:
+        raise BadInput(f'{label}: a turn has {IMAGE_MARK}, but the entry has no "image" for it.')
     return Message(
-        SPEAKERS[speaker], (text.replace(IMAGE_MARK, "") if shows else text).strip(), [image] if shows else []
+        SPEAKERS[speaker], (text.replace(IMAGE_MARK, "") if shows else text).strip(), images if shows else []
     )
