@@ -81,7 +81,7 @@ def _assemble(model: MultimodalModel, encoder: ImageEncoderPreset, image_token_i
     """The LLaVA model around our parts, none of which is copied."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    folder, vision_config = _vision(encoder)
+    folder, vision_config = vision_of(encoder)
     language_model = model.causal_language_model
     config = LlavaConfig(
         vision_config=vision_config,
@@ -125,7 +125,7 @@ def _keep_short_factors(config: Any, scaling: float | None) -> None:
         config.max_position_embeddings = length
 
 
-def _vision(encoder: ImageEncoderPreset) -> tuple[Path, Any]:
+def vision_of(encoder: ImageEncoderPreset) -> tuple[Path, Any]:
     """Where the image encoder lies, and the configuration of its image half."""
     from transformers import AutoConfig
 
@@ -143,7 +143,7 @@ def _processor(tokenizer: Any, preset: Preset) -> Any:
     from transformers import AutoImageProcessor, LlavaProcessor
 
     encoder = preset.image_encoder
-    folder, vision_config = _vision(encoder)
+    folder, vision_config = vision_of(encoder)
     is_clip = vision_config.model_type.startswith("clip")
     chat_format = CHAT_FORMATS[preset.language_model.chat_format]
     tokenizer.chat_template = chat_template(chat_format)

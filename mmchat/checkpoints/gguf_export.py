@@ -1,0 +1,348 @@
+"""Weights → GGUF files for llama.cpp and what is built on it: the text model, the adapter, and the eyes.
+
+The tensor names come from the ``gguf`` package; llama.cpp's loader (tools/mtmd/clip.cpp) defines what the picture part
+("mmproj") may hold: the patches of CLIP or SigLIP after one layer, then Linear → GELU → Linear. A question without a
+picture uses the adapter there, too, unless the request switches it off.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import BadInput
+from ..models.prompt import ChatFormat, chat_format_of
+from ..models.vision_language_model import MultimodalModel
+from ..presets import ImageEncoderPreset, Preset
+from .exporting import chat_template, vision_of
+from .weights_folder import load_model, preset_for_weights
+
+ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "phi3": "PHI3"}  # transformers' model type -> gguf's name
+TYPES = {"f16": "F16", "q8_0": "Q8_0", "f32": "F32"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The files that were written; None where the weights have no such part, with the reason in ``notes``."""
+
+    model: Path
+    adapter: Path | None
+    mmproj: Path | None
+    notes: tuple[str, ...] = ()
+
+
+def export_gguf(
+    weights: str | Path, out: str | Path, preset: Preset, kind: str = "f16", merge: bool = False
+) -> Exported:
+    """Writes ``model.gguf``, ``adapter.gguf`` (LoRA) and ``mmproj.gguf`` (image encoder and projector).
+
+    Args:
+        weights: a folder that training wrote.
+        kind: the number format of the text model's matrices, a key of TYPES. The adapter and the eyes are f16 or f32.
+        merge: add the adapter to the text model instead of writing it beside.
+
+    Raises:
+        BadInput: llama.cpp has no place for a part of it; the sentence names the part.
+        MmchatError: the weights or the base model cannot be had.
+    """
+    preset = preset_for_weights(preset, weights)
+    model, tokenizer = load_model(preset, weights, torch.float32)
+    if model.causal_language_model.config.model_type not in ARCHITECTURES:
+        raise BadInput(
+            f"A text model of the type '{model.causal_language_model.config.model_type}' cannot be exported to GGUF; "
+            f"these can: {', '.join(ARCHITECTURES)}."
+        )
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    reason = _no_eyes(model, preset)
+    adapter = model.has_adapter and not merge
+    if model.has_adapter and merge:
+        model.language_model = model.language_model.merge_and_unload()
+    _write_text(model.causal_language_model, tokenizer, preset, folder / "model.gguf", kind)
+    if adapter:
+        _write_adapter(model, folder / "adapter.gguf")
+    if not reason:
+        _write_eyes(model, preset.image_encoder, folder / "mmproj.gguf", kind)
+    notes = (f"No mmproj.gguf: {reason}.",) if reason else ()
+    return Exported(
+        folder / "model.gguf",
+        folder / "adapter.gguf" if adapter else None,
+        None if reason else folder / "mmproj.gguf",
+        notes,
+    )
+
+
+def _no_eyes(model: MultimodalModel, preset: Preset) -> str:
+    """Why llama.cpp cannot see as these weights do; empty if it can."""
+    encoder, config = preset.image_encoder, model.projector_config
+    if encoder.features != "patches":
+        return f"llama.cpp has no image encoder like {encoder.name}, so it gets the text model and the adapter only"
+    if not vision_of(encoder)[1].model_type.startswith(("clip", "siglip")):
+        return f"{encoder.name} is neither a CLIP nor a SigLIP, the image encoders that this export knows"
+    if encoder.class_token:
+        return "llama.cpp drops CLIP's class token, which these weights read"
+    if config.kind != "llava" or config.marker:
+        return "llama.cpp knows projectors of the kind 'llava' without a marker token only"
+    if preset.picture_layout:
+        return "these weights bring a picture layout of their own"
+    return ""
+
+
+# The text model
+
+
+def _write_text(language_model: Any, tokenizer: Any, preset: Preset, path: Path, kind: str) -> None:
+    import gguf
+
+    config = language_model.config
+    architecture = ARCHITECTURES[config.model_type].lower()
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name("mmchat")  # at "phi-3" in a name, llama.cpp would expect that model's own vocabulary
+    heads, head_width = config.num_attention_heads, _head_width(config)
+    writer.add_context_length(_context(config))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_width)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(language_model.get_input_embeddings().num_embeddings)
+    _add_sliding_window(writer, config)
+    _add_tokenizer(writer, tokenizer, language_model.get_input_embeddings().num_embeddings)
+    writer.add_chat_template(_template(chat_format_of(preset), tokenizer))
+    for name, tensor in _text_tensors(language_model):
+        _add_tensor(writer, name, tensor, kind)
+    _finish(writer)
+
+
+def _head_width(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _context(config: Any) -> int:
+    """The tokens up to which Phi-3's short rotary factors, which training used, hold."""
+    rope = config.rope_parameters
+    return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+
+
+def _add_sliding_window(writer: Any, config: Any) -> None:
+    if config.model_type == "phi3":
+        writer.add_sliding_window(getattr(config, "sliding_window", None) or 0)
+
+
+def _text_tensors(language_model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    config, names = language_model.config, _names(language_model.config)
+    tied = config.tie_word_embeddings
+    for name, tensor in language_model.state_dict().items():
+        if "lora_" in name or (tied and name.startswith("lm_head")):
+            continue
+        plain = name.replace(".base_layer", "")
+        yield _gguf_name(names, plain), _permuted(tensor, plain, config)
+    yield from _rope_factors(config)
+
+
+def _rope_factors(config: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    rope = config.rope_parameters
+    if rope.get("rope_type") == "longrope":
+        for kind in ("long", "short"):
+            yield f"rope_factors_{kind}.weight", torch.tensor(rope[f"{kind}_factor"], dtype=torch.float32)
+
+
+def _names(config: Any) -> Any:
+    import gguf
+
+    return gguf.get_tensor_name_map(
+        getattr(gguf.MODEL_ARCH, ARCHITECTURES[config.model_type]), config.num_hidden_layers
+    )
+
+
+def _gguf_name(names: Any, name: str) -> str:
+    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    if not found:
+        raise BadInput(f"GGUF has no name for the tensor '{name}' of this text model.")
+    return str(found)
+
+
+def _permuted(tensor: torch.Tensor, name: str, config: Any) -> torch.Tensor:
+    """Llama's queries and keys in the order of llama.cpp's rotary embedding, which pairs neighbors, not halves."""
+    if ARCHITECTURES[config.model_type] != "LLAMA" or not any(part in name for part in ("q_proj", "k_proj")):
+        return tensor
+    heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+    halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])  # [heads, 2, half, …]
+    return halves.swapaxes(1, 2).reshape(tensor.shape)
+
+
+def _add_tensor(writer: Any, name: str, tensor: torch.Tensor, kind: str) -> None:
+    import gguf
+
+    values = tensor.detach().float().contiguous().numpy()
+    if values.ndim == 1 or name.startswith("rope_factors"):
+        kind = "f32"
+    elif kind == "q8_0" and values.shape[-1] % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_0][0]:
+        kind = "f16"
+    quantization = getattr(gguf.GGMLQuantizationType, TYPES[kind])
+    writer.add_tensor(name, gguf.quants.quantize(values, quantization), raw_dtype=quantization)
+
+
+def _finish(writer: Any) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# The tokenizer and the chat format
+
+
+def _template(chat_format: ChatFormat, tokenizer: Any) -> str:
+    """The chat template. llama.cpp puts a marker, <__media_…__>, for each picture into the message's text."""
+    said = "message['content'] }}"
+    template = chat_template(_without_swallowed(chat_format, tokenizer))
+    return template.replace(said, f"message['content'] | replace('__>', {'__>' + chat_format.after_image!r}) }}}}", 1)
+
+
+def _without_swallowed(chat_format: ChatFormat, tokenizer: Any) -> ChatFormat:
+    """The format without the space that Phi-3's special tokens swallow: llama.cpp would read it."""
+    swallowing = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.rstrip]
+    if not swallowing:
+        return chat_format
+    pattern = re.compile(f"({'|'.join(map(re.escape, swallowing))})\\s+")
+
+    def without(texts: Mapping[str, str]) -> dict[str, str]:
+        return {role: pattern.sub(r"\1", text) for role, text in texts.items()}
+
+    return replace(chat_format, turn_start=without(chat_format.turn_start), turn_end=without(chat_format.turn_end))
+
+
+def _add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
+    """The vocabulary as llama.cpp reads it: byte-level BPE as GPT-2's, or SentencePiece's BPE as Phi-3's."""
+    import gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        described = json.loads((Path(folder) / "tokenizer.json").read_text())
+        special = gguf.SpecialVocab(folder, load_merges=not described["model"].get("byte_fallback"))
+    writer.add_tokenizer_model(*_tokenizer_kind(described))
+    writer.add_tokenizer_pre(_pre_tokenizer(described))
+    added = {token["id"]: token for token in described["added_tokens"]}
+    by_id = {index: text for text, index in tokenizer.get_vocab().items()}
+    texts, types = [], []
+    for index in range(rows):  # an embedding may have more rows than there are tokens
+        text = by_id.get(index, f"[PAD{index}]")
+        texts.append(text)
+        types.append(_token_type(text, index in by_id, added.get(index), tokenizer.unk_token))
+    writer.add_token_list(texts)
+    writer.add_token_types(types)
+    if described["model"].get("byte_fallback"):
+        writer.add_token_scores([-float(index) for index in range(rows)])  # merges stand in the order of the vocabulary
+        writer.add_add_space_prefix(True)
+    special.add_special_token = {"bos": False, "eos": False}  # the chat template says all that is to be said
+    special.chat_template = None
+    special.add_to_gguf(writer, quiet=True)
+
+
+def _tokenizer_kind(described: dict[str, Any]) -> tuple[str]:
+    return ("llama",) if described["model"].get("byte_fallback") else ("gpt2",)
+
+
+def _pre_tokenizer(described: dict[str, Any]) -> str:
+    """llama.cpp's name of how text is split before BPE."""
+    if described["model"].get("byte_fallback"):
+        return "default"
+    splitter = described.get("pre_tokenizer") or {}
+    parts = [part["type"] for part in splitter.get("pretokenizers", [splitter])]
+    known = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}
+    if tuple(parts) not in known:
+        raise BadInput("The tokenizer splits text in a way that this export has no name for in llama.cpp.")
+    return known[tuple(parts)]
+
+
+def _token_type(text: str, is_known: bool, added: dict[str, Any] | None, unknown: str | None) -> int:
+    import gguf
+
+    if not is_known:
+        return int(gguf.TokenType.UNUSED)
+    if text == unknown:
+        return int(gguf.TokenType.UNKNOWN)
+    if added:
+        return int(gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED)
+    return int(gguf.TokenType.BYTE if len(text) == 6 and text.startswith("<0x") else gguf.TokenType.NORMAL)
+
+
+# The adapter
+
+
+def _write_adapter(model: MultimodalModel, path: Path) -> None:
+    import gguf
+
+    config = model.causal_language_model.config
+    (settings,) = model.language_model.peft_config.values()
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type].lower())
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(settings.lora_alpha))
+    names = _names(config)
+    for name, tensor in model.causal_language_model.state_dict().items():
+        if ".lora_" not in name:
+            continue
+        layer, _, part = name.partition(".lora_")  # part: "A.default.weight"
+        tensor = _permuted(tensor, layer, config) if part.startswith("B") else tensor
+        _add_tensor(writer, f"{_gguf_name(names, layer + '.weight')}.lora_{part[0].lower()}", tensor, "f32")
+    _finish(writer)
+
+
+# The image encoder and the projector
+
+
+def _write_eyes(model: MultimodalModel, encoder: ImageEncoderPreset, path: Path, kind: str) -> None:
+    import gguf
+    from transformers import AutoImageProcessor, CLIPVisionModel, SiglipVisionModel
+
+    folder, described = vision_of(encoder)
+    tower_class = CLIPVisionModel if described.model_type.startswith("clip") else SiglipVisionModel
+    tower = tower_class.from_pretrained(folder, dtype=torch.float32)
+    config, processor = tower.config, AutoImageProcessor.from_pretrained(folder, backend="pil")
+    assert isinstance(encoder.layer, int)
+    depth = encoder.layer % (config.num_hidden_layers + 1)  # the layers whose output the projector reads
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_type(gguf.GGUFType.MMPROJ)
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type("mlp")
+    writer.add_vision_image_size(config.image_size)
+    writer.add_vision_patch_size(config.patch_size)
+    writer.add_vision_embedding_length(config.hidden_size)
+    writer.add_vision_feed_forward_length(config.intermediate_size)
+    writer.add_vision_projection_dim(model.projector_config.token_width)
+    writer.add_vision_block_count(depth)
+    writer.add_vision_head_count(config.num_attention_heads)
+    writer.add_vision_attention_layernorm_eps(config.layer_norm_eps)
+    writer.add_vision_image_mean(processor.image_mean)
+    writer.add_vision_image_std(processor.image_std)
+    writer.add_vision_use_gelu(config.hidden_act.startswith("gelu"))  # otherwise CLIP's quick GELU
+    writer.add_array("clip.vision.feature_layer", [depth])
+    kind = "f32" if kind == "f32" else "f16"
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, config.num_hidden_layers)
+    for name, tensor in tower.state_dict().items():
+        name = name if name.startswith("vision_model.") else f"vision_model.{name}"
+        if any(part in name for part in ("post_layernorm", "position_ids", ".head.")) or _layer(name) >= depth:
+            continue  # what comes after the chosen layer
+        keep = "f32" if "embedding" in name else kind
+        _add_tensor(writer, _gguf_name(names, f"vision_tower.{name}"), tensor, keep)
+    for number, layer in ((0, model.projector.linear_1), (2, model.projector.linear_2)):
+        _add_tensor(writer, f"mm.{number}.weight", layer.weight, kind)
+        _add_tensor(writer, f"mm.{number}.bias", layer.bias, kind)
+    _finish(writer)
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".layers.")[1].split(".")[0]) if ".layers." in name else -1

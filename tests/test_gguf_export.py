@@ -1,0 +1,128 @@
+"""GGUF files, against llama.cpp itself: the same prompt there gives the same greedy tokens as here."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mmchat import BadInput, Message, SamplingOptions
+from mmchat.bundle import bundled
+from mmchat.checkpoints.gguf_export import export_gguf
+from mmchat.engine import LocalEngine
+from mmchat.models.image_encoder import load_image_encoder
+from mmchat.presets import PRESETS, SMOL, HubRepository, ImageEncoderPreset, Preset
+from mmchat.training.data.features import embed_folder
+from mmchat.training.recipe import Recipe
+from mmchat.training.run import train
+
+QUESTIONS = ("Describe the image.", "Is there a dog?", "What is in this picture?", "Describe it.", "A dog?")
+
+
+@contextmanager
+def llama_server(exported, with_adapter=True):
+    """llama.cpp's own server, from the wheel xllamacpp: yields its address."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(exported.model)
+    if exported.mmproj:
+        params.mmproj.path = str(exported.mmproj)
+        params.mmproj_use_gpu = False
+    if exported.adapter and with_adapter:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(exported.adapter), 1.0)]
+    params.n_ctx, params.n_parallel, params.warmup, params.port = 1024, 1, False, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(params)
+    yield server.listening_address
+
+
+def said(address, question, picture=None, count=12):
+    parts = [{"type": "text", "text": question}]
+    if picture is not None:
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        parts.insert(0, {"type": "image_url", "image_url": {"url": url}})
+    body = {"messages": [{"role": "user", "content": parts if picture else question}], "temperature": 0}
+    body |= {"max_tokens": count, "cache_prompt": False, "repeat_penalty": 1.0}
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)["choices"][0]["message"]["content"]
+
+
+def weights_for(tiny, name: str, folder) -> tuple[Preset, Path]:
+    """A preset, and weights trained for it for a few steps; the features are computed for it."""
+    preset = PRESETS[name]
+    features = folder / "features"
+    embed_folder(tiny / "pictures", features, preset.image_encoder, load_image_encoder(preset.image_encoder))
+    recipe = Recipe(train=[str(tiny / "train.json")], features=str(features), preset=name, projector="llava")
+    recipe.hidden_width, recipe.lr, recipe.max_steps, recipe.report_to = 64, 1e-2, 10, ["none"]
+    recipe.quantization, recipe.out = "none", str(folder / "weights")
+    train(recipe)
+    return preset, folder / "weights"
+
+
+def class_token_last(encoder, pixels):
+    """CLIP's patches as llama.cpp computes them: it appends the class token, but numbers positions as if it led."""
+    vision = encoder.network
+    tower = getattr(vision, "vision_model", vision)
+    patches = tower.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [1, patches, width]
+    row = torch.cat([patches, tower.embeddings.class_embedding.expand(1, 1, -1)], dim=1)
+    hidden = tower.pre_layrnorm(row + tower.embeddings.position_embedding.weight)
+    for layer in tower.encoder.layers[:-1]:
+        hidden = layer(hidden, attention_mask=None)
+    return hidden[:, 1:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("merge", [False, True], ids=["adapter beside", "adapter merged"])
+@pytest.mark.parametrize("name", ["phi3-patches", "llama-patches", "phi3-siglip"])
+def test_the_same_greedy_answers_about_pictures(tiny, tmp_path, monkeypatch, name, merge):
+    """SigLIP is read exactly; CLIP as llama.cpp reads it since 2025, one patch off (its models/llava.cpp)."""
+    if name == "phi3-siglip":
+        encoder = ImageEncoderPreset("tiny-siglip", HubRepository(str(tiny / "siglip")), 32, "patches", 4, 24)
+        monkeypatch.setitem(PRESETS, name, replace(PRESETS["phi3-patches"], name=name, image_encoder=encoder))
+    preset, weights = weights_for(tiny, name, tmp_path)
+    exported = export_gguf(weights, tmp_path / "gguf", preset, "f32", merge)
+    assert exported.mmproj and bool(exported.adapter) != merge and not exported.notes
+    engine = LocalEngine(preset, weights)
+    if name != "phi3-siglip":
+        encoder = engine.image_encoder
+        monkeypatch.setattr(encoder, "forward", lambda pixels: class_token_last(encoder, pixels))
+    count = 4 if name == "phi3-siglip" else 12  # llama.cpp looks GELU up in half precision: random weights drift apart
+    options = SamplingOptions(temperature=0, max_new_tokens=count, repetition_penalty=1.0)
+    with llama_server(exported) as address:
+        for number, question in enumerate(QUESTIONS):
+            picture = Image.open(tiny / "pictures" / f"{number}.png").convert("RGB").resize((32, 32))
+            ours = "".join(engine.reply([Message("user", question, [picture])], options))
+            theirs = said(address, question, picture, count)
+            # Here an answer also ends at <|assistant|>, and an unfinished character is not shown.
+            assert ours and theirs.strip("\ufffd ").startswith(ours.strip("\ufffd "))
+
+
+@pytest.mark.slow
+def test_smol_exports_its_text_side_and_adapter(tmp_path):
+    exported = export_gguf(bundled("weights/smol"), tmp_path, SMOL, "q8_0")
+    assert exported.adapter and not exported.mmproj and "no image encoder like efficientnet" in exported.notes[0]
+    with llama_server(exported, with_adapter=False) as address:
+        assert "Paris" in said(address, "What is the capital of France?", count=20)
+
+
+def test_a_text_model_that_llama_cpp_names_otherwise_is_refused(tiny, tmp_path):
+    preset, weights = PRESETS["phi-pooled"], tmp_path / "weights"
+    recipe = Recipe(train=[str(tiny / "train.json")], features=str(tiny / "features-pooled"), preset="phi-pooled")
+    recipe.out, recipe.max_steps, recipe.report_to, recipe.quantization = str(weights), 1, ["none"], "none"
+    train(recipe)
+    with pytest.raises(BadInput, match="'phi' cannot be exported to GGUF"):
+        export_gguf(weights, tmp_path / "gguf", preset)
