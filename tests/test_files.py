@@ -26,7 +26,7 @@ USUAL = {  # normal values of the inputs
     "multimodaltextbox": {"text": "Hi", "files": []},
 }
 
-FILE_INPUTS = {"image", "audio", "multimodaltextbox"}
+FILE_INPUTS = {"image", "audio", "file", "multimodaltextbox"}
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +114,11 @@ def attacks(kinds: list[str], path: str):
         named = {
             "image": references,
             "audio": references,
+            "file": [*references, *([file] for file in references)],
             "chatbot": histories(path),
             "multimodaltextbox": [{"text": "Hi", "files": [file]} for file in [*references, path]],
         }.get(kind, [])
-        for value in [*named, *([path] if kind in ("image", "audio") else [])]:
+        for value in [*named, *([path] if kind in ("image", "audio", "file") else [])]:
             data = [USUAL.get(other) for other in kinds]
             data[index] = value
             yield data
@@ -144,6 +145,7 @@ def test_no_endpoint_reads_a_file_that_was_not_uploaded(address, secrets, engine
                 tried += 1
                 assert CANARY not in answer and "root:" not in answer, (name, data)
     assert tried > 300
+    assert "answer_batch" in named
     good = upload(address, PHOTO)
     assert "An answer." in served(address, named["ask"], ["Hi", good, False]) and len(seen) == 1
     turn = {"role": "user", "content": [{"type": "file", "file": good}, {"type": "text", "text": "Hi"}]}
@@ -209,7 +211,12 @@ def test_nothing_is_fetched_for_a_request(address, elsewhere, engine, monkeypatc
             if not FILE_INPUTS & set(endpoint["kinds"]):
                 continue
             for file in ({"path": url, "meta": meta}, {"path": "x.png", "url": url, "meta": meta}, {"url": url}, url):
-                named = {"image": file, "audio": file, "multimodaltextbox": {"text": "Hi", "files": [file]}}
+                named = {
+                    "image": file,
+                    "audio": file,
+                    "file": [file],
+                    "multimodaltextbox": {"text": "Hi", "files": [file]},
+                }
                 data = [named.get(kind, USUAL.get(kind)) for kind in endpoint["kinds"]]
                 served(address, endpoint, data)
                 tried += 1

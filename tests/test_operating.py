@@ -50,6 +50,19 @@ def test_the_same_greedy_question_comes_from_the_cache(engine, photo):
     assert cached.count_tokens(question, "A.")[0] > 10  # what only some engines have is passed on
 
 
+def test_the_details_of_an_answer_say_that_it_comes_from_the_cache():
+    page = ui.Page(FilteringEngine(CachingEngine(Said("It is ", "a cat."), 2), lambda text: False))
+    exact = [0.0, 16, False, 1, 1, True, None, ""]  # the settings of a greedy answer
+    told = []
+    for _ in range(2):
+        visit, question = ui.Visit(), {"role": "user", "content": [{"type": "text", "text": "What is it?"}]}
+        shown = [value for value in page.reply([question], visit, visit.request(), *exact) if isinstance(value, list)]
+        _, folded, answer = shown[-1]
+        assert answer["content"] == "It is a cat."
+        told.append("From the cache" in folded["content"])
+    assert told == [False, True]
+
+
 def test_the_cache_is_bounded_and_leaves_chance_and_stopped_answers_alone():
     engine = Said("a", "b")
     cached = CachingEngine(engine, 2)

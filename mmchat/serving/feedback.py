@@ -63,6 +63,14 @@ class FeedbackStore:
             entries = [old for old in entries if old["id"] != entry["id"]]
             extra = {"liked": liked, **({"said": answer} if better else {})}
             _replace(self.folder / name, [*entries, {**entry, **extra}])
+            self._forget(entry["id"], "disliked.json" if learnt else "conversations.json")
+
+    def _forget(self, identifier: str, name: str) -> None:
+        """Removes an earlier word on the same question from the other file."""
+        entries = _read(self.folder / name)
+        kept = [old for old in entries if old["id"] != identifier]
+        if len(kept) < len(entries):
+            _replace(self.folder / name, kept)
 
     def _keep(self, picture: Any) -> str:
         """Stores a picture under the digest of its content and returns its file name."""

@@ -103,7 +103,7 @@ class FilteringEngine(EngineWrapper):
             else:
                 if not self._is_held(shown[-WINDOW:] + waiting):
                     if waiting:
-                        yield waiting
+                        yield type(piece)(waiting)
                     return
         yield REST_HELD if shown else ANSWER_HELD
 

@@ -65,7 +65,7 @@ def serve(options: argparse.Namespace) -> int:
         get_preset(options.preset)  # report a wrong name before the page opens
     if on_zero_gpu():  # models must load before the page starts, in the thread that imported spaces
         engine.load_here()
-    demo = page.build(QueuedEngine(engine, gate), bundled("examples"), limit)
+    demo = page.build(QueuedEngine(engine, gate), bundled("examples"), limit, feedback_store())
     address = {"server_name": options.host, "server_port": options.port}
     try:
         page.launch(demo, **address, auth=sign_in(), prevent_thread_lock=True, app_kwargs={"routes": beside})
@@ -79,6 +79,18 @@ def serve(options: argparse.Namespace) -> int:
     logging.info("Ready")
     demo.block_thread()
     return 0
+
+
+def feedback_store() -> Any:
+    """Where visitors' feedback goes: the folder MMCHAT_FEEDBACK; None if it is not set.
+
+    Raises:
+        BadInput: the folder cannot be made.
+    """
+    from .feedback import FeedbackStore
+
+    folder = os.environ.get("MMCHAT_FEEDBACK")
+    return FeedbackStore(folder) if folder else None
 
 
 def model_name(options: argparse.Namespace) -> str:

@@ -4,6 +4,8 @@ layout.py         what is where on the page, and which event calls what
 turns.py          ask, retry, undo, stop: one turn of a conversation
 history.py        the page's conversation and the engine's messages, one made from the other
 voice.py          the Voice tab
+batch.py          the page "Batch"
+thumbs.py         thumbs and better answers, where feedback is stored
 settings.py       the visitor's settings
 components.py     inputs that take uploads only
 examples.py       the cards of an empty conversation

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...conversation import Engine, Message
+from ..caching import CachedText
 from .history import Turn, said
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def details(engine: Engine, messages: list[Message], text: str, watch: Stopwatch
     for number, classes in enumerate(told.get("classes", ()), start=1):
         if classes:
             lines.append(f"Seen in picture {number}: {', '.join(classes)}")
-    if told.get("from_cache"):
+    if isinstance(text, CachedText):
         lines.append("From the cache: the same question was answered before")
     log = _count(tokens, "token") if tokens else ""
     metadata = {"title": DETAILS, "log": log, "duration": round(seconds, 2), "status": "done"}

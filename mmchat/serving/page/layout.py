@@ -10,13 +10,16 @@ from typing import Any
 import gradio as gr
 
 from ...conversation import Engine
+from ..feedback import FeedbackStore
 from ..rate_limit import RateLimit
 from ..uploads import KEEP_UPLOADS, MAX_UPLOAD, SafeImage
 from . import branches, conversations, turns
 from .assets import asset
+from .batch import build_batch
 from .components import Conversation, QuestionBox
 from .examples import cards, read_examples
 from .settings import build_settings, default_settings
+from .thumbs import OPTIONS, Thumbs, ThumbsPage, build_thumbs, close, connect_thumbs
 from .turns import MAX_QUESTION, Page
 from .visit import Visit
 from .voice import VoicePage, VoiceTab, build_speaker, build_voice_tab, connect_voice
@@ -50,24 +53,32 @@ class Parts:
     about: gr.Markdown
     visit: gr.State
     request_id: gr.Number  # lives in the browser and tells a reply its request
+    thumbs: Thumbs | None  # where feedback is stored
 
 
-def build(engine: Engine, examples: Path, limit: RateLimit | None = None) -> gr.Blocks:
+def build(
+    engine: Engine, examples: Path, limit: RateLimit | None = None, feedback: FeedbackStore | None = None
+) -> gr.Blocks:
     """Builds the page for an engine.
 
     Args:
         examples: a folder with examples.csv and its pictures.
         limit: rate limit per address; none if None.
+        feedback: where thumbs and better answers are stored; no thumbs if None.
     """
     page = Page(engine, limit, read_examples(examples))
     with gr.Blocks(title="mmchat", fill_height=True, delete_cache=(KEEP_UPLOADS // 12, KEEP_UPLOADS)) as demo:
-        parts = _place(page)
+        parts = _place(page, has_thumbs=feedback is not None)
         _connect(demo, page, parts)
+        if feedback:
+            _connect_thumbs(ThumbsPage(feedback, page.admit), parts)
         _add_endpoint(page)
+    with demo.route("Batch", "/batch", show_in_navbar=False):  # the bar would take height from the conversation
+        build_batch(page)
     return demo.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
 
 
-def _place(page: Page) -> Parts:
+def _place(page: Page, has_thumbs: bool) -> Parts:
     with gr.Sidebar(open=False, width=280, elem_id="side"):
         fresh = gr.Button("New chat", size="sm")
         listing = conversations.build_list()
@@ -75,6 +86,7 @@ def _place(page: Page) -> Parts:
             save, save_json = (gr.Button(name, size="sm", min_width=80) for name in ("Save", "Save JSON"))
         settings = build_settings()
         reset = gr.Button("Reset settings", size="sm")
+        gr.HTML('<a href="batch">Batch: many pictures, one question</a>', padding=False)
         about = gr.Markdown(elem_id="about")
     with gr.Column(elem_id="app", scale=1, min_width=0):
         gr.Markdown("# mmchat", elem_id="top")
@@ -88,7 +100,7 @@ def _place(page: Page) -> Parts:
             placeholder=PLACEHOLDER,
             examples=cards(page.examples),
             buttons=["copy"],
-            feedback_options=None,
+            feedback_options=OPTIONS if has_thumbs else None,
             group_consecutive_messages=False,  # else copying an answer copies what is folded above it, too
             allow_tags=False,
             allow_file_downloads=False,
@@ -96,6 +108,7 @@ def _place(page: Page) -> Parts:
         with gr.Row(elem_id="status"):
             status = gr.Markdown(" ", min_height=24)
             stop = gr.Button("Stop", size="sm", scale=0, min_width=80, visible=False)
+        thumbs = build_thumbs() if has_thumbs else None
         speaker = build_speaker()
         with gr.Column(elem_id="composer", scale=0, min_width=0), gr.Tabs(elem_id="tabs"):
             with gr.Tab("Text", id="text"):
@@ -132,7 +145,16 @@ def _place(page: Page) -> Parts:
         about,
         visit,
         request_id,
+        thumbs,
     )
+
+
+def _connect_thumbs(page: ThumbsPage, parts: Parts) -> None:
+    quick = {"api_visibility": "private", "show_progress_on": parts.status, "show_progress": "hidden"}
+    thumbs = parts.thumbs
+    connect_thumbs(page, parts.chat, thumbs, quick)
+    for left in (parts.fresh.click, parts.chat.clear, parts.listing.fresh, parts.listing.open):
+        left(close, None, [thumbs.form, thumbs.better, thumbs.rated], queue=False, **quick)
 
 
 def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:

@@ -13,6 +13,7 @@ from gradio.utils import get_upload_folder
 
 from ...conversation import Engine, Message, SamplingOptions, has_images
 from ...errors import BadInput
+from ..caching import CachedText
 from ..rate_limit import RateLimit
 from ..uploads import shown_error
 from . import branches
@@ -161,7 +162,7 @@ def cached(path: str) -> str:
 
 
 def grow(pieces: Iterator[str]) -> Iterator[str]:
-    """Pieces of text → the text so far. Closing it closes the pieces.
+    """Pieces of text → the text so far, as CachedText if a piece is. Closing it closes the pieces.
 
     Raises:
         BadInput: there are no pieces.
@@ -169,7 +170,8 @@ def grow(pieces: Iterator[str]) -> Iterator[str]:
     text = ""
     with closing(pieces):
         for piece in pieces:
-            text += piece
+            kind = CachedText if isinstance(piece, CachedText) else type(text)
+            text = kind(text + piece)
             yield text
     if not text:
         raise BadInput("I have no answer to that. Please rephrase your question.")
