@@ -88,4 +88,6 @@ prepare data/flickr-part.json captions $FLICKR --split train --agreement 1 --per
 prepare data/world-names.json labels $LABELS --make names
 prepare data/easy-few.json easy-vqa $EASY --per-image 5 --turns 1 --limit 400 --seed 38
 finetune 5-things runs/smol-5
-echo "Chat with the weights: make run OPTIONS=\"--weights runs/smol-5\""
+stage runs/smol-average/mmchat.json "$PYTHON" training_scripts/average_weights.py runs/smol-4 runs/smol-5 --share 0.55 \
+    --out runs/smol-average
+echo "Chat with the weights: make run OPTIONS=\"--weights runs/smol-average\""
