@@ -20,6 +20,7 @@ from mmchat.serving.rate_limit import RateLimit
 from mmchat.serving.remote import RemoteEngine
 from mmchat.serving.routes import api_key, health
 from tests.conftest import ROOT
+from tests.test_docs import blocks
 
 QUESTION = [{"role": "user", "content": "Name three colors of the rainbow."}]
 GREEDY = {"model": "smol", "temperature": 0, "max_tokens": 12}
@@ -60,6 +61,12 @@ def test_models_are_listed(client, served):
     assert [model.id for model in client.models.list()] == ["smol"]
     assert client.models.retrieve("smol").owned_by == "mmchat"
     assert httpx.get(served.replace("/v1", "/healthz")).json() == {"status": "ok"}
+
+
+def test_the_documented_example_runs(served, capsys):
+    (code,) = [code for code in blocks(ROOT / "docs" / "deploying.md", "python") if "openai" in code]
+    exec(compile(code.replace("http://127.0.0.1:7860/v1", served), "deploying.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_an_answer_with_usage(client, engine):
