@@ -15,6 +15,7 @@ from mmchat.serving.page import Page, Visit, branches, to_messages, turns
 from mmchat.serving.page.conversations import with_id
 from mmchat.serving.page.history import said, user_turn
 from mmchat.serving.page.settings import default_settings, read_settings
+from mmchat.serving.page.voice import VoicePage
 from mmchat.serving.progress import FetchProgress
 from tests.raw import endpoints, served, upload
 
@@ -189,8 +190,9 @@ def test_the_seconds_of_speech_are_kept_for_the_details():
     from mmchat.conversation import SpeechSegment
 
     engine, visit = Engine("Yes."), Visit()
-    engine.transcribe = lambda path: Transcript("Hi", "en", (SpeechSegment(0.5, 2.0, "Hi"),))
-    *_, history, request_id = Page(engine).add_voice("x.wav", {"text": "", "files": []}, [], visit)
+    engine.listen = lambda *_: iter([Transcript("Hi", "en", (SpeechSegment(0.5, 2.0, "Hi"),))])
+    *_, last = VoicePage(Page(engine)).add_voice("x.wav", {"text": "", "files": []}, [], visit)
+    _, _, history, request_id, *_ = last
     assert visit.speech_seconds == 1.5 and request_id == visit.latest and history[0]["metadata"]["id"]
 
 
@@ -203,5 +205,5 @@ def test_more_pictures_than_allowed_are_refused():
 def test_two_pictures_are_seen_and_told_in_the_details(address, photo):
     files = [{"type": "file", "file": upload(address, photo.with_name(name))} for name in ("bus.jpg", "ball.jpg")]
     turn = {"role": "user", "content": [*files, {"type": "text", "text": "What is this?"}]}
-    answer = served(address, endpoints(address)["reply"], [[turn], None, 0, *default_settings()])
+    answer = served(address, endpoints(address)["reply"], [[turn], None, 0, *default_settings(), False])
     assert "Seen in picture 1" in answer and "Seen in picture 2" in answer and "Model: smol" in answer
