@@ -62,6 +62,20 @@ def test_llava_instruct_files_are_read(tmp_path):
     assert text_only.id == "7" and text_only.images == ()
 
 
+def test_an_entry_may_show_several_pictures_in_a_row():
+    turns = [("human", "<image>\n<image>\nWhich is red?"), ("gpt", "Picture 2."), ("human", "<image>\nAnd this?")]
+    entry = {
+        "image": ["a.jpg", "b.jpg", "c.jpg"],
+        "conversations": [{"from": who, "value": what} for who, what in turns],
+    }
+    first, _, last = conversation_of(entry, "a test").messages
+    assert (first.images, first.text) == (("a.jpg", "b.jpg"), "Which is red?")
+    assert (last.images, last.text) == (("c.jpg",), "And this?")
+    for images in (["a.jpg"], ["a.jpg"] * 4, [], [1]):
+        with pytest.raises(BadInput):
+            conversation_of({**entry, "image": images}, "a test")
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -78,20 +92,6 @@ def test_llava_instruct_files_are_read(tmp_path):
         ("[\n1 2]", "line 2: an entry"),
     ],
 )
-def test_an_entry_may_show_several_pictures_in_a_row():
-    turns = [("human", "<image>\n<image>\nWhich is red?"), ("gpt", "Picture 2."), ("human", "<image>\nAnd this?")]
-    entry = {
-        "image": ["a.jpg", "b.jpg", "c.jpg"],
-        "conversations": [{"from": who, "value": what} for who, what in turns],
-    }
-    first, _, last = conversation_of(entry, "a test").messages
-    assert (first.images, first.text) == (("a.jpg", "b.jpg"), "Which is red?")
-    assert (last.images, last.text) == (("c.jpg",), "And this?")
-    for images in (["a.jpg"], ["a.jpg"] * 4, [], [1]):
-        with pytest.raises(BadInput):
-            conversation_of({**entry, "image": images}, "a test")
-
-
 def test_errors_name_the_file_and_the_line(tmp_path, content, says):
     (tmp_path / "train.json").write_text(content)
     with pytest.raises(BadInput, match=says):

@@ -73,8 +73,8 @@ def test_a_seed_makes_sampling_reproducible(engine, embeddings, stop_ids):
 
 
 def test_max_new_tokens_limits_the_answer(engine, embeddings, stop_ids):
-    options = SamplingOptions(temperature=0, max_new_tokens=5)
-    assert len(list(stream_token_ids(TorchDecoder(engine.model.language_model), embeddings, options, stop_ids))) == 5
+    options = SamplingOptions(temperature=0, max_new_tokens=2)
+    assert len(list(stream_token_ids(TorchDecoder(engine.model.language_model), embeddings, options, stop_ids))) == 2
 
 
 def test_pieces_are_whole_characters(engine):

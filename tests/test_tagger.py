@@ -165,7 +165,10 @@ def test_tags_stand_between_the_picture_and_the_question(engine):
     encoded = encode([message], tokenizer, chat_format, 2, image_text={"a": "Tags: cup 9; ", "b": ""}.get)
     shown = tokenizer.decode([0 if token == IMAGE_TOKEN_ID else token for token in encoded.token_ids])
     picture = tokenizer.decode([0, 0])
-    assert shown == f"<|im_start|>user\n{picture}\nTags: cup 9; \n{picture}\nWhat is this?<|im_end|>\n"
+    assert (
+        shown
+        == f"<|im_start|>user\nPicture 1:\n{picture}\nTags: cup 9; \nPicture 2:\n{picture}\nWhat is this?<|im_end|>\n"
+    )
 
 
 def test_conversations_about_a_picture_share_its_tags(engine):
