@@ -129,6 +129,7 @@ def test_retry_answers_again_and_undo_restores_the_question(page, photo, engine,
     finished(page)
     expect(answers(page)).to_have_count(1)
     assert [message.text for message in replies[0]] == ["Describe the image."] and len(replies) == 1
+    page.wait_for_timeout(1_000)
     page.get_by_role("button", name="Undo").click()
     expect(question(page)).to_have_value("Describe the image.")
     expect(thumbnails(page)).to_have_count(1)

@@ -190,7 +190,7 @@ def test_the_seconds_of_speech_are_kept_for_the_details():
     from mmchat.conversation import SpeechSegment
 
     engine, visit = Engine("Yes."), Visit()
-    engine.listen = lambda *_: iter([Transcript("Hi", "en", (SpeechSegment(0.5, 2.0, "Hi"),))])
+    engine.listen = lambda *_: (Transcript("Hi", "en", (SpeechSegment(0.5, 2.0, "Hi"),)) for _ in "1")
     *_, last = VoicePage(Page(engine)).add_voice("x.wav", {"text": "", "files": []}, [], visit)
     _, _, history, request_id, *_ = last
     assert visit.speech_seconds == 1.5 and request_id == visit.latest and history[0]["metadata"]["id"]
