@@ -171,7 +171,7 @@ def test_at_200_percent_zoom_everything_is_in_view(page):
     question(page).wait_for()
     page.wait_for_timeout(1_000)
     ask(page, "What is the capital of France?")
-    expect(answers(page).last).to_contain_text("Paris")
+    finished(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 640
     assert page.locator("#composer").evaluate("e => e.getBoundingClientRect().bottom") <= 450
     assert page.locator("#chat").evaluate("e => e.clientHeight") >= 100
