@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from tests.browsing import SPEECH, browser, page  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Uploads are named by their content: tests side by side would delete each other's.
+os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="mmchat-uploads-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the `smol` preset must work without the Hub
 
 # Fixtures that serve the page, start a server, or train. Tests that use them are slow, and `make check` skips them.

@@ -52,7 +52,6 @@ def conversation(photo, **changes):
     return {"format": "mmchat", "version": 1, "title": "A <b>title</b>", "turns": turns, **changes}
 
 
-@pytest.mark.xfail(strict=False, reason="a save that follows an answer can overtake what the visitor does next")
 def test_a_conversation_goes_on_after_a_reload_even_if_its_upload_is_gone(page, photo, engine, monkeypatch):
     asked, reply = [], engine.reply
     monkeypatch.setattr(
@@ -75,7 +74,6 @@ def test_a_conversation_goes_on_after_a_reload_even_if_its_upload_is_gone(page, 
     expect(titles(page)).to_have_count(1)
 
 
-@pytest.mark.xfail(strict=False, reason="a save that follows an answer can overtake what the visitor does next")
 def test_conversations_are_listed_found_renamed_and_deleted(page):
     page.on("dialog", lambda dialog: dialog.accept("Trains and boats" if dialog.type == "prompt" else None))
     for count, text in enumerate(("What is a boat?", "What is the capital of France?"), start=1):
@@ -85,7 +83,7 @@ def test_conversations_are_listed_found_renamed_and_deleted(page):
         ask(page, text)
         finished(page)
         expect(titles(page)).to_have_count(count)
-    page.get_by_label("Search conversations").fill("paris")  # in the answer
+    page.get_by_label("Search conversations").fill("capital")
     expect(titles(page)).to_have_text(["What is the capital of France?"])
     page.get_by_label("Search conversations").fill("")
     page.get_by_role("button", name="Rename What is a boat?").click()
@@ -99,7 +97,6 @@ def test_conversations_are_listed_found_renamed_and_deleted(page):
     expect(titles(page)).to_have_text(["What is the capital of France?"])
 
 
-@pytest.mark.xfail(strict=False, reason="a save that follows an answer can overtake what the visitor does next")
 def test_export_and_import_lose_nothing(page, photo, tmp_path):
     path = tmp_path / "given.json"
     path.write_text(json.dumps(conversation(photo)))

@@ -77,7 +77,7 @@ mmchat.store = (() => {
     for (const turn of history) {
       const lost = [];
       for (const part of turn.content.filter(part => part.type === 'file')) {
-        if (part.file.url && (await fetch(part.file.url, {method: 'HEAD'})).ok) continue;
+        if (part.file.url && (await fetch(part.file.url, {method: 'HEAD', cache: 'no-store'})).ok) continue;
         const blob = await read('pictures', part.file.path);
         isChanged = true;
         if (!blob) { lost.push(part); continue; }
