@@ -16,6 +16,7 @@ from .errors import BadInput
 logger = logging.getLogger(__name__)
 
 ROLES = ("system", "user", "assistant")
+MAX_QUESTION = 4_000  # characters; neither the page nor the API takes a longer one
 DEFAULT_QUESTION = "Describe the image."  # for a picture without a question
 TEXT_PENALTY = 1.1  # repetition penalty of text-only conversations
 

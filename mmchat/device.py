@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .errors import BadInput
 from .fetching.hub import can_fetch
 from .fetching.sources import HubRepository
-from .presets import LLAVA_PHI_3, PHI_3_5, SMOL, Preset
+from .presets import LLAVA_PHI_3, PHI_3_5, SMOL, LanguageModelPreset, Preset
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the page's start does not wait for it
     import torch
@@ -61,6 +61,11 @@ class Quantization:
 
     kind: str
     reason: str
+
+
+def headroom_of(model: LanguageModelPreset) -> float:
+    """Bytes of GPU memory that a preset needs besides the weights of its language model."""
+    return HEADROOM + (LLAVA_HEADROOM if model.is_llava else 0)
 
 
 def choose_quantization(requested: str, device: Device, parameters: int, headroom: float = HEADROOM) -> Quantization:
@@ -115,7 +120,7 @@ def _trouble(preset: Preset, device: Device) -> str:
     model = preset.language_model
     if not on_zero_gpu():
         free, _ = torch.cuda.mem_get_info()
-        headroom = HEADROOM + (LLAVA_HEADROOM if model.is_llava else 0)
+        headroom = headroom_of(model)
         needed = model.parameters * BYTES_PER_4BIT_WEIGHT + headroom
         if free < needed:
             return (
@@ -125,8 +130,7 @@ def _trouble(preset: Preset, device: Device) -> str:
         missing = [name for name in FOR_4BIT if find_spec(name) is None]
         if is_tight and missing:
             return f"{preset.name} fits in 4 bits only, which needs {' and '.join(missing)}: pip install 'mmchat[gpu]'"
-    parts = (model.source, preset.image_encoder.source, preset.speech.source, preset.weights)
-    for source in dict.fromkeys(parts):
+    for source in dict.fromkeys(preset.sources.values()):
         if isinstance(source, HubRepository) and not can_fetch(source):
             return (
                 f"{source.name}, which {preset.name} needs, is not on this machine and the Hugging Face Hub gave none"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from .checkpoints.weights_folder import default_weights, load_model, preset_for_weights, preset_trained
 from .conversation import (
@@ -25,18 +23,18 @@ from .conversation import (
     rewrite_request,
     with_question,
 )
-from .device import HEADROOM, LLAVA_HEADROOM, choose_device, choose_preset, choose_quantization
+from .device import choose_device, choose_preset, choose_quantization, headroom_of
 from .errors import BadInput, MmchatError
 from .inference.decoder import load_decoder
 from .inference.fair_lock import FairLock
 from .inference.generation import generate_texts, prefill, write_text
 from .inference.prefix_cache import PrefixCache, TokenKeys
-from .media import decode_image
+from .media import decode_image, picture_digest
 from .models.image_encoder import load_image_encoder
 from .models.language_model import context_length, switch_adapter
 from .models.prompt import IMAGE_TOKEN_ID, EncodedConversation, chat_format_of, encode
-from .models.speaking import Speaking
 from .models.speech import SpeechRecognizer, find_speech_model
+from .models.speech_mixin import SpeechMixin
 from .models.tagger import Tag
 from .models.voice import Voice
 from .models.zero_shot import load_zero_shot
@@ -82,7 +80,7 @@ def load(
     return LocalEngine(chosen, weights, quantization, reason)
 
 
-class LocalEngine(Speaking):
+class LocalEngine(SpeechMixin):
     """One set of models in memory.
 
     Threads may share an engine. Concurrent replies are written in one batch, so a short answer does not wait for a long
@@ -100,8 +98,9 @@ class LocalEngine(Speaking):
         self.device = choose_device()
         logger.info("Computing on %s: %s", self.device.type, self.device.reason)
         language_model = preset.language_model
-        headroom = HEADROOM + (LLAVA_HEADROOM if language_model.is_llava else 0)
-        self.quantization = choose_quantization(quantization, self.device, language_model.parameters, headroom)
+        self.quantization = choose_quantization(
+            quantization, self.device, language_model.parameters, headroom_of(language_model)
+        )
         logger.info("Quantization %s: %s", self.quantization.kind, self.quantization.reason)
         self.model, self.tokenizer = load_model(preset, trained, self.device.dtype, quantization=self.quantization.kind)
         try:
@@ -235,7 +234,7 @@ class LocalEngine(Speaking):
     def _token_keys(self, encoded: EncodedConversation) -> TokenKeys:
         """Keys that compare conversations token by token; a picture counts by its content."""
         count = self.model.tokens_per_image
-        pictures = iter([(digest, index) for digest in map(_digest, encoded.images) for index in range(count)])
+        pictures = iter([(digest, index) for digest in map(picture_digest, encoded.images) for index in range(count)])
         return [next(pictures) if token_id == IMAGE_TOKEN_ID else token_id for token_id in encoded.token_ids]
 
     def count_tokens(self, messages: Sequence[Message], answer: str) -> tuple[int, int]:
@@ -304,7 +303,7 @@ class LocalEngine(Speaking):
         Raises:
             BadInput: the picture cannot be read.
         """
-        digest = _digest(source)
+        digest = picture_digest(source)
         if digest not in self._features:
             self._features[digest] = self.image_encoder.encode([decode_image(source)])[0]
             if len(self._features) > CACHED_PICTURES:
@@ -330,18 +329,6 @@ def _ends(encoded: EncodedConversation, shared: Sequence[int]) -> list[int]:
     starts = [index for index, (one, next_one) in enumerate(before, start=1) if next_one and not one]
     has_shared = len(shared) >= MIN_SHARED and encoded.token_ids[: len(shared)] == shared
     return [*([len(shared)] if has_shared else []), *starts, len(encoded.token_ids)]
-
-
-def _digest(source: Any) -> str:
-    """Digest of a picture's content; a path may hold another picture tomorrow."""
-    if isinstance(source, Image.Image):
-        content = repr((source.mode, source.size)).encode() + source.tobytes()
-    else:
-        try:
-            content = Path(source).read_bytes()
-        except OSError as error:
-            raise BadInput(f"There is no picture '{Path(source).name}'.") from error
-    return hashlib.blake2b(content).hexdigest()
 
 
 def _count(number: int, noun: str) -> str:

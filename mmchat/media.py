@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -69,6 +70,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def picture_digest(source: Any) -> str:
+    """Digest of a picture's content; a path may hold another picture tomorrow.
+
+    Args:
+        source: a path or a decoded PIL picture.
+
+    Raises:
+        BadInput: there is no such file.
+    """
+    if isinstance(source, Image.Image):
+        content = repr((source.mode, source.size)).encode() + source.tobytes()
+    else:
+        try:
+            content = Path(source).read_bytes()
+        except OSError as error:
+            raise BadInput(f"There is no picture '{Path(source).name}'.") from error
+    return hashlib.blake2b(content).hexdigest()
 
 
 def read_audio(path: str | Path) -> np.ndarray:

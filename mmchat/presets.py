@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .bundle import bundled
 from .errors import MmchatError
-from .fetching.sources import HubRepository, WheelFolder, WheelMember, fingerprint
+from .fetching.sources import HubRepository, Source, WheelFolder, WheelMember, fingerprint
 
 if TYPE_CHECKING:
     from .models.chat_template import ChatTemplate
@@ -116,6 +116,16 @@ class Preset:
     weights: Path | HubRepository  # a repository holds a published checkpoint, which is imported into the cache
     picture_layout: PictureLayout | None = None  # of the weights; None: the chat format's own
     chat_template: ChatTemplate | None = None  # of LLaVA weights
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Where each part comes from."""
+        return {
+            "language model": self.language_model.source,
+            "image encoder": self.image_encoder.source,
+            "speech": self.speech.source,
+            "weights": self.weights,
+        }
 
 
 def _whisper_tiny_member(name: str, sha256: str, size: int) -> WheelMember:

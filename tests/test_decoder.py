@@ -76,13 +76,13 @@ def test_an_adapter_on_some_layers_only(tiny, monkeypatch, tmp_path, targets):
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", [TorchDecoder, load_onnx_decoder])
 def test_caches_are_independent(adapted, kind):
-    """Two conversations with a common prefix, decoded in turns; the first cache is cropped before."""
+    """Two conversations with a common prefix, decoded in turns; both caches are copies of its first tokens."""
     decoder = kind(adapted)
     torch.manual_seed(1)
     beginning, *parts = torch.randn(1, 10, 64).split([6, 1, 2, 1], dim=1)
-    first = decoder.new_cache()
-    decoder.prefill(torch.cat([beginning, parts[0]], dim=1), first)
-    first.crop(6)
+    longer = decoder.new_cache()
+    decoder.prefill(torch.cat([beginning, parts[0]], dim=1), longer)
+    first = longer.prefix(6)
     second = first.prefix(6)
     assert first.length == second.length == 6 and second.size > 0
     logits = [[decoder.prefill(part, cache).clone() for cache in (first, second)] for part in parts]

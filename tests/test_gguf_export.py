@@ -23,12 +23,13 @@ from mmchat.presets import PRESETS, SMOL, HubRepository, ImageEncoderPreset, Pre
 from mmchat.training.data.features import embed_folder
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
+from tests.tiny import TEXT, WIDTHS, phi_3_tokenizer
 
 QUESTIONS = ("Describe the image.", "Is there a dog?", "What is in this picture?", "Describe it.", "A dog?")
 
 
 @contextmanager
-def llama_server(exported, with_adapter=True):
+def llama_server(exported, with_adapter=True, context=1024):
     """llama.cpp's own server, from the wheel xllamacpp: yields its address."""
     import xllamacpp
 
@@ -39,7 +40,7 @@ def llama_server(exported, with_adapter=True):
         params.mmproj_use_gpu = False
     if exported.adapter and with_adapter:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(exported.adapter), 1.0)]
-    params.n_ctx, params.n_parallel, params.warmup, params.port = 1024, 1, False, 0
+    params.n_ctx, params.n_parallel, params.warmup, params.port = context, 1, False, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(params)
     yield server.listening_address
@@ -54,11 +55,7 @@ def said(address, question, picture=None, count=12):
         parts.insert(0, {"type": "image_url", "image_url": {"url": url}})
     body = {"messages": [{"role": "user", "content": parts if picture else question}], "temperature": 0}
     body |= {"max_tokens": count, "cache_prompt": False, "repeat_penalty": 1.0}
-    request = urllib.request.Request(
-        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)["choices"][0]["message"]["content"]
+    return asked_of(address, "/v1/chat/completions", body)["choices"][0]["message"]["content"]
 
 
 def weights_for(tiny, name: str, folder) -> tuple[Preset, Path]:
@@ -109,6 +106,44 @@ def test_the_same_greedy_answers_about_pictures(tiny, tmp_path, monkeypatch, nam
             theirs = said(address, question, picture, count)
             # Here an answer also ends at <|assistant|>, and an unfinished character is not shown.
             assert ours and theirs.strip("\ufffd ").startswith(ours.strip("\ufffd "))
+
+
+def asked_of(address, path, body):
+    request = urllib.request.Request(
+        f"{address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+def test_phi_3s_tokenizer_and_long_rotary_factors(tiny, tmp_path, monkeypatch):
+    """The tokenizer is SentencePiece's kind, and attention is scaled, as in Phi-3.5."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 512, **factors}
+    tokenizer = phi_3_tokenizer(TEXT)
+    torch.manual_seed(0)
+    config = Phi3Config(vocab_size=len(tokenizer), original_max_position_embeddings=512, rope_parameters=rope, **WIDTHS)
+    model = Phi3ForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "phi")
+    tokenizer.save_pretrained(tmp_path / "phi")
+    base = PRESETS["phi3-patches"]
+    language_model = replace(base.language_model, name="tiny-longrope", source=HubRepository(str(tmp_path / "phi")))
+    monkeypatch.setitem(PRESETS, "longrope", replace(base, name="longrope", language_model=language_model))
+    preset, weights = weights_for(tiny, "longrope", tmp_path)
+    exported = export_gguf(weights, tmp_path / "gguf", preset, "f32")
+    messages = [{"role": "user", "content": "A brown dog runs on the grass."}]
+    ours = LocalEngine(preset, weights).encode([Message("user", messages[0]["content"])]).token_ids
+    with torch.no_grad():
+        expected = model(torch.tensor([ours])).logits[0, -1].log_softmax(dim=-1).topk(3)
+    with llama_server(exported, with_adapter=False, context=512) as address:  # beyond, other factors hold
+        prompt = asked_of(address, "/apply-template", {"messages": messages})["prompt"]
+        assert asked_of(address, "/tokenize", {"content": prompt, "parse_special": True})["tokens"] == ours
+        body = {"prompt": ours, "n_predict": 1, "temperature": 0, "n_probs": 3, "cache_prompt": False}
+        (token,) = asked_of(address, "/completion", body)["completion_probabilities"]
+    assert [top["id"] for top in token["top_logprobs"]] == expected.indices.tolist()
+    assert [top["logprob"] for top in token["top_logprobs"]] == pytest.approx(expected.values.tolist(), abs=0.01)
 
 
 @pytest.mark.slow

@@ -13,10 +13,10 @@ from mmchat import BadInput, Message, SamplingOptions
 from mmchat.serving import filtering
 from mmchat.serving import page as ui
 from mmchat.serving.caching import CachedText, CachingEngine
-from mmchat.serving.equipment import equip
 from mmchat.serving.filtering import ANSWER_HELD, QUESTION_HELD, REST_HELD, FilteringEngine, load_filter
 from mmchat.serving.json_log import JsonFormatter
 from mmchat.serving.metrics import Metrics
+from mmchat.serving.middleware import build_middleware
 from mmchat.serving.observing import ObservedEngine, log
 from tests.conftest import ROOT, SPEECH
 
@@ -138,16 +138,16 @@ def test_settings_equip_an_engine(monkeypatch):
     engine = Said("a")
     for name in ("MMCHAT_ANSWER_CACHE", "MMCHAT_FILTER"):
         monkeypatch.delenv(name, raising=False)
-    assert equip()(engine) is engine  # all off by default
+    assert build_middleware()(engine) is engine  # all off by default
     monkeypatch.setenv("MMCHAT_ANSWER_CACHE", "8")
     monkeypatch.setenv("MMCHAT_FILTER", "1")
-    wrapped = equip()(engine)
+    wrapped = build_middleware()(engine)
     assert isinstance(wrapped, FilteringEngine) and isinstance(wrapped.engine, CachingEngine)
     pieces = [list(wrapped.reply(COLORS, GREEDY)) for _ in range(2)]
     assert pieces[0] == pieces[1] == ["a"] and engine.asked == 1
     monkeypatch.setenv("MMCHAT_ANSWER_CACHE", "many")
     with pytest.raises(BadInput, match="whole number"):
-        equip()
+        build_middleware()
     assert filtering.DEFAULT
 
 

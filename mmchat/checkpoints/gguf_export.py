@@ -7,21 +7,20 @@ picture uses the adapter there, too, unless the request switches it off.
 
 from __future__ import annotations
 
-import json
-import re
-import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import BadInput
-from ..models.prompt import ChatFormat, chat_format_of
+from ..models.language_model import context_length
+from ..models.prompt import chat_format_of
 from ..models.vision_language_model import MultimodalModel
 from ..presets import ImageEncoderPreset, Preset
-from .exporting import chat_template, vision_of
+from .exporting import vision_of
+from .gguf_tokenizer import add_tokenizer, gguf_template
 from .weights_folder import load_model, preset_for_weights
 
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "phi3": "PHI3"}  # transformers' model type -> gguf's name
@@ -45,7 +44,8 @@ def export_gguf(
 
     Args:
         weights: a folder that training wrote.
-        kind: the number format of the text model's matrices, a key of TYPES. The adapter and the eyes are f16 or f32.
+        kind: the number format of the text model's matrices, a key of TYPES. The adapter is f32, and ``mmproj.gguf`` is
+            f16 unless this is f32.
         merge: add the adapter to the text model instead of writing it beside.
 
     Raises:
@@ -61,7 +61,7 @@ def export_gguf(
         )
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    reason = _no_eyes(model, preset)
+    reason = _why_no_mmproj(model, preset)
     adapter = model.has_adapter and not merge
     if model.has_adapter and merge:
         model.language_model = model.language_model.merge_and_unload()
@@ -69,7 +69,7 @@ def export_gguf(
     if adapter:
         _write_adapter(model, folder / "adapter.gguf")
     if not reason:
-        _write_eyes(model, preset.image_encoder, folder / "mmproj.gguf", kind)
+        _write_mmproj(model, preset.image_encoder, folder / "mmproj.gguf", kind)
     notes = (f"No mmproj.gguf: {reason}.",) if reason else ()
     return Exported(
         folder / "model.gguf",
@@ -79,7 +79,7 @@ def export_gguf(
     )
 
 
-def _no_eyes(model: MultimodalModel, preset: Preset) -> str:
+def _why_no_mmproj(model: MultimodalModel, preset: Preset) -> str:
     """Why llama.cpp cannot see as these weights do; empty if it can."""
     encoder, config = preset.image_encoder, model.projector_config
     if encoder.features != "patches":
@@ -107,7 +107,7 @@ def _write_text(language_model: Any, tokenizer: Any, preset: Preset, path: Path,
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name("mmchat")  # at "phi-3" in a name, llama.cpp would expect that model's own vocabulary
     heads, head_width = config.num_attention_heads, _head_width(config)
-    writer.add_context_length(_context(config))
+    writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -117,9 +117,13 @@ def _write_text(language_model: Any, tokenizer: Any, preset: Preset, path: Path,
     writer.add_rope_dimension_count(head_width)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(language_model.get_input_embeddings().num_embeddings)
-    _add_sliding_window(writer, config)
-    _add_tokenizer(writer, tokenizer, language_model.get_input_embeddings().num_embeddings)
-    writer.add_chat_template(_template(chat_format_of(preset), tokenizer))
+    if config.model_type == "phi3":
+        writer.add_sliding_window(getattr(config, "sliding_window", None) or 0)
+    if config.rope_parameters["rope_type"] == "longrope":
+        writer.add_rope_scaling_orig_ctx_len(context_length(config))
+        writer.add_rope_scaling_attn_factors(language_model.get_decoder().rotary_emb.attention_scaling)
+    add_tokenizer(writer, tokenizer, language_model.get_input_embeddings().num_embeddings)
+    writer.add_chat_template(gguf_template(chat_format_of(preset), tokenizer))
     for name, tensor in _text_tensors(language_model):
         _add_tensor(writer, name, tensor, kind)
     _finish(writer)
@@ -127,17 +131,6 @@ def _write_text(language_model: Any, tokenizer: Any, preset: Preset, path: Path,
 
 def _head_width(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _context(config: Any) -> int:
-    """The tokens up to which Phi-3's short rotary factors, which training used, hold."""
-    rope = config.rope_parameters
-    return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
-
-
-def _add_sliding_window(writer: Any, config: Any) -> None:
-    if config.model_type == "phi3":
-        writer.add_sliding_window(getattr(config, "sliding_window", None) or 0)
 
 
 def _text_tensors(language_model: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -201,84 +194,6 @@ def _finish(writer: Any) -> None:
     writer.close()
 
 
-# The tokenizer and the chat format
-
-
-def _template(chat_format: ChatFormat, tokenizer: Any) -> str:
-    """The chat template. llama.cpp puts a marker, <__media_…__>, for each picture into the message's text."""
-    said = "message['content'] }}"
-    template = chat_template(_without_swallowed(chat_format, tokenizer))
-    return template.replace(said, f"message['content'] | replace('__>', {'__>' + chat_format.after_image!r}) }}}}", 1)
-
-
-def _without_swallowed(chat_format: ChatFormat, tokenizer: Any) -> ChatFormat:
-    """The format without the space that Phi-3's special tokens swallow: llama.cpp would read it."""
-    swallowing = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.rstrip]
-    if not swallowing:
-        return chat_format
-    pattern = re.compile(f"({'|'.join(map(re.escape, swallowing))})\\s+")
-
-    def without(texts: Mapping[str, str]) -> dict[str, str]:
-        return {role: pattern.sub(r"\1", text) for role, text in texts.items()}
-
-    return replace(chat_format, turn_start=without(chat_format.turn_start), turn_end=without(chat_format.turn_end))
-
-
-def _add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
-    """The vocabulary as llama.cpp reads it: byte-level BPE as GPT-2's, or SentencePiece's BPE as Phi-3's."""
-    import gguf
-
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        described = json.loads((Path(folder) / "tokenizer.json").read_text())
-        special = gguf.SpecialVocab(folder, load_merges=not described["model"].get("byte_fallback"))
-    writer.add_tokenizer_model(*_tokenizer_kind(described))
-    writer.add_tokenizer_pre(_pre_tokenizer(described))
-    added = {token["id"]: token for token in described["added_tokens"]}
-    by_id = {index: text for text, index in tokenizer.get_vocab().items()}
-    texts, types = [], []
-    for index in range(rows):  # an embedding may have more rows than there are tokens
-        text = by_id.get(index, f"[PAD{index}]")
-        texts.append(text)
-        types.append(_token_type(text, index in by_id, added.get(index), tokenizer.unk_token))
-    writer.add_token_list(texts)
-    writer.add_token_types(types)
-    if described["model"].get("byte_fallback"):
-        writer.add_token_scores([-float(index) for index in range(rows)])  # merges stand in the order of the vocabulary
-        writer.add_add_space_prefix(True)
-    special.add_special_token = {"bos": False, "eos": False}  # the chat template says all that is to be said
-    special.chat_template = None
-    special.add_to_gguf(writer, quiet=True)
-
-
-def _tokenizer_kind(described: dict[str, Any]) -> tuple[str]:
-    return ("llama",) if described["model"].get("byte_fallback") else ("gpt2",)
-
-
-def _pre_tokenizer(described: dict[str, Any]) -> str:
-    """llama.cpp's name of how text is split before BPE."""
-    if described["model"].get("byte_fallback"):
-        return "default"
-    splitter = described.get("pre_tokenizer") or {}
-    parts = [part["type"] for part in splitter.get("pretokenizers", [splitter])]
-    known = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}
-    if tuple(parts) not in known:
-        raise BadInput("The tokenizer splits text in a way that this export has no name for in llama.cpp.")
-    return known[tuple(parts)]
-
-
-def _token_type(text: str, is_known: bool, added: dict[str, Any] | None, unknown: str | None) -> int:
-    import gguf
-
-    if not is_known:
-        return int(gguf.TokenType.UNUSED)
-    if text == unknown:
-        return int(gguf.TokenType.UNKNOWN)
-    if added:
-        return int(gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED)
-    return int(gguf.TokenType.BYTE if len(text) == 6 and text.startswith("<0x") else gguf.TokenType.NORMAL)
-
-
 # The adapter
 
 
@@ -304,7 +219,7 @@ def _write_adapter(model: MultimodalModel, path: Path) -> None:
 # The image encoder and the projector
 
 
-def _write_eyes(model: MultimodalModel, encoder: ImageEncoderPreset, path: Path, kind: str) -> None:
+def _write_mmproj(model: MultimodalModel, encoder: ImageEncoderPreset, path: Path, kind: str) -> None:
     import gguf
     from transformers import AutoImageProcessor, CLIPVisionModel, SiglipVisionModel
 

@@ -29,9 +29,6 @@ class Cache(Protocol):
     def size(self) -> int:
         """Number of bytes."""
 
-    def crop(self, length: int) -> None:
-        """Keeps only the first ``length`` tokens."""
-
     def prefix(self, length: int) -> Cache:
         """A copy of the first ``length`` tokens."""
 
@@ -92,11 +89,6 @@ class TorchCache:
     def size(self) -> int:
         layers = [layer for layer in self.layers.layers if layer.is_initialized]
         return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
-
-    def crop(self, length: int) -> None:
-        beyond = self.length - length
-        if beyond > 0:
-            self.layers.crop(-beyond)  # a negative number is cut off the end
 
     def prefix(self, length: int) -> TorchCache:
         copy = TorchCache(self._config, self.with_adapter)

@@ -190,12 +190,6 @@ class OnnxCache:
     def size(self) -> int:
         return self.values.size
 
-    def crop(self, length: int) -> None:
-        """Keeps only the first ``length`` tokens, and frees memory if much of it is unused."""
-        self.length = min(self.length, length)
-        if self.values.capacity > 2 * _capacity_for(self.length):
-            self._allocate(_capacity_for(self.length), self.values)
-
     def prefix(self, length: int) -> OnnxCache:
         copy = OnnxCache(self._graph, self.with_adapter)
         copy.length = length

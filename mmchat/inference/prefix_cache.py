@@ -1,9 +1,8 @@
 """Prefix cache: keys and values kept between turns, so a follow-up question prefills only its new tokens.
 
 A conversation is always prefilled in the same pieces: the first is what all conversations share, the system text; the
-others end where an answer begins. Cached keys and values
-are therefore bitwise equal to recomputed ones, and the cache never changes an answer. An answer is prefilled as part of
-the next piece.
+others end where an answer begins. Cached keys and values are therefore bitwise equal to recomputed ones, and the cache
+never changes an answer. An answer is prefilled as part of the next piece.
 """
 
 from __future__ import annotations
@@ -26,13 +25,6 @@ class CachedPrefix:
     cache: Cache
     tokens: TokenKeys = field(default_factory=list)
     logits: torch.Tensor | None = None  # of the last token, [1, vocabulary]; None if not kept
-
-    def crop(self, tokens: TokenKeys) -> None:
-        """Shortens the prefix to these tokens, with which it begins."""
-        if len(tokens) < len(self.tokens):
-            self.logits = None
-        self.cache.crop(len(tokens))
-        self.tokens = tokens
 
 
 class PrefixCache:

@@ -18,11 +18,8 @@ class Sampler:
     """
 
     def __init__(self, options: SamplingOptions, device: torch.device | str = "cpu"):
-        self._penalty, self._temperature, self._top_p = (
-            options.repetition_penalty or 1.0,
-            options.temperature,
-            options.top_p,
-        )
+        self._penalty = options.repetition_penalty or 1.0
+        self._temperature, self._top_p = options.temperature, options.top_p
         self._generator = torch.Generator(device)
         self._generator.manual_seed(options.seed) if options.seed is not None else self._generator.seed()
         self._written: dict[int, None] = {}  # distinct tokens of the answer

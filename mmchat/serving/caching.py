@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 from threading import Lock
-from typing import Any
-
-from PIL import Image
 
 from ..conversation import Engine, Message, SamplingOptions, logger
 from ..errors import BadInput
+from ..media import picture_digest
 from .wrapper import EngineWrapper
 
 MAX_CHARACTERS = 20_000  # of an answer; longer ones are not kept
@@ -85,17 +81,5 @@ def _key(messages: Sequence[Message], options: SamplingOptions) -> Hashable | No
     """What an answer depends on; None if it depends on chance."""
     if options.temperature > 0 and options.beams == 1:
         return None
-    said = tuple((message.role, message.text.strip(), tuple(map(_digest, message.images))) for message in messages)
+    said = tuple((each.role, each.text.strip(), tuple(map(picture_digest, each.images))) for each in messages)
     return said, options.max_new_tokens, options.repetition_penalty, options.beams
-
-
-def _digest(picture: Any) -> bytes:
-    """Digest of a picture's content."""
-    if isinstance(picture, Image.Image):
-        content = repr((picture.mode, picture.size)).encode() + picture.tobytes()
-    else:
-        try:
-            content = Path(picture).read_bytes()
-        except OSError as error:
-            raise BadInput(f"There is no picture '{Path(picture).name}'.") from error
-    return hashlib.sha256(content).digest()

@@ -12,7 +12,6 @@ from pathlib import Path
 from ..errors import MmchatError
 from ..fetching import is_here
 from ..fetching.cache import cache_folder
-from ..fetching.sources import Source
 from ..presets import PRESETS, Preset
 
 REQUIRED = ("gradio", "torch", "transformers", "peft", "faster-whisper", "hibari-tts", "pillow", "safetensors")
@@ -85,13 +84,7 @@ def _cache() -> Finding:
 
 
 def _preset(preset: Preset) -> Finding:
-    parts: dict[str, Source] = {
-        "language model": preset.language_model.source,
-        "image encoder": preset.image_encoder.source,
-        "speech": preset.speech.source,
-        "weights": preset.weights,
-    }
-    missing = [name for name, source in parts.items() if not is_here(source)]
+    missing = [name for name, source in preset.sources.items() if not is_here(source)]
     text = f"{', '.join(missing)} not here yet; fetched on first use" if missing else "everything is here"
     if "weights" in missing and isinstance(preset.weights, Path):
         text += "; it ships without weights: train or import some"

@@ -74,10 +74,6 @@ class LoadingEngine:
         """What a visitor reads while the models load, perhaps nothing; None when they are loaded, or failed to."""
         return None if self._loaded.done() else sentence(self._progress.megabytes)
 
-    def details(self, *arguments: Any) -> dict[str, Any]:
-        engine: Any = self.wait()
-        return engine.details(*arguments) if hasattr(engine, "details") else {}
-
     def warm_up(self) -> None:
         self.wait().warm_up()
 

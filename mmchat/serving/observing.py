@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class Observation:
     seconds: float = 0.0
     first_seconds: float | None = None
     speech_seconds: float = 0.0
-    started: float = field(default_factory=time.monotonic, repr=False)
+    started: float = field(default=0.0, repr=False)
 
     @property
     def failed(self) -> bool:
@@ -61,19 +61,10 @@ class ObservedEngine(EngineWrapper):
         return whole
 
     def listen(self, path: str | Path, language: str | None = None, task: str = "transcribe") -> Iterator[Transcript]:
-        observation = Observation("transcribe")
-        try:
+        with self._told(Observation("transcribe")) as observation:
             for transcript in self.engine.listen(path, language, task):
                 observation.speech_seconds = sum(part.end - part.start for part in transcript.segments)
                 yield transcript
-        except GeneratorExit:
-            observation.outcome = STOPPED
-            raise
-        except Exception as error:
-            observation.outcome = _name(error)
-            raise
-        finally:
-            self._tell(observation)
 
     def reply(
         self,
@@ -89,15 +80,20 @@ class ObservedEngine(EngineWrapper):
         return self._watched(self.engine.rewrite(question, draft, options), Observation("rewrite", turns=1))
 
     def _watched(self, pieces: Iterator[str], observation: Observation) -> Iterator[str]:
+        with self._told(observation), closing(pieces):  # type: ignore[type-var]
+            for piece in pieces:
+                if observation.first_seconds is None:
+                    observation.first_seconds = time.monotonic() - observation.started
+                observation.pieces += 1
+                observation.cached = isinstance(piece, CachedText)
+                yield piece
+
+    @contextmanager
+    def _told(self, observation: Observation) -> Iterator[Observation]:
+        """Times what is done inside, notes how it ended, and tells the observers."""
         observation.started = time.monotonic()
         try:
-            with closing(pieces):  # type: ignore[type-var]
-                for piece in pieces:
-                    if observation.first_seconds is None:
-                        observation.first_seconds = time.monotonic() - observation.started
-                    observation.pieces += 1
-                    observation.cached = isinstance(piece, CachedText)
-                    yield piece
+            yield observation
         except GeneratorExit:
             observation.outcome = STOPPED
             raise
@@ -105,12 +101,9 @@ class ObservedEngine(EngineWrapper):
             observation.outcome = _name(error)
             raise
         finally:
-            self._tell(observation)
-
-    def _tell(self, observation: Observation) -> None:
-        observation.seconds = time.monotonic() - observation.started
-        for observe in self._observers:
-            observe(observation)
+            observation.seconds = time.monotonic() - observation.started
+            for observe in self._observers:
+                observe(observation)
 
 
 def _name(error: Exception) -> str:

@@ -27,6 +27,7 @@ from .rate_limit import RateLimit
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.02  # how often a waiting request looks whether it is its turn
+STATUS = {BadInput: 400, Busy: 429, MmchatError: 503}  # the first that fits an error; otherwise 500
 FAILED = "Something went wrong on my side. Please try again."
 
 
@@ -201,15 +202,7 @@ def _event(content: dict[str, Any]) -> str:
 def _status(error: Exception) -> int:
     if isinstance(error, Refusal):
         return error.status
-    return (
-        400
-        if isinstance(error, BadInput)
-        else 429
-        if isinstance(error, Busy)
-        else 503
-        if isinstance(error, MmchatError)
-        else 500
-    )
+    return next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
 
 
 def _shape(error: Exception) -> dict[str, Any]:
@@ -217,12 +210,6 @@ def _shape(error: Exception) -> dict[str, Any]:
     status = _status(error)
     if status == 500:
         logger.exception("A request failed", exc_info=error)
-    kind = (
-        "invalid_request_error"
-        if status < 500 and status != 429
-        else "rate_limit_error"
-        if status == 429
-        else "server_error"
-    )
+    kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
     code = getattr(error, "code", None) or ("server_busy" if isinstance(error, Busy) else None)
     return {"error": {"message": str(error) if status != 500 else FAILED, "type": kind, "param": None, "code": code}}

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..conversation import Message, SamplingOptions
+from ..conversation import MAX_QUESTION, Message, SamplingOptions
 from ..errors import BadInput
 from ..media import open_image
 
 MAX_BODY = 16 << 20  # bytes; four thirds of the pictures' size
 MAX_MESSAGES, MAX_PICTURES, MAX_STOPS = 200, 8, 4
-MAX_QUESTION, MAX_TEXT = 4_000, 100_000  # characters in the question, and in the conversation
+MAX_TEXT = 100_000  # characters in a conversation
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 UNSUPPORTED = ("tools", "functions", "logprobs", "audio")
 

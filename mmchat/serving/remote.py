@@ -14,8 +14,8 @@ from typing import Any
 from ..conversation import Message, SamplingOptions, rewrite_request, with_question
 from ..errors import BadInput, MmchatError
 from ..media import decode_image
-from ..models.speaking import Speaking
 from ..models.speech import SpeechRecognizer
+from ..models.speech_mixin import SpeechMixin
 from ..models.voice import Voice
 from ..presets import SpeechPreset
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 MAX_SIDE = 1024  # pixels; pictures are scaled down before sending, since models see less
 
 
-class RemoteEngine(Speaking):
+class RemoteEngine(SpeechMixin):
     """Answers through a model server. Speech is heard and spoken locally.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any
 from ..bundle import bundled
 from ..errors import BadInput, MmchatError
 from ..presets import AUTO, SMOL, get_preset
-from .equipment import equip
+from .middleware import build_middleware
 from .rate_limit import RateLimit, questions_per_minute
 
 HEAD_START = 1.0  # seconds for the first page: it would wait for the interpreter, which importing torch keeps busy
@@ -43,7 +43,7 @@ def serve(options: argparse.Namespace) -> int:
 
     gate = Gate(page.MAX_CONCURRENT, page.MAX_WAITING)
     observers: list[Callable[[Observation], None]] = []
-    engine = LoadingEngine(lambda: equipped(load_engine(options)), notify=gradio.Info)
+    engine = LoadingEngine(lambda: wrap(load_engine(options)), notify=gradio.Info)
     beside = [routes.health(lambda: engine.is_ready)]
     if os.environ.get("MMCHAT_LOG") == "json":
         from .json_log import log_as_json
@@ -60,7 +60,7 @@ def serve(options: argparse.Namespace) -> int:
         from .openai_api import OpenAiApi
 
         beside += OpenAiApi(engine, model_name(options), gate, limit, routes.api_key(sign_in())).routes()
-    equipped = equip(observers)
+    wrap = build_middleware(observers)
     if options.preset != AUTO:
         get_preset(options.preset)  # report a wrong name before the page opens
     if on_zero_gpu():  # models must load before the page starts, in the thread that imported spaces

@@ -54,13 +54,7 @@ def _for_zero_gpu(out: Path, preset: Preset) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     lines = [ZERO_GPU_TORCH if re.match(r"torch\b", line) else line for line in lines]
     path.write_text("\n".join([*lines, *GPU_PACKAGES]) + "\n", encoding="utf-8")
-    parts = (
-        preset.language_model.source,
-        preset.image_encoder.source,
-        preset.speech.source,
-        preset.weights,
-    )
-    sources = [source for source in dict.fromkeys(parts) if isinstance(source, HubRepository)]
+    sources = [source for source in dict.fromkeys(preset.sources.values()) if isinstance(source, HubRepository)]
     preload = "".join(f"  - {source.name}\n" for source in sources)  # a revision would need a list of files
     readme = out / "README.md"
     text = readme.read_text(encoding="utf-8")

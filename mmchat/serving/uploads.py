@@ -34,16 +34,23 @@ class SafeImage(gr.Image):
     is_template = True  # else the browser looks for a component with this class's name
 
     def preprocess(self, payload):
-        if payload is None:
-            return None
-        path = Path(payload.path or "").resolve()
-        if not is_uploaded(path):
-            raise gr.Error("That picture was not uploaded here. Please upload it.", print_exception=False)
-        try:
-            open_image(path)
-        except BadInput as error:
-            raise shown_error(error) from error
-        return str(path)
+        return None if payload is None else uploaded_picture(payload.path)
+
+
+def uploaded_picture(path: str | None) -> str:
+    """The path of an uploaded picture, resolved, once the picture was decoded.
+
+    Raises:
+        gr.Error: the file was not uploaded, or is not a picture.
+    """
+    resolved = Path(path or "").resolve()
+    if not is_uploaded(resolved):
+        raise gr.Error("That picture was not uploaded here. Please upload it.", print_exception=False)
+    try:
+        open_image(resolved)
+    except BadInput as error:
+        raise shown_error(error) from error
+    return str(resolved)
 
 
 def is_uploaded(path: Path) -> bool:

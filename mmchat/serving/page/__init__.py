@@ -3,13 +3,18 @@
 layout.py         what is where on the page, and which event calls what
 turns.py          ask, retry, undo, stop: one turn of a conversation
 history.py        the page's conversation and the engine's messages, one made from the other
-voice.py          the Voice tab
+branches.py       other answers to a question, and editing an earlier one
+details.py        what is told about an answer under its fold
+conversations.py  the list of conversations in the visitor's browser; list.js, store.js and transfer.js keep them
+voice.py          the Voice tab, reading aloud, hands-free talk; voice.js plays and listens
 batch.py          the page "Batch"
 thumbs.py         thumbs and better answers, where feedback is stored
 settings.py       the visitor's settings
+visit.py          which request may write to the page
 components.py     inputs that take uploads only
 examples.py       the cards of an empty conversation
-page.css page.js  looks, and the little that must happen in the browser
+assets.py         reads the scripts and the style sheet
+page.css page.js  looks, and the little that must happen in the browser; buttons.js puts buttons on messages
 """
 
 import os

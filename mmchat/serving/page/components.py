@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from ...errors import BadInput
-from ...media import open_image
-from ..uploads import is_uploaded, shown_error
+from ..uploads import uploaded_picture
 
 
 class QuestionBox(gr.MultimodalTextbox):
@@ -25,15 +22,7 @@ class QuestionBox(gr.MultimodalTextbox):
         """
         if payload is None:
             return {"text": "", "files": []}
-        paths = [Path(file.path or "").resolve() for file in payload.files]
-        for path in paths:
-            if not is_uploaded(path):
-                raise gr.Error("That picture was not uploaded here. Please upload it.", print_exception=False)
-            try:
-                open_image(path)
-            except BadInput as error:
-                raise shown_error(error) from error
-        return {"text": payload.text or "", "files": [str(path) for path in paths]}
+        return {"text": payload.text or "", "files": [uploaded_picture(file.path) for file in payload.files]}
 
 
 class Conversation(gr.Chatbot):

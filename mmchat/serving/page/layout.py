@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from ...conversation import Engine
+from ...conversation import MAX_QUESTION, Engine
 from ..feedback import FeedbackStore
 from ..rate_limit import RateLimit
 from ..uploads import KEEP_UPLOADS, MAX_UPLOAD, SafeImage
@@ -20,11 +20,11 @@ from .components import Conversation, QuestionBox
 from .examples import cards, read_examples
 from .settings import build_settings, default_settings
 from .thumbs import OPTIONS, Thumbs, ThumbsPage, build_thumbs, close, connect_thumbs
-from .turns import MAX_QUESTION, Page
+from .turns import Page
 from .visit import Visit
 from .voice import VoicePage, VoiceTab, build_speaker, build_voice_tab, connect_voice
 
-MAX_CONCURRENT = 4  # answers generated at the same time; they take turns, so a short one does not wait for a long one
+MAX_CONCURRENT = 4  # answers generated at the same time, in one batch
 MAX_WAITING = 16  # questions in the queue; the next one is turned away
 
 # Markdown in an answer may link pictures anywhere on the web; the browser must not fetch them.

@@ -11,7 +11,7 @@ import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
-from ...conversation import Engine, Message, SamplingOptions, has_images
+from ...conversation import MAX_QUESTION, Engine, Message, SamplingOptions, has_images
 from ...errors import BadInput
 from ..caching import CachedText
 from ..rate_limit import RateLimit
@@ -23,7 +23,6 @@ from .history import DRAFT, EMPTY_BOX, Box, History, Turn, is_folded, said, to_b
 from .settings import read_settings
 from .visit import Visit
 
-MAX_QUESTION = 4000  # characters
 MAX_PICTURES = 8  # in one question
 LOADING_SECONDS = 0.5  # between two looks at what has been fetched
 REDRAW_SECONDS = 0.1  # a long conversation takes a browser about this long to draw

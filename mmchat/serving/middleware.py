@@ -11,7 +11,7 @@ from .filtering import FilteringEngine, load_filter
 from .observing import Observation, ObservedEngine
 
 
-def equip(observers: Sequence[Callable[[Observation], None]] = ()) -> Callable[[Engine], Engine]:
+def build_middleware(observers: Sequence[Callable[[Observation], None]] = ()) -> Callable[[Engine], Engine]:
     """Reads MMCHAT_ANSWER_CACHE and MMCHAT_FILTER, and returns what they do to an engine.
 
     Args:
@@ -24,11 +24,11 @@ def equip(observers: Sequence[Callable[[Observation], None]] = ()) -> Callable[[
     name = os.environ.get("MMCHAT_FILTER")
     is_held = load_filter(name) if name and name != "0" else None
 
-    def equipped(engine: Engine) -> Engine:
+    def wrapped(engine: Engine) -> Engine:
         if answers:
             engine = CachingEngine(engine, answers)
         if observers:
             engine = ObservedEngine(engine, observers)
         return FilteringEngine(engine, is_held) if is_held else engine
 
-    return equipped
+    return wrapped

@@ -12,7 +12,7 @@ from .speech import SpeechRecognizer
 from .voice import SpokenSentence, Voice
 
 
-class Speaking:
+class SpeechMixin:
     """What engines share: they hear with ``speech_recognizer`` and speak with ``voice``, both on this machine."""
 
     speech_recognizer: SpeechRecognizer
