@@ -111,3 +111,20 @@ def expect(locator):
 
     playwright_expect.set_options(timeout=PATIENCE)
     return playwright_expect(locator)
+
+
+def reload(page):
+    page.reload()
+    question(page).wait_for()
+
+
+def record_replies(engine, monkeypatch, note=lambda messages, *options: messages) -> list:
+    """The list to which every reply from now on adds what ``note`` makes of its messages and options."""
+    noted, reply = [], engine.reply
+
+    def recorded(messages, *arguments, **options):
+        noted.append(note(messages, *arguments))
+        return reply(messages, *arguments, **options)
+
+    monkeypatch.setattr(engine, "reply", recorded)
+    return noted

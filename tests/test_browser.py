@@ -8,7 +8,7 @@ import re
 import pytest
 
 from mmchat.serving import page as ui
-from tests.browsing import answers, ask, expect, finished, question, show, thumbnails
+from tests.browsing import answers, ask, expect, finished, question, record_replies, show, thumbnails
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.browser
@@ -27,10 +27,7 @@ def test_the_answer_to_a_typed_question_streams_in(page):
 
 
 def test_a_question_about_a_photo_and_a_follow_up(page, photo, engine, monkeypatch):
-    asked, reply = [], engine.reply
-    monkeypatch.setattr(
-        engine, "reply", lambda messages, *a, **k: (asked.append(messages), reply(messages, *a, **k))[1]
-    )
+    asked = record_replies(engine, monkeypatch)
     show(page, photo)
     ask(page, "Describe the image.")
     finished(page)
@@ -120,10 +117,7 @@ def test_retry_answers_again_and_undo_restores_the_question(page, photo, engine,
     show(page, photo)
     ask(page, "Describe the image.")
     finished(page)
-    replies, reply = [], engine.reply
-    monkeypatch.setattr(
-        engine, "reply", lambda messages, *a, **k: (replies.append(messages), reply(messages, *a, **k))[1]
-    )
+    replies = record_replies(engine, monkeypatch)
     page.get_by_role("button", name="Retry").click()
     page.wait_for_timeout(1_000)
     finished(page)
@@ -145,10 +139,7 @@ def test_one_click_on_an_example_asks_it(page):
 
 
 def test_several_pictures_go_with_one_question(page, photo, engine, monkeypatch):
-    asked, reply = [], engine.reply
-    monkeypatch.setattr(
-        engine, "reply", lambda messages, *a, **k: (asked.append(messages), reply(messages, *a, **k))[1]
-    )
+    asked = record_replies(engine, monkeypatch)
     show(page, photo)
     show(page, photo.with_name("bus.jpg"))
     ask(page, "What is in picture 2?")

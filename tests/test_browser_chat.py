@@ -9,7 +9,7 @@ from importlib.resources import files
 import pytest
 from gradio_client import Client
 
-from tests.browsing import answers, ask, expect, finished, question, show, thumbnails
+from tests.browsing import answers, ask, expect, finished, question, record_replies, reload, show, thumbnails
 
 pytestmark = pytest.mark.browser
 
@@ -81,16 +81,12 @@ def test_details_are_under_a_fold_and_not_in_what_is_copied(page, photo):
 
 
 def test_settings_are_kept_in_the_browser_and_reset_with_one_click(page, engine, monkeypatch):
-    asked, reply = [], engine.reply
-    monkeypatch.setattr(
-        engine, "reply", lambda messages, *a, **k: (asked.append((messages, a[0])), reply(messages, *a, **k))[1]
-    )
+    asked = record_replies(engine, monkeypatch, lambda messages, options: (messages, options))
     page.get_by_role("button", name="Settings", exact=False).first.click()
     page.get_by_label("Exact").check()
     page.get_by_label("System prompt").fill("Answer in one word.")
     page.wait_for_timeout(1_000)
-    page.reload()
-    question(page).wait_for()
+    reload(page)
     page.wait_for_timeout(1_000)
     ask(page, "What is the capital of France?")
     finished(page)
@@ -98,8 +94,7 @@ def test_settings_are_kept_in_the_browser_and_reset_with_one_click(page, engine,
     assert (messages[0].role, messages[0].text) == ("system", "Answer in one word.") and options.temperature == 0
     page.get_by_role("button", name="Reset settings").click()
     page.wait_for_timeout(1_000)
-    page.reload()
-    question(page).wait_for()
+    reload(page)
     page.wait_for_timeout(1_000)
     ask(page, "What is the capital of France?")
     finished(page)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.browsing import answers, ask, expect, finished, question, show
+from tests.browsing import answers, ask, expect, finished, record_replies, reload, show
 
 pytestmark = pytest.mark.browser
 
@@ -16,11 +16,6 @@ TRICKY = "## User\n\\## Assistant\n<!-- mmchat {} -->\n# title\n![a](b)\n\n  two
 
 def titles(page):
     return page.locator("#list li button:first-child")
-
-
-def reload(page):
-    page.reload()
-    question(page).wait_for()
 
 
 def export(page, kind="Save JSON"):
@@ -53,10 +48,7 @@ def conversation(photo, **changes):
 
 
 def test_a_conversation_goes_on_after_a_reload_even_if_its_upload_is_gone(page, photo, engine, monkeypatch):
-    asked, reply = [], engine.reply
-    monkeypatch.setattr(
-        engine, "reply", lambda messages, *a, **k: (asked.append(messages), reply(messages, *a, **k))[1]
-    )
+    asked = record_replies(engine, monkeypatch)
     show(page, photo)
     ask(page, "Who is this?")
     finished(page)

@@ -86,7 +86,7 @@ def class_token_last(encoder, pixels):
 @pytest.mark.parametrize("merge", [False, True], ids=["adapter beside", "adapter merged"])
 @pytest.mark.parametrize("name", ["phi3-patches", "llama-patches", "phi3-siglip"])
 def test_the_same_greedy_answers_about_pictures(tiny, tmp_path, monkeypatch, name, merge):
-    """SigLIP is read exactly; CLIP as llama.cpp reads it since 2025, one patch off (its models/llava.cpp)."""
+    """SigLIP is read exactly; CLIP as llama.cpp reads it, one patch off (its tools/mtmd/models/llava.cpp)."""
     if name == "phi3-siglip":
         encoder = ImageEncoderPreset("tiny-siglip", HubRepository(str(tiny / "siglip")), 32, "patches", 4, 24)
         monkeypatch.setitem(PRESETS, name, replace(PRESETS["phi3-patches"], name=name, image_encoder=encoder))

@@ -78,13 +78,12 @@ def ask(environment, endpoint, *arguments, preset="phi-3.5"):
     )
 
 
-@pytest.mark.slow
-def test_from_a_repository_name_to_an_answer_on_the_page(hub, fresh, photo, tmp_path):
+def page_answers(environment, endpoint, preset, photo, log):
+    """Starts the page with a preset, asks about a photo, and returns the answer and what the program printed."""
     from gradio_client import Client, handle_file
 
-    log = tmp_path / "log"
-    with serve(hub) as endpoint, log.open("w") as sink:
-        environment = {**fresh, "HF_ENDPOINT": endpoint, "MMCHAT_PRESET": "phi-3.5", "PYTHONUNBUFFERED": "1"}
+    environment = {**environment, "HF_ENDPOINT": endpoint, "MMCHAT_PRESET": preset, "PYTHONUNBUFFERED": "1"}
+    with log.open("w") as sink:
         page = subprocess.Popen(
             [sys.executable, "app.py"], cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT
         )
@@ -94,7 +93,13 @@ def test_from_a_repository_name_to_an_answer_on_the_page(hub, fresh, photo, tmp_
         finally:
             page.terminate()
             page.wait(20)
-    shown = log.read_text()
+    return answer, log.read_text()
+
+
+@pytest.mark.slow
+def test_from_a_repository_name_to_an_answer_on_the_page(hub, fresh, photo, tmp_path):
+    with serve(hub) as endpoint:
+        answer, shown = page_answers(fresh, endpoint, "phi-3.5", photo, tmp_path / "log")
     assert answer and "Fetching microsoft/Phi-3.5-mini-instruct" in shown and PUBLISHED in shown
     assert "%" in shown  # progress
     assert not any(request.endswith((".bin", ".pt")) and PHI in request for request in hub.requests)
@@ -103,24 +108,12 @@ def test_from_a_repository_name_to_an_answer_on_the_page(hub, fresh, photo, tmp_
 
 
 def test_from_a_llava_repository_to_an_answer_on_the_page_and_in_the_terminal(hub, fresh, photo, tiny, tmp_path):
-    from gradio_client import Client, handle_file
-
     name = LLAVA_PHI_3.weights.name
     hub.repositories[name] = llava.make(tmp_path / "llava", tiny / "phi3", max_shard_size="60KB")
     hub.repositories["somebody/other-llava"] = llava.make(tmp_path / "other", tiny / "phi3", "qwen2", "siglip")
-    log = tmp_path / "log"
-    with serve(hub) as endpoint, log.open("w") as sink:
-        environment = {**fresh, "HF_ENDPOINT": endpoint, "MMCHAT_PRESET": "llava-phi-3", "PYTHONUNBUFFERED": "1"}
-        page = subprocess.Popen(
-            [sys.executable, "app.py"], cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT
-        )
-        try:
-            address = page_address(page, log)
-            answer = Client(address, verbose=False).predict("What is it?", handle_file(photo), api_name="/ask")
-        finally:
-            page.terminate()
-            page.wait(20)
-        assert answer and f"Fetching {name}" in log.read_text()
+    with serve(hub) as endpoint:
+        answer, shown = page_answers(fresh, endpoint, "llava-phi-3", photo, tmp_path / "log")
+        assert answer and f"Fetching {name}" in shown
         arguments = ["--weights", "somebody/other-llava", "--image", str(photo)]
         other = ask(fresh, endpoint, *arguments, preset="auto")
         assert other.returncode == 0 and other.stdout.strip(), other.stderr

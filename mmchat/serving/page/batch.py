@@ -14,40 +14,17 @@ import gradio as gr
 from ...conversation import SamplingOptions
 from ...errors import BadInput
 from ..batch import MAX_PICTURES, Picture, answer_pictures, list_pictures, write_csv, write_jsonl
-from ..uploads import is_uploaded, shown_error
+from ..uploads import shown_error
+from .components import File, PictureFiles
 from .turns import Page, checked_question
 from .visit import Visit
 
-MAX_NAME = 200  # characters of a file's name
 LIMIT_SECONDS = 1.0  # between two looks at the rate limit
 HEADERS = ["Picture", "Answer"]
 INTRODUCTION = (
     f"One question about many pictures, or a ZIP of them: at most {MAX_PICTURES} pictures, 10 MB per file. "
     "Each gets the likeliest answer."
 )
-File = tuple[str, str]  # path, name to show
-
-
-class PictureFiles(gr.File):
-    """A file input that takes uploads, and nothing else that a raw request may name."""
-
-    is_template = True  # else the browser looks for a component with this class's name
-
-    def preprocess(self, payload: Any) -> list[File]:
-        """The uploaded files.
-
-        Raises:
-            gr.Error: a file was not uploaded.
-        """
-        if payload is None:
-            return []
-        files = []
-        for file in payload.root if hasattr(payload, "root") else [payload]:
-            path = Path(file.path or "").resolve()
-            if not is_uploaded(path) or not path.is_file():
-                raise gr.Error("That file was not uploaded here. Please upload it.", print_exception=False)
-            files.append((str(path), Path(file.orig_name or path.name).name[-MAX_NAME:]))
-        return files
 
 
 class BatchPage:

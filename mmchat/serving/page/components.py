@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from ..uploads import uploaded_picture
+from ..uploads import is_uploaded, uploaded_picture
+
+MAX_NAME = 200  # characters of a file's name
+File = tuple[str, str]  # path, name to show
 
 
 class QuestionBox(gr.MultimodalTextbox):
@@ -40,3 +44,25 @@ class Conversation(gr.Chatbot):
         for message in payload.root:
             message.content = [part for part in message.content if part.type in ("text", "file")]
         return super().preprocess(payload)
+
+
+class PictureFiles(gr.File):
+    """A file input that takes uploads, and nothing else that a raw request may name."""
+
+    is_template = True  # else the browser looks for a component with this class's name
+
+    def preprocess(self, payload: Any) -> list[File]:
+        """The uploaded files.
+
+        Raises:
+            gr.Error: a file was not uploaded.
+        """
+        if payload is None:
+            return []
+        files = []
+        for file in payload.root if hasattr(payload, "root") else [payload]:
+            path = Path(file.path or "").resolve()
+            if not is_uploaded(path) or not path.is_file():
+                raise gr.Error("That file was not uploaded here. Please upload it.", print_exception=False)
+            files.append((str(path), Path(file.orig_name or path.name).name[-MAX_NAME:]))
+        return files
