@@ -37,8 +37,9 @@ def test_distributions_equal_those_of_transformers(temperature, top_p, penalty):
         token_ids, probabilities = choose.distribution(logits)
         ours = torch.zeros(VOCABULARY).index_copy(0, token_ids, probabilities)
         exact = expected(logits, written, options)
-        assert abs(int((ours > 0).sum() - (exact > 0).sum())) <= 2  # sums of thousands round differently
-        assert_close(ours, exact, 2e-3 if spread == 0.01 else 1e-4)
+        in_both = (ours > 0) & (exact > 0)
+        assert int(((ours > 0) ^ (exact > 0)).sum()) <= 2  # sums of thousands round differently
+        assert_close(ours[in_both], exact[in_both], 2e-3 if spread == 0.01 else 1e-4)
         written.append(choose(logits))
 
 
@@ -54,6 +55,15 @@ def test_samples_follow_the_distribution():
     choose = Sampler(SamplingOptions(1.0, 1.0, repetition_penalty=1.0, seed=0))
     counts = torch.bincount(torch.tensor([choose(logits) for _ in range(4000)]), minlength=4)
     assert (counts / 4000 - logits.softmax(dim=0)).abs().max() < 0.03
+
+
+def test_a_seed_gives_the_same_token_whatever_the_rounding():
+    """Rounding changes the order of equally likely tokens and the end of the nucleus; the token stays the same."""
+    torch.manual_seed(0)
+    logits = 1e-5 * torch.randn(VOCABULARY)
+    nearly = logits + 1e-6 * torch.randn(VOCABULARY)
+    choose, choose_nearly = (Sampler(SamplingOptions(0.7, 0.9, seed=3)) for _ in range(2))
+    assert [choose(logits) for _ in range(20)] == [choose_nearly(nearly) for _ in range(20)]
 
 
 def test_the_penalty_lowers_what_was_written():

@@ -29,10 +29,18 @@ class Sampler:
         if self._temperature == 0:
             token_id = int(self._penalized(logits).argmax())
         else:
-            token_ids, probabilities = self.distribution(logits)
-            token_id = int(token_ids[torch.multinomial(probabilities, 1, generator=self._generator)])
+            token_id = self._draw(*self.distribution(logits), len(logits))
         self._written[token_id] = None
         return token_id
+
+    def _draw(self, token_ids: torch.Tensor, probabilities: torch.Tensor, vocabulary: int) -> int:
+        """Draws a token as the one that comes first in a race of exponential clocks, whose rates are probabilities.
+
+        The noise belongs to a token's id, not to its rank. So rounding, which swaps the ranks of equally likely tokens
+        and decides which one is the last of the nucleus, does not change the answer that a seed gives.
+        """
+        noise = torch.rand(vocabulary, generator=self._generator, device=probabilities.device)[token_ids]
+        return int(token_ids[(probabilities / -noise.log()).argmax()])
 
     def distribution(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens that may be next and their probabilities, [candidates] each, from logits, [vocabulary].
