@@ -164,9 +164,10 @@ def _as_trained(
 ) -> Preset:
     """The preset with the picture layout and the image encoder that the checkpoint was trained with."""
     own, settings = preset.image_encoder, {}
+    source = HubRepository(image_encoder) if image_encoder else None
     if project:
         preset = replace(preset, picture_layout=project.layout)
-        image_encoder = image_encoder or project.image_encoder
+        source = source or project.image_encoder
         settings = {
             "features": project.image_features,
             "layer": project.image_layer,
@@ -177,8 +178,8 @@ def _as_trained(
     is_pooled = settings["features"] == own.features == "pooled"
     is_own = is_pooled or all(getattr(own, name) == value for name, value in settings.items())
     encoder = own
-    if image_encoder:
-        encoder = find_image_encoder(HubRepository(image_encoder), **settings)
+    if source:
+        encoder = find_image_encoder(source, **settings)
     elif not is_own:
         encoder = replace(find_image_encoder(own.source, **settings), name=own.name)
     report.notes.append(
