@@ -223,7 +223,8 @@ def use(stage: str, name: str) -> None:
     weights = default_weights(get_preset(name))
     preset, is_training = preset_for_weights(get_preset(name), weights), stage == "qlora"
     quantization = "none" if stage == "none" else "4bit"
-    model, tokenizer = load_model(preset, weights, torch.bfloat16, quantization=quantization, trainable=is_training)
+    dtype = torch.bfloat16 if stage == "none" else torch.float32  # 4 bits are computed in 32 on a CPU, as in training
+    model, tokenizer = load_model(preset, weights, dtype, quantization=quantization, trainable=is_training)
     encoder = load_image_encoder(preset.image_encoder)
     print(f"{stage}: loaded in {time.perf_counter() - start:.0f} s", flush=True)
     picture = Image.open(ROOT / "examples" / "camera.jpg").convert("RGB")
