@@ -284,7 +284,7 @@ PHI_3_5 = Preset(
     ),
 )
 
-_LLAVA_PHI_3 = HubRepository("xtuner/llava-phi-3-mini-hf")
+_LLAVA_PHI_3 = HubRepository("xtuner/llava-phi-3-mini-hf", "218fa56e23d2b894dd13f2c4ecf4b90843b12b39")
 LLAVA_PHI_3 = Preset(
     name="llava-phi-3",
     description="LLaVA-Phi-3-mini (Phi-3-mini-4k-instruct, CLIP ViT-L/14 at 336 pixels, 576 patches) and Whisper base: "

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import threading
 from contextlib import contextmanager
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -66,14 +68,22 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             path = hub.files(name).get(file)
             if path is None:
                 return self.refuse(404, "EntryNotFound")
-            content = path.read_bytes()
+            size = path.stat().st_size
             headers = {"ETag": f'"{_digest(path)}"', "X-Repo-Commit": revision, "Accept-Ranges": "bytes"}
             start = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            first = int(start[1]) if start else 0
             if start:
-                first = int(start[1])
-                headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-                content = content[first:]
-            self.send(206 if start else 200, content, headers, cut=file in hub.broken)
+                headers["Content-Range"] = f"bytes {first}-{size - 1}/{size}"
+            self.send_head(206 if start else 200, size - first, headers)
+            if self.command == "HEAD":
+                return
+            with path.open("rb") as stream:  # gigabytes do not fit into memory
+                stream.seek(first)
+                if file in hub.broken:
+                    self.wfile.write(stream.read((size - first) // 2))
+                    self.close_connection = True
+                else:
+                    shutil.copyfileobj(stream, self.wfile)
 
         def may_read(self, name) -> bool:
             if name in hub.gated:
@@ -87,22 +97,29 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def refuse(self, status, code):
             self.send(status, b"", {"X-Error-Code": code, "X-Error-Message": code})
 
-        def send(self, status, content, headers, cut=False):
+        def send(self, status, content, headers):
+            self.send_head(status, len(content), headers)
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def send_head(self, status, length, headers):
             self.send_response(status)
             for key, value in headers.items():
                 self.send_header(key, value)
-            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Length", str(length))
             self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content[: len(content) // 2] if cut else content)
-            if cut:
-                self.close_connection = True
 
     return Handler
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha1(path.read_bytes()).hexdigest()
+    return _digest_of(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _digest_of(path: Path, modified: int) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha1").hexdigest()
 
 
 @contextmanager

@@ -108,6 +108,13 @@ def test_tensor_names_are_those_of_vllm(exported):
     assert {"language_model.model.embed_tokens.weight", "language_model.model.norm.weight"} <= language
 
 
+def test_no_file_names_a_folder_of_this_machine(tiny, exported):
+    _, weights, folder = exported
+    for file in (*folder.glob("*.json"), *folder.glob("*.jinja")):
+        content = file.read_text(encoding="utf-8")
+        assert "_name_or_path" not in content and str(tiny) not in content and str(weights.parent) not in content, file
+
+
 def test_longrope_stays_below_its_long_factors():
     from transformers import Phi3Config, Phi3ForCausalLM
 

@@ -12,10 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmchat import BadInput, Message, SamplingOptions
+from mmchat.checkpoints.exporting import export_llava
+from mmchat.checkpoints.gguf_export import export_gguf
 from mmchat.checkpoints.weights_folder import load_model, preset_trained
 from mmchat.engine import LocalEngine, load
 from mmchat.errors import WeightsError
 from mmchat.models.prompt import encode
+from mmchat.presets import PHI_3_5
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
 from tests import llava
@@ -244,6 +247,35 @@ def test_an_adapter_on_top_chats_and_is_off_for_rewriting(tiny, trained, picture
         assert "".join(ours.rewrite("Is it?", rewritten, options)) == "".join(
             plain.rewrite("Is it?", rewritten, options)
         )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["phi3", "phi3, string template", "qwen2, siglip, first patch dropped"])
+def test_an_adapter_on_top_is_exported_with_its_llava_model(tiny, tmp_path, pictures, kind):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    base = llava.make(tmp_path / "llava", tiny / "phi3", **KINDS[kind])
+    recipe = Recipe(
+        train=[str(tiny / "train.json")],
+        images=str(tiny / "pictures"),
+        start_from=str(base),
+        out=str(tmp_path / "run"),
+        max_steps=4,
+        lr=1e-2,
+        report_to=["none"],
+    )
+    with torch.enable_grad():
+        train(recipe)
+    export_llava(tmp_path / "run", tmp_path / "exported", PHI_3_5, torch.float32)
+    engine, messages = load(weights=tmp_path / "run"), conversation(pictures)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
+    inputs = inputs_of(AutoProcessor.from_pretrained(tmp_path / "exported", backend="pil"), messages)
+    ours = engine.model.language_model(inputs_embeds=engine.embed(engine.encode(messages))).logits
+    assert_close(ours, model(**inputs).logits, 1e-4)
+    plain = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32).eval()
+    assert (ours - plain(**inputs).logits).abs().max() > 0.01  # the adapter is in it
+    with pytest.raises(BadInput, match="cannot be exported to GGUF"):
+        export_gguf(tmp_path / "run", tmp_path / "gguf", PHI_3_5)
 
 
 def test_what_was_trained_are_the_answers_and_where_they_end(tiny, trained):

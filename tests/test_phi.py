@@ -24,6 +24,7 @@ from mmchat.models.vision_language_model import MultimodalModel
 from mmchat.presets import LLAVA_PHI_3, PHI_2, PHI_3_5, PRESETS, SMOL, HubRepository
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
+from mmchat.training.trainer import training_arguments
 from tests import tiny as tiny_models
 from tests.close import assert_close
 
@@ -290,10 +291,10 @@ def test_4bit_is_nf4_and_double_quantizes_the_scales(tiny, kind, is_nested):
 
 
 def test_presets_pin_their_models():
-    """Stop tokens are those of the models' authors; models are pinned by commit, except the published weights."""
+    """Stop tokens are those of the models' authors; models and weights are pinned by commit."""
     assert set(CHAT_FORMATS["phi-3"].stops) == {"<|end|>", "<|assistant|>", "<|endoftext|>"}
     assert set(CHAT_FORMATS["phi-2"].stops) == {"<|endoftext|>"}
-    for preset in (PHI_2, PHI_3_5):
+    for preset in (PHI_2, PHI_3_5, LLAVA_PHI_3):
         for part in (preset.language_model, preset.image_encoder):
             assert re.fullmatch(r"[0-9a-f]{40}", part.source.revision), part
         members = [member for _, parts in preset.speech.source.files for member in parts]
@@ -424,3 +425,6 @@ def test_phi_2_never_computes_in_float16(tiny):
     preset = replace(PRESETS["phi-pooled"].language_model, overflows_float16=True)
     assert load_language_model(preset, torch.float16)[0].dtype == torch.bfloat16
     assert load_language_model(PRESETS["phi3-pooled"].language_model, torch.float16)[0].dtype == torch.float16
+    recipe = Recipe(train=["train.json"], features="features", precision="fp16")
+    assert [training_arguments(recipe, preset).fp16 for preset in (PHI_2, PHI_3_5)] == [False, True]
+    assert training_arguments(recipe, PHI_2).bf16

@@ -1,4 +1,4 @@
-"""Every recipe of an earlier project is read, and what it sets is what the model is built from."""
+"""Recipes of earlier projects: read, built from, and told truly in docs/training.md."""
 
 from __future__ import annotations
 
@@ -44,3 +44,52 @@ def test_a_tiny_model_is_built_as_the_recipe_says(tiny, tmp_path, path):
     shown = torch.randn(1, encoder.feature_count, encoder.image_dim)
     model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, image_features=shown)["loss"].backward()
     assert all(parameter.grad is not None for parameter in model.projector.parameters() if parameter.requires_grad)
+
+
+def shown(recipe: Recipe) -> dict[str, str]:
+    """A recipe's settings as the table in docs/training.md writes them; empty where a setting has no meaning."""
+    preset = PRESETS[recipe.preset]
+    encoder = recipe.image_encoder or preset.image_encoder.source.name
+    is_pooled = not recipe.image_encoder and preset.image_encoder.features == "pooled"
+    depth = f" × {recipe.projector_depth}" if recipe.projector == "normblocks" else ""
+    accumulation = f" × {recipe.gradient_accumulation_steps}" if recipe.gradient_accumulation_steps > 1 else ""
+    linear = 6 if recipe.preset == "phi-2" else 4  # kinds of linear layers
+    adapted = [name.removesuffix("_proj") for name in recipe.target_modules]
+    assert not recipe.class_token and recipe.image_features == "patches"
+    return {
+        "model": recipe.preset,
+        "CLIP": encoder.replace("openai/clip-vit-base-patch", "B/"),
+        "features": "pooled" if is_pooled else f"layer {recipe.image_layer}",
+        "projector": f"{recipe.projector}{depth}",
+        "hidden width": str(recipe.hidden_width or ""),
+        "projector dropout": f"{recipe.projector_dropout:g}",
+        "projector's rate": rate(recipe.projector_lr),
+        "base weights": recipe.quantization,
+        "computed in": recipe.precision,
+        "adapter on": ("all" if len(adapted) == linear else ", ".join(adapted)) if recipe.lr else "",
+        "rank, alpha": f"{recipe.rank}, {recipe.alpha}" if recipe.lr else "",
+        "dropout": f"{recipe.dropout:g}" if recipe.lr else "",
+        "adapter's rate": rate(recipe.lr),
+        "schedule": recipe.lr_scheduler_type,
+        "warmup": f"{recipe.warmup:g}",
+        "label smoothing": f"{recipe.label_smoothing:g}",
+        "batch": f"{recipe.batch_size}{accumulation}",
+        "length": f"{recipe.max_steps} steps" if recipe.max_steps > 0 else f"{recipe.epochs:g} epoch",
+        "gradient clipping": f"{recipe.max_grad_norm:g}",
+        "weight decay": f"{recipe.weight_decay:g}",
+        "tokens at most": str(recipe.max_length),
+    }
+
+
+def rate(value: float) -> str:
+    return f"{value:.0e}".replace("e-0", "e-") if value else "frozen"
+
+
+def test_the_documented_settings_are_those_of_the_recipes():
+    page = (RECIPES[0].parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    lines = page.split("## Recipes of earlier projects")[1].split("\n## ")[0].splitlines()
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    told = {name: {row[0]: row[column].rpartition("→")[2].strip() for row in rows} for column, name in enumerate(head)}
+    assert told.keys() - {""} == {path.stem for path in RECIPES}
+    for path in RECIPES:
+        assert told[path.stem] == shown(Recipe(**read_recipe(path)))

@@ -4,8 +4,8 @@
     python training_scripts/export_llava.py runs/mine --preset phi-3.5 --out exported/
     vllm serve exported/ --tensor-parallel-size 2          # then: MMCHAT_SERVER=http://localhost:8000/v1 python app.py
 
-The weights must be trained on CLIP or SigLIP patches with a projector of the kind "llava". The adapter is merged into a
-full-precision copy of the base model.
+The weights must be trained on CLIP or SigLIP patches with a projector of the kind "llava", or on a LLaVA model. The
+adapter is merged into a full-precision copy of the base model.
 """
 
 import argparse

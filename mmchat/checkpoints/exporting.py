@@ -11,7 +11,9 @@ from torch import nn
 from ..conversation import ROLES
 from ..errors import BadInput
 from ..fetching import fetch
+from ..models.image_encoder import llava_tower
 from ..models.language_model import context_length
+from ..models.llava_folder import is_llava_folder, open_llava
 from ..models.prompt import CHAT_FORMATS, ChatFormat
 from ..models.vision_language_model import MultimodalModel
 from ..presets import ImageEncoderPreset, Preset
@@ -31,7 +33,8 @@ def export_llava(weights: str | Path, out: str | Path, preset: Preset, dtype: to
     """Writes a ``LlavaForConditionalGeneration`` folder with its processor and chat template.
 
     The adapter is merged into a fresh copy of the base model in 32 bits, and the sum is rounded once: merging into
-    4-bit weights would round the adapter away.
+    4-bit weights would round the adapter away. Weights that were trained on a LLaVA model keep its configuration and
+    its chat template.
 
     Args:
         weights: a folder that training wrote.
@@ -47,14 +50,15 @@ def export_llava(weights: str | Path, out: str | Path, preset: Preset, dtype: to
     if model.has_adapter:
         model.language_model = model.language_model.merge_and_unload()
     language_model = model.causal_language_model
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image_token = preset.chat_template.image_token if preset.chat_template else IMAGE_TOKEN
+    if image_token not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+    image_token_id = tokenizer.convert_tokens_to_ids(image_token)
     if image_token_id >= language_model.get_input_embeddings().num_embeddings:
         language_model.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
     rotary = getattr(language_model.get_decoder(), "rotary_emb", None)
     _keep_short_factors(language_model.config, getattr(rotary, "attention_scaling", None))
-    llava = _assemble(model, preset.image_encoder, image_token_id)
+    llava = _assemble(model, preset, image_token_id)
     llava.generation_config = language_model.generation_config
     llava.to(dtype).save_pretrained(out, state_dict=_named_for_engines(llava), save_original_format=False)
     _processor(tokenizer, preset).save_pretrained(out)
@@ -68,7 +72,6 @@ def _check(model: MultimodalModel, preset: Preset) -> None:
         f"a projector of the kind '{config.kind}', where it takes 'llava'": config.kind != "llava",
         "a hidden width other than the tokens' in the projector": config.hidden_width != config.token_width,
         "a marker token": config.marker,
-        "another LLaVA model, which they were trained on": preset.language_model.is_llava,
         "a picture layout of their own": preset.picture_layout is not None,
         "a bias in the output layer, as Phi-2 has": getattr(head, "bias", None) is not None,
     }
@@ -77,27 +80,48 @@ def _check(model: MultimodalModel, preset: Preset) -> None:
         raise BadInput(f"These weights cannot be exported: LLaVA has no place for {'; nor for '.join(found)}.")
 
 
-def _assemble(model: MultimodalModel, encoder: ImageEncoderPreset, image_token_id: int) -> nn.Module:
+def _assemble(model: MultimodalModel, preset: Preset, image_token_id: int) -> nn.Module:
     """The LLaVA model around our parts, none of which is copied."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration
 
-    folder, vision_config = vision_of(encoder)
     language_model = model.causal_language_model
-    config = LlavaConfig(
-        vision_config=vision_config,
-        text_config=language_model.config,
-        image_token_index=image_token_id,
-        image_seq_length=encoder.feature_count,
-        vision_feature_layer=encoder.layer,
-        vision_feature_select_strategy="default" if _drops_class_token(encoder, vision_config) else "full",
-    )
+    config = _config(preset, image_token_id, language_model.config)
+    for part in (config, config.text_config, config.vision_config):
+        part.name_or_path = ""  # a folder of this machine
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(config)
-    llava.model.vision_tower = type(llava.model.vision_tower).from_pretrained(folder, dtype=torch.float32)
+    llava.model.vision_tower = _tower(preset.image_encoder, type(llava.model.vision_tower))
     llava.model.multi_modal_projector.load_state_dict(model.projector.state_dict(), assign=True)
     llava.model.language_model = language_model.get_decoder()
     llava.lm_head = language_model.get_output_embeddings()
     return llava
+
+
+def _config(preset: Preset, image_token_id: int, text_config: Any) -> Any:
+    """The configuration of the LLaVA model: that of the one that the weights were trained on, or a new one."""
+    from transformers import LlavaConfig
+
+    if preset.language_model.is_llava:
+        config = open_llava(fetch(preset.language_model.source), preset.language_model.name).config
+        config.text_config = text_config
+        return config
+    encoder, vision_config = preset.image_encoder, vision_of(preset.image_encoder)[1]
+    return LlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=image_token_id,
+        image_seq_length=encoder.feature_count,
+        vision_feature_layer=encoder.layer,
+        vision_feature_select_strategy=_select_strategy(encoder, vision_config),
+    )
+
+
+def _tower(encoder: ImageEncoderPreset, tower_class: Any) -> nn.Module:
+    """An image encoder without what a contrastive model or a LLaVA model has beside it, in 32 bits."""
+    folder = fetch(encoder.source)
+    if is_llava_folder(folder):
+        return llava_tower(folder, encoder.name)[1]
+    return tower_class.from_pretrained(folder, dtype=torch.float32)
 
 
 def _named_for_engines(llava: nn.Module) -> dict[str, torch.Tensor]:
@@ -134,28 +158,33 @@ def vision_of(encoder: ImageEncoderPreset) -> tuple[Path, Any]:
     return folder, getattr(config, "vision_config", config)
 
 
-def _drops_class_token(encoder: ImageEncoderPreset, vision_config: Any) -> bool:
-    return vision_config.model_type.startswith("clip") and not encoder.class_token
+def _select_strategy(encoder: ImageEncoderPreset, vision_config: Any) -> str:
+    """LLaVA's word for whether the first feature is left out."""
+    is_clip = vision_config.model_type.startswith("clip")
+    return "default" if encoder.drops_patch or (is_clip and not encoder.class_token) else "full"
 
 
 def _processor(tokenizer: Any, preset: Preset) -> Any:
     """What turns messages and pictures into the model's inputs."""
     from transformers import AutoImageProcessor, LlavaProcessor
 
-    encoder = preset.image_encoder
+    encoder, template = preset.image_encoder, preset.chat_template
     folder, vision_config = vision_of(encoder)
-    is_clip = vision_config.model_type.startswith("clip")
-    chat_format = CHAT_FORMATS[preset.language_model.chat_format]
-    tokenizer.chat_template = chat_template(chat_format)
-    tokenizer.eos_token = chat_format.stops[0]
+    if template:
+        text = template.text
+    else:
+        chat_format = CHAT_FORMATS[preset.language_model.chat_format]
+        text = chat_template(chat_format)
+        tokenizer.eos_token = chat_format.stops[0]
+    tokenizer.chat_template = text
     return LlavaProcessor(
         image_processor=AutoImageProcessor.from_pretrained(folder, backend="pil"),
         tokenizer=tokenizer,
         patch_size=vision_config.patch_size,
-        vision_feature_select_strategy="default" if _drops_class_token(encoder, vision_config) else "full",
-        chat_template=chat_template(chat_format),
-        image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=int(is_clip),  # the class token
+        vision_feature_select_strategy=_select_strategy(encoder, vision_config),
+        chat_template=text,
+        image_token=template.image_token if template else IMAGE_TOKEN,
+        num_additional_image_tokens=int(vision_config.model_type.startswith("clip")),  # the class token
     )
 
 

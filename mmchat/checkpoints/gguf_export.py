@@ -53,6 +53,11 @@ def export_gguf(
         MmchatError: the weights or the base model cannot be had.
     """
     preset = preset_for_weights(preset, weights)
+    if preset.language_model.is_llava:
+        raise BadInput(
+            "Weights that were trained on a LLaVA model cannot be exported to GGUF, because their chat template is not "
+            "written for llama.cpp. export_llava.py exports them for transformers and vLLM."
+        )
     model, tokenizer = load_model(preset, weights, torch.float32)
     if model.causal_language_model.config.model_type not in ARCHITECTURES:
         raise BadInput(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..fetching.sources import HubRepository
 from ..models.prompt import PictureLayout
 
 
@@ -16,7 +17,7 @@ class Project:
 
     chat_format: str  # of its language model, a key of prompt.CHAT_FORMATS
     layout: PictureLayout
-    image_encoder: str | None = None  # on the Hub; None: the preset's
+    image_encoder: HubRepository | None = None  # None: the preset's
     image_features: str = "patches"
     image_layer: int = -1
     class_token: bool = False
@@ -61,6 +62,7 @@ PROJECTS = {
         layout=PictureLayout(turn_end=" [QA]", answer_end="<|endoftext|>", added_tokens=("[QA]",)),
         marker_token="comment",
     ),
+    # Its training scripts drop the class token; its last notebook and its inference keep it.
     # In training, the space before an answer belongs to its first word; its own inference ends the prompt with one.
     "walnashgit": Project(
         chat_format="phi-2",
@@ -73,7 +75,7 @@ PROJECTS = {
     "vasujoshi111": Project(
         chat_format="phi-2",
         layout=PictureLayout(turn_start="<iQ>", turn_end="</iQ>", answer_end="<|endoftext|>"),
-        image_encoder="openai/clip-vit-base-patch16",
+        image_encoder=HubRepository("openai/clip-vit-base-patch16", "57c216476eefef5ab752ec549e440a49ae4ae5f3"),
     ),
     # Its conversations keep the <image> of LLaVA-Instruct as text.
     "RInkalshah93": Project(
@@ -87,7 +89,8 @@ PROJECTS = {
             answer_end="<|end|>",
         ),
         image_features="pooled",
-        note="It was trained on Phi-3-mini-4k-instruct, whose layers have the shapes of Phi-3.5's but other weights.",
+        note="It was trained on Phi-3-mini-4k-instruct, whose layers have the shapes of Phi-3.5's but other weights. "
+        "Its labels were shifted twice: it learned to predict the token after the next one. Expect broken sentences.",
     ),
 }
 PROJECTS["ibrahim737701"] = PROJECTS["vandana1302238"]  # the same code on the same data, with other layers adapted

@@ -1,15 +1,13 @@
 """The format of a weights folder: what training leaves on disk, and what chat and training load again.
 
 mmchat.json, projector.safetensors, adapter/ as PEFT writes it, and where there are any a tagger and a tuned image
-encoder. mmchat.json also holds the picture layout of weights that were trained in another one than ours, and names the
-LLaVA model that weights were trained on. A LLaVA model's own folder or repository counts as weights, too.
+encoder. A LLaVA model's own folder or repository counts as weights, too.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +36,25 @@ from ..presets import (
     EFFICIENTNETS,
     IMAGE_ENCODER_FILE,
     PRESETS,
-    ImageEncoderPreset,
     Preset,
     tuned_image_encoder,
 )
 from .llava import find_llava, llava_preset, projector_config
+from .weights_config import (
+    CONFIG_FILE,
+    check_identity,
+    chosen_encoder_of,
+    is_made_for,
+    layout_of,
+    llava_of,
+    read_config,
+    write_config,
+)
 
 Weights = str | Path | HubRepository  # a weights folder, or a LLaVA model's folder or repository
 
-CONFIG_FILE = "mmchat.json"
 PROJECTOR_FILE = "projector.safetensors"
 ADAPTER_FOLDER = "adapter"
-FORMAT_VERSION = 2
 
 
 def trained_state(model: MultimodalModel) -> dict[str, dict[str, torch.Tensor]]:
@@ -75,17 +80,7 @@ def save_weights(model: MultimodalModel, folder: str | Path, preset: Preset, dty
         save_file({key: tensor.to(dtype or tensor.dtype).contiguous() for key, tensor in tensors.items()}, path)
     if model.has_adapter:
         save_adapter_config(model.language_model, folder / ADAPTER_FOLDER)
-    config = {
-        "format_version": FORMAT_VERSION,
-        **_identity(preset),
-        **({"llava": asdict(preset.language_model.source)} if preset.language_model.is_llava else {}),
-        **_encoder_of_choice(preset),
-        "projector": asdict(model.projector_config),
-        "adapter": model.has_adapter,
-    }
-    if preset.picture_layout:
-        config["picture_layout"] = asdict(preset.picture_layout)
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    write_config(folder, preset, model.projector_config, model.has_adapter)
     if model.tagger:
         model.tagger.save(folder)
     encoder = preset.image_encoder
@@ -103,27 +98,6 @@ def load_weights(model: MultimodalModel, folder: str | Path) -> None:
     _load_projector(model.projector, folder)
     if model.has_adapter:
         load_adapter_weights(model.language_model, folder / ADAPTER_FOLDER)
-
-
-def _identity(preset: Preset) -> dict:
-    """What weights were trained for; weights of another identity are refused."""
-    encoder = preset.image_encoder
-    return {
-        "language_model": preset.language_model.name,
-        "chat_format": preset.language_model.chat_format,
-        "image_encoder": encoder.title,
-        "image_features": encoder.feature_kind,
-    }
-
-
-def _encoder_of_choice(preset: Preset) -> dict:
-    """Of an image encoder that somebody chose in place of the preset's own: all of it, so that chat finds it again."""
-    encoder = preset.image_encoder
-    if preset.language_model.is_llava and encoder.source == preset.language_model.source:
-        return {}
-    is_own = preset.name in PRESETS and PRESETS[preset.name].image_encoder == encoder
-    is_chosen = encoder.features != "grid" and not is_own  # those of the package index are known by their names
-    return {"image_encoder_preset": asdict(encoder)} if is_chosen else {}
 
 
 def default_weights(preset: Preset) -> Path | HubRepository:
@@ -155,8 +129,8 @@ def preset_trained(weights: Weights) -> Preset:
     """
     if llava := find_llava(weights):
         return llava_preset(llava)
-    config = _read_config(Path(weights))
-    if llava := _llava_of(config, Path(weights)):
+    config = read_config(Path(weights))
+    if llava := llava_of(config, Path(weights)):
         return llava_preset(llava)
     name = config.get("language_model")
     for preset in PRESETS.values():
@@ -175,45 +149,16 @@ def preset_for_weights(preset: Preset, weights: Weights) -> Preset:
     """
     if llava := find_llava(weights):
         return llava_preset(llava, preset)
-    config = _read_config(Path(weights))
-    if llava := _llava_of(config, Path(weights)):
+    config = read_config(Path(weights))
+    if llava := llava_of(config, Path(weights)):
         preset = llava_preset(llava, preset)
-    preset = replace(preset, picture_layout=_layout_of(config, Path(weights)))
+    preset = replace(preset, picture_layout=layout_of(config, Path(weights)))
     if tuned := tuned_image_encoder(weights):
         return replace(preset, image_encoder=tuned)
     if named := EFFICIENTNETS.get(config.get("image_encoder")):
         return replace(preset, image_encoder=named)
-    chosen = config.get("image_encoder_preset")
-    if not chosen:
-        return preset
-    try:
-        fields = {**chosen, "source": HubRepository(**chosen["source"])}
-        if "width" in fields:
-            fields["image_dim"] = fields.pop("width")  # its name in older folders
-        encoder = ImageEncoderPreset(**fields)
-    except (KeyError, TypeError) as error:
-        raise WeightsError(f"The {CONFIG_FILE} in '{Path(weights).name}' names no image encoder I know.") from error
-    return replace(preset, image_encoder=encoder)
-
-
-def _llava_of(config: dict, folder: Path) -> HubRepository | None:
-    """The LLaVA model that weights were trained on."""
-    stored = config.get("llava")
-    try:
-        return HubRepository(**stored) if stored else None
-    except TypeError as error:
-        raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' names no LLaVA model I know.") from error
-
-
-def _layout_of(config: dict, folder: Path) -> PictureLayout | None:
-    """The layout that weights bring; None where they were trained in their chat format's own."""
-    stored = config.get("picture_layout")
-    if stored is None:
-        return None
-    try:
-        return PictureLayout(**stored)
-    except TypeError as error:
-        raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' describes no picture layout I know.") from error
+    chosen = chosen_encoder_of(config, Path(weights))
+    return replace(preset, image_encoder=chosen) if chosen else preset
 
 
 def _teach_layout(layout: PictureLayout, language_model: nn.Module, tokenizer: Any, folder: Path) -> None:
@@ -251,8 +196,8 @@ def load_model(
     if llava := find_llava(weights):
         return _load_llava(preset, llava, dtype, quantization, trainable)
     folder = Path(weights)
-    config = _read_config(folder)
-    _check_identity(config, folder, preset, any_encoder)
+    config = read_config(folder)
+    check_identity(config, folder, preset, any_encoder)
     try:
         projector_config = ProjectorConfig(**config["projector"])
         projector, has_adapter = build_projector(projector_config), config["adapter"]
@@ -260,15 +205,14 @@ def load_model(
         raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' describes no projector I know.") from error
     _load_projector(projector, folder)
     language_model, tokenizer = load_language_model(preset.language_model, dtype, quantization)
-    if layout := _layout_of(config, folder):
+    if layout := layout_of(config, folder):
         _teach_layout(layout, language_model, tokenizer, folder)
     if projector_config.token_width != language_model.config.hidden_size:
         raise WeightsError(f"The projector in '{folder.name}' makes tokens of another width than the model reads.")
     if has_adapter:
         language_model = load_adapter(language_model, folder / ADAPTER_FOLDER, trainable=trainable)
     projector = projector.float().requires_grad_(trainable)
-    is_same_encoder = _identity(preset).items() <= config.items()
-    tagger = load_tagger(folder, preset.image_encoder) if is_same_encoder else None
+    tagger = load_tagger(folder, preset.image_encoder) if is_made_for(config, preset) else None
     model = MultimodalModel(language_model, projector, projector_config, tagger)
     return model.train(trainable), tokenizer
 
@@ -301,28 +245,3 @@ def _load_projector(projector: nn.Module, folder: Path) -> None:
         projector.load_state_dict(load_file(folder / PROJECTOR_FILE))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise WeightsError(f"The projector in '{folder.name}' is missing, damaged or of another size.") from error
-
-
-def _read_config(folder: Path) -> dict:
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"'{folder.name}' is not a folder of mmchat weights: it has no readable {CONFIG_FILE}."
-        ) from error
-    if not isinstance(config, dict):
-        raise WeightsError(f"'{folder.name}' is not a folder of mmchat weights: its {CONFIG_FILE} holds no settings.")
-    if config.get("format_version") != FORMAT_VERSION:
-        raise WeightsError(
-            f"'{folder.name}' has format version {config.get('format_version')}; this mmchat reads {FORMAT_VERSION}."
-        )
-    return config
-
-
-def _check_identity(config: dict, folder: Path, preset: Preset, any_encoder: bool) -> None:
-    for key, expected in _identity(preset).items():
-        if config.get(key) != expected and not (any_encoder and key in ("image_encoder", "image_features")):
-            raise WeightsError(
-                f"The weights in '{folder.name}' were made for {key.replace('_', ' ')} '{config.get(key)}', "
-                f"but the preset '{preset.name}' has '{expected}'."
-            )

@@ -144,7 +144,7 @@ class Clip(ImageEncoder):
         super().__init__(preset)
         folder = fetch(preset.source)
         if is_llava_folder(folder):
-            is_siglip, self.network = _llava_tower(folder, preset.name)
+            is_siglip, self.network = llava_tower(folder, preset.name)
         else:
             is_siglip = AutoConfig.from_pretrained(folder).model_type.startswith("siglip")
             model_class = SiglipVisionModel if is_siglip else CLIPVisionModelWithProjection
@@ -175,7 +175,7 @@ class Clip(ImageEncoder):
         return self.network(self._batch(images)).image_embeds
 
 
-def _llava_tower(folder: Path, name: str) -> tuple[bool, nn.Module]:
+def llava_tower(folder: Path, name: str) -> tuple[bool, nn.Module]:
     """Whether a LLaVA model's image encoder is SigLIP, and the encoder."""
     from transformers import CLIPVisionModel, SiglipVisionModel
 

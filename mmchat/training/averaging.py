@@ -7,7 +7,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from ..checkpoints.weights_folder import ADAPTER_FOLDER, CONFIG_FILE, PROJECTOR_FILE
+from ..checkpoints.weights_config import CONFIG_FILE
+from ..checkpoints.weights_folder import ADAPTER_FOLDER, PROJECTOR_FILE
 from ..errors import BadInput, WeightsError
 from ..models.language_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..models.tagger import TAGGER_FILE

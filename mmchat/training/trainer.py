@@ -33,8 +33,15 @@ logger = logging.getLogger(__name__)
 STAGING = ".unfinished"  # checkpoints are written here and renamed when they are complete
 
 
-def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """Translates a recipe into the Trainer's arguments."""
+def training_arguments(recipe: Recipe, preset: Preset) -> TrainingArguments:
+    """Translates a recipe into the Trainer's arguments.
+
+    A language model that overflows in fp16 is trained in bf16.
+    """
+    precision = recipe.precision
+    if precision == "fp16" and preset.language_model.overflows_float16:
+        logger.warning("%s overflows in fp16: training in bf16", preset.language_model.name)
+        precision = "bf16"
     eval_strategy = "steps" if recipe.eval else "no"
     return TrainingArguments(
         output_dir=recipe.out,
@@ -49,8 +56,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         use_cpu=choose_device().type == "cpu",
-        bf16=recipe.precision == "bf16",
-        fp16=recipe.precision == "fp16",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
         logging_steps=recipe.log_steps,
         logging_first_step=True,
         eval_strategy=eval_strategy,
@@ -121,7 +128,7 @@ class MultimodalTrainer(Trainer):
     """
 
     def __init__(self, *, recipe: Recipe, preset: Preset, **options: Any):
-        super().__init__(args=training_arguments(recipe), data_collator=collate, **options)
+        super().__init__(args=training_arguments(recipe, preset), data_collator=collate, **options)
         self.recipe = recipe
         self.preset = preset
         self.parts = {

@@ -1,0 +1,133 @@
+"""mmchat.json: what a weights folder says about the models that its weights were trained for.
+
+It also holds the picture layout of weights that were trained in another one than ours, the image encoder that somebody
+chose in place of the preset's, and the name of the LLaVA model that weights were trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from ..errors import WeightsError
+from ..fetching.sources import HubRepository
+from ..models.projector import ProjectorConfig
+from ..models.prompt import PictureLayout
+from ..presets import PRESETS, ImageEncoderPreset, Preset
+
+CONFIG_FILE = "mmchat.json"
+FORMAT_VERSION = 2
+
+
+def _identity(preset: Preset) -> dict:
+    """What weights were trained for; weights of another identity are refused."""
+    encoder = preset.image_encoder
+    return {
+        "language_model": preset.language_model.name,
+        "chat_format": preset.language_model.chat_format,
+        "image_encoder": encoder.title,
+        "image_features": encoder.feature_kind,
+    }
+
+
+def _encoder_of_choice(preset: Preset) -> dict:
+    """Of an image encoder that somebody chose in place of the preset's own: all of it, so that chat finds it again."""
+    encoder = preset.image_encoder
+    if preset.language_model.is_llava and encoder.source == preset.language_model.source:
+        return {}
+    is_own = preset.name in PRESETS and PRESETS[preset.name].image_encoder == encoder
+    is_chosen = encoder.features != "grid" and not is_own  # those of the package index are known by their names
+    return {"image_encoder_preset": asdict(encoder)} if is_chosen else {}
+
+
+def write_config(folder: Path, preset: Preset, projector: ProjectorConfig, has_adapter: bool) -> None:
+    """Writes mmchat.json."""
+    config = {
+        "format_version": FORMAT_VERSION,
+        **_identity(preset),
+        **({"llava": asdict(preset.language_model.source)} if preset.language_model.is_llava else {}),
+        **_encoder_of_choice(preset),
+        "projector": asdict(projector),
+        "adapter": has_adapter,
+    }
+    if preset.picture_layout:
+        config["picture_layout"] = asdict(preset.picture_layout)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> dict:
+    """Reads mmchat.json.
+
+    Raises:
+        WeightsError: it is missing or damaged, or has another format version.
+    """
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"'{folder.name}' is not a folder of mmchat weights: it has no readable {CONFIG_FILE}."
+        ) from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"'{folder.name}' is not a folder of mmchat weights: its {CONFIG_FILE} holds no settings.")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise WeightsError(
+            f"'{folder.name}' has format version {config.get('format_version')}; this mmchat reads {FORMAT_VERSION}."
+        )
+    return config
+
+
+def is_made_for(config: dict, preset: Preset) -> bool:
+    """Whether weights were trained for exactly a preset's models."""
+    return _identity(preset).items() <= config.items()
+
+
+def check_identity(config: dict, folder: Path, preset: Preset, any_encoder: bool) -> None:
+    """Refuses weights that were made for other models than a preset's.
+
+    Args:
+        any_encoder: another image encoder is no reason.
+
+    Raises:
+        WeightsError: the sentence names what differs.
+    """
+    for key, expected in _identity(preset).items():
+        if config.get(key) != expected and not (any_encoder and key in ("image_encoder", "image_features")):
+            raise WeightsError(
+                f"The weights in '{folder.name}' were made for {key.replace('_', ' ')} '{config.get(key)}', "
+                f"but the preset '{preset.name}' has '{expected}'."
+            )
+
+
+def llava_of(config: dict, folder: Path) -> HubRepository | None:
+    """The LLaVA model that weights were trained on."""
+    stored = config.get("llava")
+    try:
+        return HubRepository(**stored) if stored else None
+    except TypeError as error:
+        raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' names no LLaVA model I know.") from error
+
+
+def layout_of(config: dict, folder: Path) -> PictureLayout | None:
+    """The layout that weights bring; None where they were trained in their chat format's own."""
+    stored = config.get("picture_layout")
+    if stored is None:
+        return None
+    try:
+        return PictureLayout(**stored)
+    except TypeError as error:
+        raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' describes no picture layout I know.") from error
+
+
+def chosen_encoder_of(config: dict, folder: Path) -> ImageEncoderPreset | None:
+    """The image encoder that somebody chose; None where the weights read their preset's."""
+    chosen = config.get("image_encoder_preset")
+    if not chosen:
+        return None
+    try:
+        fields = {**chosen, "source": HubRepository(**chosen["source"])}
+        if "width" in fields:
+            fields["image_dim"] = fields.pop("width")  # its name in older folders
+        return ImageEncoderPreset(**fields)
+    except (KeyError, TypeError) as error:
+        raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' names no image encoder I know.") from error
