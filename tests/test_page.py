@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from threading import Event, Timer
 
 import gradio as gr
 import httpx
@@ -18,13 +19,14 @@ from gradio_client.exceptions import AppError
 
 from mmchat.conversation import Transcript
 from mmchat.errors import BadInput
+from mmchat.models import speech
 from mmchat.serving import page as ui
 from mmchat.serving import uploads
 from mmchat.serving.loading import PATIENCE, LoadingEngine
 from mmchat.serving.page import layout
 from mmchat.serving.page.voice import VoicePage
 from mmchat.serving.rate_limit import RateLimit
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SPEECH
 from tests.raw import upload
 
 
@@ -136,6 +138,22 @@ def test_a_late_transcript_does_not_overwrite_a_newer_request(engine, monkeypatc
     ((*shown, asked, _, _),) = VoicePage(page).add_voice("recording.wav", {"text": "", "files": []}, [], visit)
     assert shown == [gr.skip()] * 3
     assert list(page.reply([], visit, asked, 0, 16, False)) == [gr.skip()]
+
+
+def test_stop_does_not_wait_for_what_is_being_heard(engine, monkeypatch):
+    page, visit, is_over, segment = ui.Page(engine), ui.Visit(), Event(), speech._segment
+
+    def held(*found):  # nothing is heard before the page is done
+        assert is_over.wait(60)
+        return segment(*found)
+
+    monkeypatch.setattr(speech, "_segment", held)
+    pressed = Timer(0.5, visit.request)
+    pressed.start()
+    *_, (*_, asked, note, _) = VoicePage(page).add_voice(str(SPEECH), {"text": "", "files": []}, [], visit, "en")
+    is_over.set()
+    pressed.join()
+    assert note == " " and list(page.reply([], visit, asked, 0, 16, False)) == [gr.skip()]
 
 
 def test_the_conversation_from_the_browser_is_not_trusted():

@@ -72,13 +72,13 @@ def test_a_spoken_question_is_transcribed_and_answered(capsys):
 
 
 def test_a_question_in_another_language_is_translated(capsys):
-    recording = SPEECH.with_name("ja.flac")
+    recording = SPEECH.with_name("de.flac")
     assert run("ask", "--audio", recording, "--max-new-tokens", 4) == 0
     captured = capsys.readouterr()
-    assert "赤いボール" in captured.err and "knows no Japanese: add --translate" in captured.err
-    assert run("ask", "--audio", recording, "--language", "Japanese", "--translate", "--max-new-tokens", 4) == 0
+    assert "vor dem alten Haus" in captured.err and "knows no German: add --translate" in captured.err
+    assert run("ask", "--audio", recording, "--language", "German", "--translate", "--max-new-tokens", 4) == 0
     captured = capsys.readouterr()
-    assert "red ball" in captured.err and "knows no" not in captured.err
+    assert "old house" in captured.err and "knows no" not in captured.err
 
 
 def test_the_answer_is_written_to_a_file_as_speech(engine, tmp_path, capsys):

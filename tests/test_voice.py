@@ -11,7 +11,7 @@ import pytest
 
 from mmchat.errors import BadInput
 from mmchat.models.spoken_text import sentences
-from mmchat.models.voice import BackgroundReader, Voice
+from mmchat.models.voice import SAMPLE_RATE, BackgroundReader, Voice
 from mmchat.training.evaluation.metrics import word_error_rate
 from tests.conftest import ROOT
 
@@ -52,6 +52,16 @@ def voice():
         ("Dr. A. Smith lives here. J. K. Rowling, too.", ["Dr. A. Smith lives here.", "J. K. Rowling, too."]),
         ("Call `snake_case()` in main.py.", ["Call snake case in main dot py."]),
         ("3 * 4 → 12", ["3 times 4 to 12."]),
+        ("It is 3 + 4 - 2 − 1 = 4.", ["It is 3 plus 4 minus 2 minus 1 = 4."]),
+        ("It fell from −5 to -7 °C.", ["It fell from minus 5 to minus 7 °C."]),
+        ("Pages 4-7, e-mail, a - b", ["Pages 4-7, e-mail, a - b."]),
+        ("Mix 2 tbsp. of oil & 1 tsp of salt.", ["Mix 2 tablespoons of oil and 1 teaspoon of salt."]),
+        ("Apples, pears, etc.", ["Apples, pears, et cetera."]),
+        ("Apples, etc. are good. Eat.", ["Apples, et cetera are good.", "Eat."]),
+        ("Open 9:00–10:30 on Tue., Nov. 5.", ["Open 9:00 to 10:30 on Tue., Nov. 5."]),
+        ("It was in May. 5 came on Sat. We left.", ["It was in May.", "5 came on Sat.", "We left."]),
+        ("1M people, 2.5B years, room 12B", ["1 million people, 2.5 billion years, room 12B."]),
+        ("See `data/train.csv` and `ls -l`.", ["See data slash train dot csv and ls dash l."]),
         ("> Be brave.\n\n---\n\n<b>Now</b>", ["Be brave.", "Now."]),
         ("", []),
         ("...", []),
@@ -67,16 +77,28 @@ def test_a_long_sentence_is_spoken_in_clauses():
 
 
 @pytest.mark.slow
-def test_whisper_reads_the_voice_back(engine, voice, tmp_path):
-    heard, said = [], []
-    for entry in SENTENCES:
-        _write(tmp_path / "said.wav", *voice.speak(entry["text"]))
+@pytest.mark.parametrize(("plain", "count", "limit"), [(True, 20, 0.05), (False, 20, 0.15)])
+def test_whisper_reads_the_voice_back(engine, voice, tmp_path, plain, count, limit):
+    """At most 5% on plain sentences, and 10% on all; ``benchmarks/voice.py`` measures each sentence alone."""
+    entries = [entry for entry in SENTENCES if entry["plain"] == plain]
+    recordings = list(_recordings([voice.speak(entry["text"])[0] for entry in entries]))
+    heard = []
+    for samples in recordings:  # one call of Whisper takes as long for one sentence as for ten
+        _write(tmp_path / "said.wav", samples, SAMPLE_RATE)
         heard.append(engine.transcribe(tmp_path / "said.wav", "en").text)
-        said.append(entry.get("said", entry["text"]))
-    plain = [index for index, entry in enumerate(SENTENCES) if entry["plain"]]
-    assert len(SENTENCES) == 40 and len(plain) == 20
-    assert word_error_rate([heard[index] for index in plain], [said[index] for index in plain]).value <= 0.05
-    assert word_error_rate(heard, said).value <= 0.10
+    said = " ".join(entry.get("said", entry["text"]) for entry in entries)
+    assert len(entries) == count and word_error_rate([" ".join(heard)], [said]).value <= limit
+
+
+def _recordings(spoken):
+    """Sentences joined to recordings of up to half a minute, with pauses."""
+    pause, joined = np.zeros(SAMPLE_RATE // 2, np.float32), []
+    for samples in spoken:
+        if joined and sum(map(len, joined)) + len(samples) > 28 * SAMPLE_RATE:
+            yield np.concatenate(joined)
+            joined = []
+        joined += [samples, pause]
+    yield np.concatenate(joined)
 
 
 def test_speech_is_audible_and_the_same_each_time(engine):
@@ -93,7 +115,15 @@ def test_other_languages_are_not_mangled(voice, text):
 
 
 @pytest.mark.parametrize(
-    "text", ["Red.", "3.14", "Albert Einstein", "Beethoven wrote nine symphonies.", "The Rue de Rivoli is in Paris."]
+    "text",
+    [
+        "Red.",
+        "3.14",
+        "Albert Einstein",
+        "Beethoven wrote nine symphonies.",
+        "The Rue de Rivoli is in Paris.",
+        "sun cream (SPF 50).",
+    ],
 )
 def test_names_and_numbers_are_english(voice, text):
     assert voice.is_english(text)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from functools import cache
 from pathlib import Path
-from threading import Lock
-from typing import Any
+from threading import Event, Lock
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,10 +31,12 @@ TASKS = ("transcribe", "translate")  # Whisper's own; it translates into English
 WINDOW = 30  # seconds; Whisper's input length
 ENGLISH_PRIOR = 3  # how much likelier than English another language must be; an accent alone rarely is
 MAX_WORKERS = 4  # parts of a recording transcribed in parallel
+BEAT = 0.2  # seconds after which a listener may stop, although no part is finished
 MIN_SECONDS = 0.1
 SILENT_LEVEL = 1e-3  # peak amplitude, full scale 1; a quiet voice peaks fifty times higher
 LOOPING = 2.4  # gzip compression ratio above which Whisper's paper takes a text for a repetition loop
 
+T = TypeVar("T")
 Listen = Callable[[np.ndarray, str | None, str], Iterator[Transcript]]  # samples, language or None, task
 
 
@@ -71,14 +73,17 @@ class SpeechRecognizer:
         return transcript
 
     def listen(self, path: str | Path, language: str | None = None, task: str = "transcribe") -> Iterator[Transcript]:
-        """Transcribes a recording part by part. Closing the iterator stops the work.
+        """Transcribes a recording part by part.
+
+        Closing the iterator stops the work, within one call of the model: 30 seconds of speech at most.
 
         Args:
             language: a code or an English name, such as "de" or "German"; detected from the recording if None.
             task: "transcribe" writes what is said; "translate" writes it in English.
 
         Yields:
-            the transcript so far after each part of a long recording; the last one is whole.
+            the transcript so far: after each part, and several times per second, so that a listener may stop at any
+            time; the last one is whole.
 
         Raises:
             BadInput: the recording cannot be read, is too long, or has no speech in it; the model does not hear the
@@ -147,27 +152,43 @@ def _faster_whisper(preset: SpeechPreset, folder: Path) -> Listen:
     torch.set_num_threads(cores)  # loading CTranslate2 changes it
 
     def listen(samples: np.ndarray, language: str | None, task: str) -> Iterator[Transcript]:
-        parts = _parts(samples)
-        language = language or (_detect(model, samples[parts[0]]) if parts else "en")
+        is_stopped = Event()
 
         def transcribe_part(part: slice) -> list[SpeechSegment]:
             # The VAD filter drops silence, on which Whisper hallucinates.
             found, _ = model.transcribe(
                 samples[part], language=language, task=task, vad_filter=True, condition_on_previous_text=False
             )
-            start = part.start / SAMPLE_RATE
-            return [_segment(start + one.start, start + one.end, one.text, one.compression_ratio) for one in found]
+            start, segments = part.start / SAMPLE_RATE, []
+            for one in found:  # each call of the model gives some
+                segments.append(_segment(start + one.start, start + one.end, one.text, one.compression_ratio))
+                if is_stopped.is_set():
+                    break
+            return segments
 
         pool = ThreadPoolExecutor(workers)
         try:
+            so_far = Transcript("", language or "", (), 0.0)
+            parts = yield from _awaited(pool.submit(_parts, samples), so_far)
+            if not language and parts:
+                language = yield from _awaited(pool.submit(_detect, model, samples[parts[0]]), so_far)
             segments: list[SpeechSegment] = []
-            for part, found in zip(parts, pool.map(transcribe_part, parts), strict=True):
-                segments += found
-                yield _transcript(segments, language, 1.0 if part is parts[-1] else part.stop / len(samples))
+            for part, found in [(part, pool.submit(transcribe_part, part)) for part in parts]:
+                segments += yield from _awaited(found, so_far)
+                so_far = _transcript(segments, str(language), 1.0 if part is parts[-1] else part.stop / len(samples))
+                yield so_far
         finally:
+            is_stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
     return listen
+
+
+def _awaited(result: Future[T], so_far: Transcript) -> Generator[Transcript, None, T]:
+    """Yields the transcript so far until the result of a thread is there, and returns the result."""
+    while wait([result], BEAT).not_done:
+        yield so_far
+    return result.result()
 
 
 def _detect(model: Any, samples: np.ndarray) -> str:
@@ -180,13 +201,17 @@ def _detect(model: Any, samples: np.ndarray) -> str:
 
 
 def _parts(samples: np.ndarray) -> list[slice]:
-    """Splits a recording into parts of at most WINDOW seconds: a long one at pauses, without its silence."""
+    """Splits a recording into parts of at most WINDOW seconds: a long one at pauses, without its silence.
+
+    There are none where nobody speaks.
+    """
     from faster_whisper.vad import VadOptions, get_speech_timestamps
 
-    if len(samples) <= WINDOW * SAMPLE_RATE:
+    found = get_speech_timestamps(samples, VadOptions(max_speech_duration_s=WINDOW))
+    if found and len(samples) <= WINDOW * SAMPLE_RATE:
         return [slice(0, len(samples))]
     parts: list[slice] = []
-    for speech in get_speech_timestamps(samples, VadOptions(max_speech_duration_s=WINDOW)):
+    for speech in found:
         start, end = speech["start"], speech["end"]
         if parts and end - parts[-1].start <= WINDOW * SAMPLE_RATE:
             start = parts.pop().start

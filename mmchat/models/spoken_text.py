@@ -32,6 +32,26 @@ SIGNS = {
     "“": '"',
     "”": '"',
 }
+NO_STOP = r"\b(?:\.(?!\s*$|\s+[A-Z]))?"  # an abbreviation's dot, unless it ends the sentence, too
+READINGS = [
+    (re.compile(pattern), said)
+    for pattern, said in (
+        (rf"\betc{NO_STOP}", "et cetera"),
+        (rf"(?<![\d.,])([1½¼¾]) tbsp{NO_STOP}", r"\1 tablespoon"),
+        (rf"(?<![\d.,])([1½¼¾]) tsp{NO_STOP}", r"\1 teaspoon"),
+        (rf"\btbsp{NO_STOP}", "tablespoons"),
+        (rf"\btsp{NO_STOP}", "teaspoons"),
+        (r"\s&\s", " and "),
+        (r"(?<=\d)M\b", " million"),
+        (r"(?<=\.\d)B\b", " billion"),  # not in "Room 12B"
+        (r"(?<=\d:\d\d)\s?[-–]\s?(?=\d)", " to "),
+        (r"(?<=\d) ?\+ ?(?=\d)", " plus "),
+        (r"(?<=\d) ?− ?(?=\d)", " minus "),
+        (r"(?<![^\s(])[-−](?=\d)", "minus "),
+        (r"(?<=\d)\s*\*\s*(?=\d)", " times "),
+    )
+]
+SUM = re.compile(r"\d\s*[=+×÷*]")  # beside these, a dash between numbers is a minus; elsewhere it means "to"
 URL = re.compile(r"(?:https?://|www\.)[^\s<>()\"']+[^\s<>()\"'.,;:!?]")
 MAIL = re.compile(r"\b([\w.+-]+)@((?:[\w-]+\.)+\w+)\b")
 FILE = re.compile(
@@ -58,6 +78,7 @@ TITLES = (
     "Gen",
     "Col",
 )
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "Jun", "Jul", "Aug", "Sep", "Sept", "Oct", "Nov", "Dec")
 
 
 def sentences(markdown: str) -> list[str]:
@@ -109,7 +130,8 @@ def _inline(node: SyntaxTreeNode) -> str:
 
 
 def _said_code(code: str) -> str:
-    """Code in a sentence: its names, with underscores and brackets as pauses."""
+    """Code in a sentence: its names, options and paths, with underscores and brackets as pauses."""
+    code = re.sub(r"(?<!\S)--?(?=\w)", "dash ", code.replace("/", " slash "))
     return " ".join(re.sub(r"[_(){}\[\]<>;=\"']+", " ", code).split())
 
 
@@ -143,7 +165,10 @@ def _clean(text: str) -> str:
     text = FILE.sub(r"\1 dot \2", text)
     for written, said in ABBREVIATIONS.items():
         text = re.sub(rf"(?<!\w){re.escape(written)}(?!\w)", said, text, flags=re.IGNORECASE)
-    text = re.sub(r"(?<=\d)\s*\*\s*(?=\d)", " times ", text)
+    if SUM.search(text):
+        text = re.sub(r"(?<=\d) [-–] (?=\d)", " minus ", text)
+    for pattern, said in READINGS:
+        text = pattern.sub(said, text)
     text = "".join(SIGNS.get(character, character) for character in _without_emoji(text))
     return re.sub(r"\s+([.,;:!?])", r"\1", " ".join(text.split()))
 
@@ -180,7 +205,10 @@ def _split(text: str) -> Iterator[str]:
         before = text[start : end.start()]
         last = before.rsplit(" ", 1)[-1].lstrip("(\"'")
         is_initial = re.fullmatch(r"[A-Z]\.", last) is not None
-        if last.rstrip(".") in TITLES or is_initial or text[end.end()].islower() or re.fullmatch(r"\d+[.:]", before):
+        is_date = last.rstrip(".") in MONTHS and text[end.end()].isdigit()
+        if last.rstrip(".") in TITLES or is_initial or is_date or text[end.end()].islower():
+            continue
+        if re.fullmatch(r"\d+[.:]", before):  # the number of a list item
             continue
         yield from _clauses(before + end[0].rstrip())
         start = end.end()

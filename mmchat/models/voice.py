@@ -108,7 +108,7 @@ class Voice:
         letters = [character for character in sentence if character.isalpha()]
         if sum(character.isascii() for character in letters) < len(letters) / 2:
             return False  # another script
-        words = WORD.findall(sentence)
+        words = [word for word in WORD.findall(sentence) if not word.isupper()]  # abbreviations are in no lexicon
         if len(words) < 3 or ENGLISH.intersection(word.lower() for word in words):
             return True
         return sum(map(self._is_known, words)) >= MIN_KNOWN * len(words)

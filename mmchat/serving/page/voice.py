@@ -104,7 +104,7 @@ class VoicePage:
         if not recording:
             raise gr.Error("Please record or upload a question first.", print_exception=False)
         self.page.admit(request)
-        request_id = visit.request()  # before the work: a running reply would overwrite this question
+        request_id, shown = visit.request(), None  # before the work: a running reply would overwrite this question
         nothing = (gr.skip(), gr.skip(), gr.skip(), NO_REQUEST)
         try:
             task = "translate" if translate else "transcribe"
@@ -113,7 +113,8 @@ class VoicePage:
                     if visit.latest != request_id:  # stopped, or another request came
                         yield *nothing, " ", gr.skip()
                         return
-                    if heard.progress < 1:
+                    if heard.text and heard.progress < 1 and heard is not shown:
+                        shown = heard
                         yield *nothing, f"{heard.progress:.0%} heard: {heard.text}", gr.skip()
         except Exception as error:
             raise shown_error(error) from error
