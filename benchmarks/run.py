@@ -420,6 +420,7 @@ def training() -> Iterator[Row]:
     from mmchat.models.vision_language_model import IGNORE_INDEX
     from mmchat.training.data.conversations import conversation_of, entry_of
     from mmchat.training.data.packing import ConversationDataset, collate
+    from mmchat.training.loss import next_token_loss
     from mmchat.training.recipe import Recipe
     from mmchat.training.run import build_model, chosen_preset
 
@@ -451,7 +452,7 @@ def training() -> Iterator[Row]:
 
     def ours(rows: ConversationDataset, number: int) -> int:
         batch = collate([rows[index] for index in range(6 * number, 6 * number + 6)])  # 30 captions
-        step(model(**batch)["loss"])
+        step(next_token_loss(*model(**batch)))
         return int((batch["labels"] != IGNORE_INDEX).sum())
 
     def baseline(rows: ConversationDataset, number: int) -> int:

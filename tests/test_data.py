@@ -26,6 +26,7 @@ from mmchat.training.data.conversations import (
 )
 from mmchat.training.data.features import FeatureStore
 from mmchat.training.data.packing import ConversationDataset, collate, lay_out
+from mmchat.training.loss import next_token_loss
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import build_model
 from tests.close import assert_close
@@ -160,7 +161,7 @@ class TestRows:
         gradients = []
         for dataset in (shared, alone):
             model.zero_grad()
-            loss = model(**collate([dataset[index] for index in range(len(dataset))]))["loss"]
+            loss = next_token_loss(*model(**collate([dataset[index] for index in range(len(dataset))])))
             loss.backward()
             gradients.append([loss, *(weight.grad.clone() for weight in model.parameters() if weight.requires_grad)])
         for found, expected in zip(*gradients, strict=True):
@@ -170,7 +171,7 @@ class TestRows:
         """transformers shifts the labels itself, so this fails if labels are shifted twice or never."""
         model, tokenizer = model
         batch = collate([self.dataset(tiny, tokenizer, share=False)[index] for index in range(6)])
-        ours = model(**batch)["loss"]
+        ours = next_token_loss(*model(**batch))
         theirs = model.language_model(
             inputs_embeds=model.splice(batch["input_ids"], batch["image_features"]),
             attention_mask=batch["attention_mask"],
@@ -185,7 +186,7 @@ class TestRows:
         losses = []
         for attention in ("sdpa", "eager"):
             model.causal_language_model.set_attn_implementation(attention)
-            losses.append(model(**batch)["loss"])
+            losses.append(next_token_loss(*model(**batch)))
         model.causal_language_model.set_attn_implementation("sdpa")
         assert_close(*losses)
 

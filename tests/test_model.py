@@ -15,6 +15,7 @@ from mmchat.errors import WeightsError
 from mmchat.models.projector import ProjectorConfig, build_projector
 from mmchat.models.prompt import IMAGE_TOKEN_ID
 from mmchat.models.vision_language_model import IGNORE_INDEX, MultimodalModel
+from mmchat.training.loss import next_token_loss
 from tests.close import assert_close
 
 PROJECTORS = ("linear", "mlp", "resblock", "normblocks")
@@ -65,7 +66,7 @@ def test_features_without_placeholders_are_an_error():
 
 def test_the_loss_equals_cross_entropy_on_the_next_token_of_every_answer():
     model, batch, features = tiny_model(), padded_batch(), torch.randn(1, 3, 8)
-    loss = model(**batch, image_features=features)["loss"]
+    loss = next_token_loss(*model(**batch, image_features=features))
     embeddings = model.splice(batch["input_ids"], features)
     logits = model.language_model(inputs_embeds=embeddings, attention_mask=batch["attention_mask"]).logits
     expected = torch.nn.functional.cross_entropy(
@@ -74,11 +75,22 @@ def test_the_loss_equals_cross_entropy_on_the_next_token_of_every_answer():
     assert_close(loss, expected)
 
 
+def test_the_loss_is_weighted_smoothed_and_divided():
+    logits, labels = torch.randn(4, 50), torch.tensor([8, 9, 13, 14])
+    weights = torch.tensor([1.0, -0.5, 2.0, 0.0])
+    target = torch.nn.functional.one_hot(labels, 50) * 0.9 + 0.1 / 50  # [labels, vocabulary]
+    expected = (weights * -(target * logits.log_softmax(dim=-1)).sum(dim=-1)).sum() / 7
+    loss = next_token_loss(logits, labels, num_items_in_batch=7, label_weights=weights, label_smoothing=0.1)
+    assert_close(loss, expected)
+    assert_close(next_token_loss(logits, labels), torch.nn.functional.cross_entropy(logits, labels))
+    assert next_token_loss(logits[:0], labels[:0]) == 0
+
+
 @pytest.mark.parametrize("kind", PROJECTORS)
 def test_every_projector_weight_gets_a_gradient(kind):
     model = tiny_model(kind)
     model.language_model.requires_grad_(False)
-    model(**padded_batch(), image_features=torch.randn(1, 3, 8))["loss"].backward()
+    next_token_loss(*model(**padded_batch(), image_features=torch.randn(1, 3, 8))).backward()
     assert all(weight.grad.abs().sum() > 0 for weight in model.projector.parameters())
 
 

@@ -283,6 +283,18 @@ def test_bf16_and_scheduled_sampling_learn(tiny, tmp_path):
         assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.slow
+def test_label_smoothing_is_for_training_only(tiny, tmp_path):
+    settings = {"max_steps": 1, "lr": 1e-9, "projector_lr": 1e-9, "eval": [str(tiny / "train.json")], "eval_steps": 1}
+    losses = []
+    for smoothing in (0.0, 0.5):
+        train(recipe(tiny, tmp_path / f"{smoothing}", label_smoothing=smoothing, samples=0, **settings))
+        lines = history(tmp_path / f"{smoothing}")
+        losses.append([float(next(line[name] for line in lines if line[name])) for name in ("loss", "eval_loss")])
+    assert losses[1][0] != pytest.approx(losses[0][0], rel=1e-2)
+    assert losses[1][1] == pytest.approx(losses[0][1], rel=1e-5)
+
+
 def test_the_sampler_draws_every_sequence_once_per_epoch_next_to_similar_lengths():
     lengths = [10 + (number * 37) % 90 for number in range(203)]
     sampler = EpochSampler(4, lengths, seed=1)

@@ -18,8 +18,6 @@ class MultimodalModel(nn.Module):
     The projector is a plain module outside PEFT, because PEFT freezes modules that it does not know.
     """
 
-    accepts_loss_kwargs = True  # tells transformers' Trainer to pass num_items_in_batch
-
     def __init__(
         self,
         language_model: nn.Module,
@@ -32,7 +30,6 @@ class MultimodalModel(nn.Module):
         self.projector = projector
         self.projector_config = projector_config
         self.tagger = tagger
-        self.label_smoothing = 0.0  # in training only
 
     @property
     def has_adapter(self) -> bool:
@@ -78,29 +75,6 @@ class MultimodalModel(nn.Module):
 
     def forward(
         self,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        label_weights: torch.Tensor | None = None,
-        **batch: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """The training loss: next-token cross-entropy over the labeled tokens.
-
-        Args:
-            num_items_in_batch: divisor of the summed loss; the number of labels if None.
-            label_weights: [labels], a factor for the loss of each label; a negative one makes its token less likely.
-            batch: the arguments of ``label_logits``.
-        """
-        logits, expected = self.label_logits(**batch)
-        smoothing = self.label_smoothing if self.training else 0.0
-        losses = nn.functional.cross_entropy(  # [labels]
-            logits.float(), expected, reduction="none", label_smoothing=smoothing
-        )
-        if label_weights is not None:
-            losses = losses * label_weights
-        count = len(expected) if num_items_in_batch is None else num_items_in_batch
-        return {"loss": losses.sum() / max(count, 1)}
-
-    def label_logits(
-        self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         labels: torch.Tensor,
@@ -110,7 +84,8 @@ class MultimodalModel(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The logits that predict the labels, [labels, vocabulary], and the labels, [labels].
 
-        The output head is the costliest part of a small model, so it runs only where there is a label.
+        ``training/loss.py`` makes a loss of them. The output head is the costliest part of a small model, so it runs
+        only where there is a label.
 
         Args:
             input_ids, labels: [batch, length]; a label has the same position as its token, IGNORE_INDEX elsewhere.

@@ -170,7 +170,6 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
         if config.marker:
             start_marker(projector, language_model, tokenizer)
         model = MultimodalModel(language_model, projector, config)
-    model.label_smoothing = recipe.label_smoothing
     if recipe.tagger:
         model.tagger = load_tagger(recipe.tagger, preset.image_encoder)
         if not model.tagger:

@@ -255,7 +255,10 @@ class SelfCriticalTrainer(MultimodalTrainer):
         questions = [question for row in rows for question in row.open_questions]
         if not model.training or not questions:
             return loss
-        return loss + model(**self._rewarded_batch(questions))["loss"]
+        batch = self._rewarded_batch(questions)
+        count = int((batch["labels"] != IGNORE_INDEX).sum()) * self.args.gradient_accumulation_steps
+        rewarded, _ = self._loss_and_outputs(model, batch, count)
+        return loss + rewarded
 
     def _rewarded_batch(self, questions: list[OpenQuestion]) -> dict[str, torch.Tensor]:
         """A batch of sampled answers, each weighted by its advantage."""
@@ -276,9 +279,7 @@ class SelfCriticalTrainer(MultimodalTrainer):
             conversations = [_answered(question, answer) for answer in answers]
             length = sum(len(conversation.token_ids) for conversation in conversations)
             examples += [{"row": row, "features": picture} for row in lay_out(conversations, length, weights)]
-        batch = {name: tensor.to(model.device) for name, tensor in collate(examples).items()}
-        count = int((batch["labels"] != IGNORE_INDEX).sum()) * self.args.gradient_accumulation_steps
-        return {**batch, "num_items_in_batch": count}
+        return {name: tensor.to(model.device) for name, tensor in collate(examples).items()}
 
     def _texts(self, answers: list[list[int]]) -> list[str]:
         return self.tokenizer.batch_decode(answers, skip_special_tokens=True)

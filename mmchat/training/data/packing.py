@@ -186,7 +186,11 @@ def _truncate(encoded: EncodedConversation, length: int) -> EncodedConversation:
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stacks examples into the arguments of ``MultimodalModel.forward``, padded on the right."""
+    """Stacks examples into a batch, padded on the right.
+
+    Returns:
+        The arguments of ``MultimodalModel.forward``, and ``label_weights`` where a sequence has other weights than 1.
+    """
     rows = [example["row"] for example in examples]
 
     def pad(name: str, value: int, dtype: torch.dtype = torch.long) -> torch.Tensor:

@@ -230,7 +230,7 @@ class Evaluator:
             batch = {
                 name: tensor.to(self.model.device) for name, tensor in collate([dataset[i] for i in indices]).items()
             }
-            logits, expected = self.model.label_logits(**batch)
+            logits, expected = self.model(**batch)
             loss = torch.nn.functional.cross_entropy(logits.float(), expected, reduction="none")  # [labels]
             per_conversation = [count for index in indices for count in _answer_lengths(dataset.rows[index])]
             losses += [part.sum().item() for part in loss.split(per_conversation)]
