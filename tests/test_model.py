@@ -14,7 +14,7 @@ from mmchat.checkpoints.weights_folder import load_model, save_weights
 from mmchat.errors import WeightsError
 from mmchat.models.projector import ProjectorConfig, build_projector
 from mmchat.models.prompt import IMAGE_TOKEN_ID
-from mmchat.models.vision_language_model import IGNORE_INDEX, MultimodalModel
+from mmchat.models.vision_language_model import IGNORE_INDEX, VisionLanguageModel
 from mmchat.training.loss import next_token_loss
 from tests.close import assert_close
 
@@ -27,7 +27,7 @@ def tiny_model(kind="mlp"):
         vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
     )
     projector_config = ProjectorConfig(kind, image_width=8, hidden_width=12, token_width=16, feature_count=3)
-    return MultimodalModel(LlamaForCausalLM(config), build_projector(projector_config), projector_config)
+    return VisionLanguageModel(LlamaForCausalLM(config), build_projector(projector_config), projector_config)
 
 
 def padded_batch():
@@ -60,7 +60,7 @@ def test_a_marker_ends_every_picture():
 
 
 def test_features_without_placeholders_are_an_error():
-    with pytest.raises(ValueError, match="3 IMAGE_TOKEN_IDs, but 4 picture tokens"):
+    with pytest.raises(ValueError, match="3 IMAGE_TOKEN_IDs, but 4 image tokens"):
         tiny_model().splice(torch.tensor([[1, *[IMAGE_TOKEN_ID] * 3]]), torch.randn(1, 4, 8))
 
 

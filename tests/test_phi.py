@@ -20,7 +20,7 @@ from mmchat.models.image_encoder import find_image_encoder, load_image_encoder
 from mmchat.models.language_model import add_adapter, context_length, load_language_model
 from mmchat.models.projector import ProjectorConfig, build_projector
 from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
-from mmchat.models.vision_language_model import MultimodalModel
+from mmchat.models.vision_language_model import VisionLanguageModel
 from mmchat.presets import LLAVA_PHI_3, PHI_2, PHI_3_5, PRESETS, SMOL, HubRepository
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
@@ -172,7 +172,7 @@ def test_parameter_counts_equal_the_published_ones(preset):
             config.hidden_size,
             encoder.feature_count,
         )
-        model = MultimodalModel(adapted, build_projector(shape), shape)
+        model = VisionLanguageModel(adapted, build_projector(shape), shape)
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     everything = sum(weight.numel() for weight in model.parameters())
     assert (trainable, everything - linear // 2, everything) == COUNTS[preset.name]

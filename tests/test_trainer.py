@@ -28,7 +28,7 @@ from mmchat.training.run import build_model, train
 from mmchat.training.trainer import (
     STAGING,
     EpochSampler,
-    MultimodalTrainer,
+    VisionLanguageTrainer,
     checkpoints,
     scheduled_sampling_probability,
 )
@@ -244,7 +244,7 @@ def test_a_projector_without_gradients_is_an_error_at_the_first_step(tiny, tmp_p
     """PEFT freezes modules that it does not know, so this happens by accident."""
     settings = recipe(tiny, tmp_path)
     monkeypatch.setattr(
-        "mmchat.models.vision_language_model.MultimodalModel.splice",
+        "mmchat.models.vision_language_model.VisionLanguageModel.splice",
         lambda self, token_ids, features: self.language_model.get_input_embeddings()(token_ids.clamp(min=0)),
     )
     with pytest.raises(WeightsError, match="6 trainable parameters have no gradient"):
@@ -323,14 +323,14 @@ def test_the_probability_of_scheduled_sampling_cycles(tiny, tmp_path):
 @pytest.mark.slow
 def test_old_checkpoints_are_pruned_and_the_best_is_kept(tiny, tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
-    original = MultimodalTrainer.evaluation_loop
+    original = VisionLanguageTrainer.evaluation_loop
 
     def evaluation_loop(self, *arguments, **options):
         output = original(self, *arguments, **options)
         output.metrics["eval_loss"] = next(losses)
         return output
 
-    monkeypatch.setattr(MultimodalTrainer, "evaluation_loop", evaluation_loop)
+    monkeypatch.setattr(VisionLanguageTrainer, "evaluation_loop", evaluation_loop)
     evaluates = {
         "eval": [str(tiny / "eval.json")],
         "eval_steps": 2,

@@ -17,7 +17,7 @@ from mmchat.errors import BadInput, WeightsError
 from mmchat.models.image_encoder import find_image_encoder, load_image_encoder
 from mmchat.models.language_model import load_language_model
 from mmchat.models.projector import ProjectorConfig, build_projector
-from mmchat.models.vision_language_model import MultimodalModel
+from mmchat.models.vision_language_model import VisionLanguageModel
 from mmchat.models.zero_shot import PROMPT, load_zero_shot, read_names
 from mmchat.presets import EFFICIENTNET_LITE2, PRESETS, HubRepository
 from tests.close import assert_close
@@ -60,7 +60,7 @@ def clip_engine(request, clip, tmp_path_factory):
     language_model, _ = load_language_model(preset.language_model, torch.float32)
     shape = ProjectorConfig("mlp", encoder.image_dim, 8, language_model.config.hidden_size, encoder.feature_count)
     folder = tmp_path_factory.mktemp("weights")
-    save_weights(MultimodalModel(language_model, build_projector(shape), shape), folder, preset)
+    save_weights(VisionLanguageModel(language_model, build_projector(shape), shape), folder, preset)
     return LocalEngine(preset, folder)
 
 

@@ -13,7 +13,7 @@ from ..errors import BadInput
 from ..fetching import fetch
 from ..models.language_model import context_length
 from ..models.prompt import CHAT_FORMATS, ChatFormat
-from ..models.vision_language_model import MultimodalModel
+from ..models.vision_language_model import VisionLanguageModel
 from ..presets import ImageEncoderPreset, Preset
 from .weights_folder import load_model, preset_for_weights
 
@@ -60,7 +60,7 @@ def export_llava(weights: str | Path, out: str | Path, preset: Preset, dtype: to
     _processor(tokenizer, preset).save_pretrained(out)
 
 
-def _check(model: MultimodalModel, preset: Preset) -> None:
+def _check(model: VisionLanguageModel, preset: Preset) -> None:
     config, encoder = model.projector_config, preset.image_encoder
     head = model.causal_language_model.get_output_embeddings()
     troubles = {
@@ -77,7 +77,7 @@ def _check(model: MultimodalModel, preset: Preset) -> None:
         raise BadInput(f"These weights cannot be exported: LLaVA has no place for {'; nor for '.join(found)}.")
 
 
-def _assemble(model: MultimodalModel, encoder: ImageEncoderPreset, image_token_id: int) -> nn.Module:
+def _assemble(model: VisionLanguageModel, encoder: ImageEncoderPreset, image_token_id: int) -> nn.Module:
     """The LLaVA model around our parts, none of which is copied."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 

@@ -17,7 +17,7 @@ import torch
 from ..errors import BadInput
 from ..models.language_model import context_length
 from ..models.prompt import chat_format_of
-from ..models.vision_language_model import MultimodalModel
+from ..models.vision_language_model import VisionLanguageModel
 from ..presets import ImageEncoderPreset, Preset
 from .exporting import vision_of
 from .gguf_tokenizer import add_tokenizer, gguf_template
@@ -79,7 +79,7 @@ def export_gguf(
     )
 
 
-def _why_no_mmproj(model: MultimodalModel, preset: Preset) -> str:
+def _why_no_mmproj(model: VisionLanguageModel, preset: Preset) -> str:
     """Why llama.cpp cannot see as these weights do; empty if it can."""
     encoder, config = preset.image_encoder, model.projector_config
     if encoder.features != "patches":
@@ -197,7 +197,7 @@ def _finish(writer: Any) -> None:
 # The adapter
 
 
-def _write_adapter(model: MultimodalModel, path: Path) -> None:
+def _write_adapter(model: VisionLanguageModel, path: Path) -> None:
     import gguf
 
     config = model.causal_language_model.config
@@ -219,7 +219,7 @@ def _write_adapter(model: MultimodalModel, path: Path) -> None:
 # The image encoder and the projector
 
 
-def _write_mmproj(model: MultimodalModel, encoder: ImageEncoderPreset, path: Path, kind: str) -> None:
+def _write_mmproj(model: VisionLanguageModel, encoder: ImageEncoderPreset, path: Path, kind: str) -> None:
     import gguf
     from transformers import AutoImageProcessor, CLIPVisionModel, SiglipVisionModel
 

@@ -42,7 +42,7 @@ from ..models.language_model import (
     set_adapter_weights,
 )
 from ..models.projector import Marked, ProjectorConfig, build_projector
-from ..models.vision_language_model import MultimodalModel
+from ..models.vision_language_model import VisionLanguageModel
 from ..presets import HubRepository, LanguageModelPreset, Preset
 from .projects import PROJECTS, STORED_PROJECTORS, Project, StoredProjector
 from .weights_folder import save_weights
@@ -132,7 +132,7 @@ def import_checkpoint(
         config = replace(config, marker=True)
         report.notes.append(f"Every picture ends with the token of the word '{marker_token}'.")
     language_model = _import_adapter(folder, language_model, preset.language_model, report)
-    save_weights(MultimodalModel(language_model, projector, config), out, preset)
+    save_weights(VisionLanguageModel(language_model, projector, config), out, preset)
     return report
 
 

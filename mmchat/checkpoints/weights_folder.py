@@ -33,7 +33,7 @@ from ..models.llava_folder import LlavaFolder, open_llava
 from ..models.projector import ProjectorConfig, build_projector
 from ..models.prompt import PictureLayout
 from ..models.tagger import load_tagger
-from ..models.vision_language_model import MultimodalModel
+from ..models.vision_language_model import VisionLanguageModel
 from ..presets import (
     EFFICIENTNETS,
     IMAGE_ENCODER_FILE,
@@ -52,7 +52,7 @@ ADAPTER_FOLDER = "adapter"
 FORMAT_VERSION = 2
 
 
-def trained_state(model: MultimodalModel) -> dict[str, dict[str, torch.Tensor]]:
+def trained_state(model: VisionLanguageModel) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors that a weights folder holds, file by file (the adapter's only where there is one)."""
     state = {PROJECTOR_FILE: model.projector.state_dict()}
     if model.has_adapter:
@@ -60,7 +60,9 @@ def trained_state(model: MultimodalModel) -> dict[str, dict[str, torch.Tensor]]:
     return state
 
 
-def save_weights(model: MultimodalModel, folder: str | Path, preset: Preset, dtype: torch.dtype | None = None) -> None:
+def save_weights(
+    model: VisionLanguageModel, folder: str | Path, preset: Preset, dtype: torch.dtype | None = None
+) -> None:
     """Writes a folder that chats.
 
     An image encoder that was tuned is copied into it.
@@ -93,7 +95,7 @@ def save_weights(model: MultimodalModel, folder: str | Path, preset: Preset, dty
         shutil.copyfile(encoder.source, folder / IMAGE_ENCODER_FILE)
 
 
-def load_weights(model: MultimodalModel, folder: str | Path) -> None:
+def load_weights(model: VisionLanguageModel, folder: str | Path) -> None:
     """Puts the weights of a folder into a model of the same shape.
 
     Raises:
@@ -237,7 +239,7 @@ def load_model(
     quantization: str = "none",
     trainable: bool = False,
     any_encoder: bool = False,
-) -> tuple[MultimodalModel, Any]:
+) -> tuple[VisionLanguageModel, Any]:
     """The multimodal model of a preset with the projector and adapter of a weights folder, and its tokenizer.
 
     Args:
@@ -269,13 +271,13 @@ def load_model(
     projector = projector.float().requires_grad_(trainable)
     is_same_encoder = _identity(preset).items() <= config.items()
     tagger = load_tagger(folder, preset.image_encoder) if is_same_encoder else None
-    model = MultimodalModel(language_model, projector, projector_config, tagger)
+    model = VisionLanguageModel(language_model, projector, projector_config, tagger)
     return model.train(trainable), tokenizer
 
 
 def _load_llava(
     preset: Preset, source: HubRepository, dtype: torch.dtype, quantization: str, trainable: bool
-) -> tuple[MultimodalModel, Any]:
+) -> tuple[VisionLanguageModel, Any]:
     """A LLaVA model's language model and projector, each read from its files."""
     name = preset.language_model.name
     if preset.language_model.source != source:
@@ -285,7 +287,7 @@ def _load_llava(
     projector = build_projector(config)
     _fill(projector, llava)
     language_model, tokenizer = load_language_model(preset.language_model, dtype, quantization)
-    model = MultimodalModel(language_model, projector.float().requires_grad_(trainable), config)
+    model = VisionLanguageModel(language_model, projector.float().requires_grad_(trainable), config)
     return model.train(trainable), tokenizer
 
 

@@ -21,7 +21,7 @@ from ..models.language_model import add_adapter, load_language_model
 from ..models.projector import ProjectorConfig, build_projector, start_marker
 from ..models.prompt import chat_format_of, no_text
 from ..models.tagger import load_tagger
-from ..models.vision_language_model import MultimodalModel
+from ..models.vision_language_model import VisionLanguageModel
 from ..presets import HubRepository, Preset, get_preset
 from .callbacks import HistoryCallback, StopOnSignal
 from .data.conversations import read_conversations
@@ -34,7 +34,7 @@ from .recipe import CPU_INT8, Recipe, write_recipe
 from .self_critical import SelfCriticalTrainer
 from .sharding import shard_base
 from .tagging import TrainingTags
-from .trainer import MultimodalTrainer, checkpoints
+from .trainer import VisionLanguageTrainer, checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def train(recipe: Recipe) -> None:
         callbacks.append(EarlyStoppingCallback(recipe.patience))
     if recipe.shard:
         shard_base(model)
-    trainer_class, options = MultimodalTrainer, {}
+    trainer_class, options = VisionLanguageTrainer, {}
     if recipe.scst_samples:
         trainer_class, options = SelfCriticalTrainer, {"tokenizer": tokenizer}
     trainer = trainer_class(
@@ -137,7 +137,7 @@ def open_features(recipe: Recipe, preset: Preset) -> FeatureStore | PictureFolde
     return store
 
 
-def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
+def build_model(recipe: Recipe, preset: Preset) -> tuple[VisionLanguageModel, Any]:
     """Builds the model, with fresh weights or those of ``start_from``, and its tokenizer.
 
     A learning rate of 0 freezes its part; with ``lr`` 0 no fresh adapter is added.
@@ -169,7 +169,7 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
         projector = build_projector(config)
         if config.marker:
             start_marker(projector, language_model, tokenizer)
-        model = MultimodalModel(language_model, projector, config)
+        model = VisionLanguageModel(language_model, projector, config)
     if recipe.tagger:
         model.tagger = load_tagger(recipe.tagger, preset.image_encoder)
         if not model.tagger:

@@ -18,11 +18,11 @@ from torch import nn
 from ..errors import BadInput
 from ..inference.generation import stop_token_ids
 from ..models.prompt import IMAGE_TOKEN_ID, EncodedConversation
-from ..models.vision_language_model import IGNORE_INDEX, MultimodalModel
+from ..models.vision_language_model import IGNORE_INDEX, VisionLanguageModel
 from .data.packing import ConversationDataset, PackedSequence, collate, lay_out
 from .data.questions import PEOPLE, PEOPLE_WORDS
 from .evaluation.metrics import words
-from .trainer import MultimodalTrainer
+from .trainer import VisionLanguageTrainer
 
 INVENTED_PEOPLE = -0.5  # the reward for people that no reference mentions: most captions to learn from are about people
 MIN_LIMIT = 24  # tokens; a sampled description may be at least this long, even if its references are single words
@@ -146,7 +146,7 @@ def advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def sample_answers(
-    model: MultimodalModel, questions: Sequence[OpenQuestion], features: torch.Tensor, count: int
+    model: VisionLanguageModel, questions: Sequence[OpenQuestion], features: torch.Tensor, count: int
 ) -> list[list[list[int]]]:
     """Samples ``count`` answers to each question at temperature 1, each with its stop token.
 
@@ -176,7 +176,7 @@ def sample_answers(
 
 
 def _sample(
-    model: MultimodalModel, embeddings: torch.Tensor, is_token: torch.Tensor, count: int, max_new_tokens: int
+    model: VisionLanguageModel, embeddings: torch.Tensor, is_token: torch.Tensor, count: int, max_new_tokens: int
 ) -> torch.Tensor:
     """Samples until every sequence has a stop token: [questions × count, tokens]."""
     from transformers import DynamicCache
@@ -221,7 +221,7 @@ def _up_to_stop(token_ids: list[int], stop_ids: set[int]) -> list[int]:
     return token_ids[:end]
 
 
-class SelfCriticalTrainer(MultimodalTrainer):
+class SelfCriticalTrainer(VisionLanguageTrainer):
     """Trains open questions with SCST and all other answers with cross-entropy.
 
     Args:
@@ -231,7 +231,9 @@ class SelfCriticalTrainer(MultimodalTrainer):
         BadInput: the training set has no open question.
     """
 
-    def __init__(self, *, tokenizer: Any, model: MultimodalModel, train_dataset: ConversationDataset, **options: Any):
+    def __init__(
+        self, *, tokenizer: Any, model: VisionLanguageModel, train_dataset: ConversationDataset, **options: Any
+    ):
         stop_ids = stop_token_ids(model.causal_language_model)
         rows, found = [], []
         for row in train_dataset.rows:

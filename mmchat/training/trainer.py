@@ -105,7 +105,7 @@ class EpochSampler(Sampler[int]):
         yield from (index for step in [*steps, order[full:]] for index in step)
 
 
-class MultimodalTrainer(Trainer):
+class VisionLanguageTrainer(Trainer):
     """A Trainer with separate learning rates and log columns for projector and adapter.
 
     A checkpoint is written under a temporary name, read back, compared, and renamed, so every ``checkpoint-N`` is

@@ -189,7 +189,7 @@ def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Stacks examples into a batch, padded on the right.
 
     Returns:
-        The arguments of ``MultimodalModel.forward``, and ``label_weights`` where a sequence has other weights than 1.
+        The arguments of ``VisionLanguageModel.forward``, and ``label_weights``, [labels], if any weight is not 1.
     """
     rows = [example["row"] for example in examples]
 

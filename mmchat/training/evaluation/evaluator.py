@@ -19,7 +19,7 @@ from ...conversation import Message, SamplingOptions
 from ...errors import BadInput
 from ...inference.generation import generate_texts
 from ...models.prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, encode
-from ...models.vision_language_model import MultimodalModel
+from ...models.vision_language_model import VisionLanguageModel
 from ..data.conversations import Conversation, conversation_of, stream_entries
 from ..data.packing import ConversationDataset, Features, PackedSequence, collate
 from .metrics import (
@@ -152,7 +152,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: MultimodalModel,
+        model: VisionLanguageModel,
         tokenizer: Any,
         chat_format: ChatFormat,
         *,
