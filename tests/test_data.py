@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from mmchat import Message
 from mmchat.errors import BadInput
-from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, EncodedConversation
+from mmchat.models.chat_formats import CHAT_FORMATS
+from mmchat.models.prompt import IMAGE_TOKEN_ID, EncodedConversation
 from mmchat.models.vision_language_model import IGNORE_INDEX
 from mmchat.presets import get_preset
 from mmchat.training.data.conversations import (

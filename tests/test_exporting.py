@@ -12,7 +12,8 @@ from mmchat import BadInput, Message, SamplingOptions
 from mmchat.checkpoints.exporting import chat_template, export_llava
 from mmchat.checkpoints.weights_folder import load_model
 from mmchat.engine import LocalEngine
-from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
+from mmchat.models.chat_formats import CHAT_FORMATS
+from mmchat.models.prompt import IMAGE_TOKEN_ID, encode
 from mmchat.presets import PRESETS, HubRepository
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train

@@ -16,10 +16,11 @@ from mmchat.engine import LocalEngine
 from mmchat.errors import BadInput
 from mmchat.inference.decoder import TorchDecoder
 from mmchat.inference.generation import _beam_settings, generate_texts, stream_text
+from mmchat.models.chat_formats import CHAT_FORMATS
 from mmchat.models.image_encoder import find_image_encoder, load_image_encoder
 from mmchat.models.language_model import add_adapter, context_length, load_language_model
 from mmchat.models.projector import ProjectorConfig, build_projector
-from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
+from mmchat.models.prompt import IMAGE_TOKEN_ID, encode
 from mmchat.models.vision_language_model import VisionLanguageModel
 from mmchat.presets import LLAVA_PHI_3, PHI_2, PHI_3_5, PRESETS, SMOL, HubRepository
 from mmchat.training.recipe import Recipe

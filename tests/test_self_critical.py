@@ -11,8 +11,9 @@ import torch
 from mmchat.checkpoints.weights_folder import load_model
 from mmchat.conversation import Message
 from mmchat.errors import BadInput
+from mmchat.models.chat_formats import CHAT_FORMATS
 from mmchat.models.language_model import load_language_model
-from mmchat.models.prompt import CHAT_FORMATS, encode
+from mmchat.models.prompt import encode
 from mmchat.presets import get_preset
 from mmchat.training.data.conversations import entry_of, write_conversations
 from mmchat.training.data.packing import lay_out

@@ -11,7 +11,8 @@ import torch
 from mmchat.checkpoints.weights_folder import load_model, save_weights
 from mmchat.conversation import Message
 from mmchat.errors import BadInput, WeightsError
-from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
+from mmchat.models.chat_formats import CHAT_FORMATS
+from mmchat.models.prompt import IMAGE_TOKEN_ID, encode
 from mmchat.models.tagger import TAGGER_FILE, Tag, Tagger, encoder_text, load_tagger, tag_text
 from mmchat.presets import EFFICIENTNET_LITE0, EFFICIENTNET_LITE2
 from mmchat.training.averaging import average_weights

@@ -11,8 +11,8 @@ from torch import nn
 from ..conversation import ROLES
 from ..errors import BadInput
 from ..fetching import fetch
+from ..models.chat_formats import CHAT_FORMATS, ChatFormat
 from ..models.language_model import context_length
-from ..models.prompt import CHAT_FORMATS, ChatFormat
 from ..models.vision_language_model import VisionLanguageModel
 from ..presets import ImageEncoderPreset, Preset
 from .weights_folder import load_model, preset_for_weights
@@ -69,7 +69,7 @@ def _check(model: VisionLanguageModel, preset: Preset) -> None:
         "a hidden width other than the tokens' in the projector": config.hidden_width != config.token_width,
         "a marker token": config.marker,
         "another LLaVA model, which they were trained on": preset.language_model.is_llava,
-        "a picture layout of their own": preset.picture_layout is not None,
+        "a picture layout of their own": preset.prompt_template is not None,
         "a bias in the output layer, as Phi-2 has": getattr(head, "bias", None) is not None,
     }
     found = [trouble for trouble, is_there in troubles.items() if is_there]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ..errors import BadInput
+from ..models.chat_formats import chat_format_of
 from ..models.language_model import context_length
-from ..models.prompt import chat_format_of
 from ..models.vision_language_model import VisionLanguageModel
 from ..presets import ImageEncoderPreset, Preset
 from .exporting import vision_of
@@ -90,7 +90,7 @@ def _why_no_mmproj(model: VisionLanguageModel, preset: Preset) -> str:
         return "llama.cpp drops CLIP's class token, which these weights read"
     if config.kind != "llava" or config.marker:
         return "llama.cpp knows projectors of the kind 'llava' without a marker token only"
-    if preset.picture_layout:
+    if preset.prompt_template:
         return "these weights bring a picture layout of their own"
     return ""
 

@@ -165,7 +165,7 @@ def _as_trained(
     """The preset with the picture layout and the image encoder that the checkpoint was trained with."""
     own, settings = preset.image_encoder, {}
     if project:
-        preset = replace(preset, picture_layout=project.layout)
+        preset = replace(preset, prompt_template=project.layout)
         image_encoder = image_encoder or project.image_encoder
         settings = {
             "features": project.image_features,

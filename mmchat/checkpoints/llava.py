@@ -88,7 +88,7 @@ def llava_preset(source: HubRepository, preset: Preset | None = None) -> Preset:
         image_encoder=encoder,
         projector=ProjectorPreset(kind="llava", hidden_width=config.text_config.hidden_size),
         weights=source,
-        picture_layout=None,
+        prompt_template=None,
         chat_template=llava_template(folder, name),
     )
 

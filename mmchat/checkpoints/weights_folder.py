@@ -21,6 +21,7 @@ from torch import nn
 from ..errors import WeightsError
 from ..fetching import fetch
 from ..fetching.sources import HubRepository
+from ..models.chat_formats import PromptTemplate
 from ..models.language_model import (
     ADAPTER_WEIGHTS,
     adapter_state,
@@ -31,7 +32,6 @@ from ..models.language_model import (
 )
 from ..models.llava_folder import LlavaFolder, open_llava
 from ..models.projector import ProjectorConfig, build_projector
-from ..models.prompt import PictureLayout
 from ..models.tagger import load_tagger
 from ..models.vision_language_model import VisionLanguageModel
 from ..presets import (
@@ -85,8 +85,8 @@ def save_weights(
         "projector": asdict(model.projector_config),
         "adapter": model.has_adapter,
     }
-    if preset.picture_layout:
-        config["picture_layout"] = asdict(preset.picture_layout)
+    if preset.prompt_template:
+        config["picture_layout"] = asdict(preset.prompt_template)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     if model.tagger:
         model.tagger.save(folder)
@@ -180,7 +180,7 @@ def preset_for_weights(preset: Preset, weights: Weights) -> Preset:
     config = _read_config(Path(weights))
     if llava := _llava_of(config, Path(weights)):
         preset = llava_preset(llava, preset)
-    preset = replace(preset, picture_layout=_layout_of(config, Path(weights)))
+    preset = replace(preset, prompt_template=_layout_of(config, Path(weights)))
     if tuned := tuned_image_encoder(weights):
         return replace(preset, image_encoder=tuned)
     if named := EFFICIENTNETS.get(config.get("image_encoder")):
@@ -207,18 +207,18 @@ def _llava_of(config: dict, folder: Path) -> HubRepository | None:
         raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' names no LLaVA model I know.") from error
 
 
-def _layout_of(config: dict, folder: Path) -> PictureLayout | None:
+def _layout_of(config: dict, folder: Path) -> PromptTemplate | None:
     """The layout that weights bring; None where they were trained in their chat format's own."""
     stored = config.get("picture_layout")
     if stored is None:
         return None
     try:
-        return PictureLayout(**stored)
+        return PromptTemplate(**stored)
     except TypeError as error:
         raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' describes no picture layout I know.") from error
 
 
-def _teach_layout(layout: PictureLayout, language_model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def _teach_layout(layout: PromptTemplate, language_model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Adds the layout's own tokens to the tokenizer, and the token that ends an answer to those that stop the model."""
     if layout.added_tokens:
         added = {"additional_special_tokens": list(layout.added_tokens)}

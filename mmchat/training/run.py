@@ -16,10 +16,11 @@ from transformers import EarlyStoppingCallback, set_seed
 from ..checkpoints.weights_folder import load_model, preset_for_weights, save_weights
 from ..device import choose_device
 from ..errors import BadInput, MmchatError
+from ..models.chat_formats import chat_format_of
 from ..models.image_encoder import find_image_encoder, load_image_encoder
 from ..models.language_model import add_adapter, load_language_model
 from ..models.projector import ProjectorConfig, build_projector, start_marker
-from ..models.prompt import chat_format_of, no_text
+from ..models.prompt import no_text
 from ..models.tagger import load_tagger
 from ..models.vision_language_model import VisionLanguageModel
 from ..presets import HubRepository, Preset, get_preset

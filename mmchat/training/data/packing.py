@@ -14,7 +14,8 @@ import torch
 from torch.utils.data import Dataset
 
 from ...errors import BadInput
-from ...models.prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, encode, no_text
+from ...models.chat_formats import ChatFormat
+from ...models.prompt import IMAGE_TOKEN_ID, EncodedConversation, encode, no_text
 from ...models.vision_language_model import IGNORE_INDEX
 from .conversations import Conversation
 

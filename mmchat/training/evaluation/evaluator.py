@@ -18,7 +18,8 @@ from PIL import Image
 from ...conversation import Message, SamplingOptions
 from ...errors import BadInput
 from ...inference.generation import generate_texts
-from ...models.prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, encode
+from ...models.chat_formats import ChatFormat
+from ...models.prompt import IMAGE_TOKEN_ID, EncodedConversation, encode
 from ...models.vision_language_model import VisionLanguageModel
 from ..data.conversations import Conversation, conversation_of, stream_entries
 from ..data.packing import ConversationDataset, Features, PackedSequence, collate
