@@ -32,7 +32,7 @@ class LanguageModelPreset:
 
     @property
     def is_llava(self) -> bool:
-        """Whether the source is a LLaVA model, which holds the image encoder, the projector and the chat template, too."""
+        """Whether the source is a LLaVA model, which also holds the image encoder, projector and template."""
         return self.chat_format == LLAVA
 
 
@@ -100,7 +100,7 @@ class ProjectorPreset:
     """Kind and size of the projector that training starts from; projector.py lists the kinds."""
 
     kind: str
-    hidden_width: int
+    intermediate_size: int
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ SMOL = Preset(
     ),
     image_encoder=EFFICIENTNET_LITE2,
     speech=WHISPER_BASE,
-    projector=ProjectorPreset(kind="mlp", hidden_width=1152),
+    projector=ProjectorPreset(kind="mlp", intermediate_size=1152),
     weights=WEIGHTS_FOLDER / "smol",
 )
 
@@ -262,7 +262,7 @@ PHI_2 = Preset(
     ),
     image_encoder=CLIP_PATCHES,
     speech=WHISPER_BASE,
-    projector=ProjectorPreset(kind="llava", hidden_width=2560),
+    projector=ProjectorPreset(kind="llava", intermediate_size=2560),
     weights=WEIGHTS_FOLDER / "phi-2",
 )
 PHI_3_5 = Preset(
@@ -278,7 +278,7 @@ PHI_3_5 = Preset(
     ),
     image_encoder=CLIP,
     speech=WHISPER_BASE,
-    projector=ProjectorPreset(kind="mlp", hidden_width=3072),
+    projector=ProjectorPreset(kind="mlp", intermediate_size=3072),
     weights=HubRepository(
         "sayanbanerjee32/multimodal-phi3_5-mini-instruct-llava_adapter", "a3728b2d7b7c337922e36126519b653a2fd2bbd7"
     ),
@@ -301,7 +301,7 @@ LLAVA_PHI_3 = Preset(
         image_dim=1024,
     ),
     speech=WHISPER_BASE,
-    projector=ProjectorPreset(kind="llava", hidden_width=3072),
+    projector=ProjectorPreset(kind="llava", intermediate_size=3072),
     weights=_LLAVA_PHI_3,
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def tiny_model(kind="mlp"):
     config = LlamaConfig(
         vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
     )
-    projector_config = ProjectorConfig(kind, image_width=8, hidden_width=12, token_width=16, feature_count=3)
+    projector_config = ProjectorConfig(kind, image_dim=8, intermediate_size=12, hidden_size=16, feature_count=3)
     return VisionLanguageModel(LlamaForCausalLM(config), build_projector(projector_config), projector_config)
 
 
@@ -50,13 +51,30 @@ def test_picture_tokens_replace_their_placeholders(kind):
     assert_close(embeddings[1, [0, 1, 5]], tokens(torch.tensor([4, 5, 6])))
 
 
-def test_a_marker_ends_every_picture():
-    config = ProjectorConfig("linear", image_width=8, hidden_width=0, token_width=16, feature_count=3, marker=True)
+def test_an_end_of_image_token_follows_every_image():
+    config = ProjectorConfig("linear", 8, 0, 16, feature_count=3, end_of_image_token=True)
     projector = build_projector(config)
     torch.nn.init.normal_(projector.marker)
     tokens = projector(torch.randn(2, 3, 8))
     assert tokens.shape == (2, config.tokens_per_image, 16) == (2, 4, 16)
     assert torch.equal(tokens[:, -1], projector.marker.expand(2, -1))
+
+
+def test_configs_saved_under_old_names_load():
+    stored = {
+        "kind": "mlp",
+        "image_width": 8,
+        "hidden_width": 12,
+        "token_width": 16,
+        "feature_count": 3,
+        "marker": True,
+    }
+    config = ProjectorConfig.from_json(stored)
+    assert config == ProjectorConfig("mlp", 8, 12, 16, feature_count=3, end_of_image_token=True)
+    assert ProjectorConfig.from_json(json.loads(json.dumps(asdict(config)))) == config
+    for damaged in ({"kind": "mlp"}, {**stored, "color": "red"}, ["mlp"], None):
+        with pytest.raises((TypeError, ValueError)):
+            ProjectorConfig.from_json(damaged)
 
 
 def test_features_without_placeholders_are_an_error():

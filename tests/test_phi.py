@@ -169,7 +169,7 @@ def test_parameter_counts_equal_the_published_ones(preset):
         shape = ProjectorConfig(
             preset.projector.kind,
             encoder.image_dim,
-            preset.projector.hidden_width,
+            preset.projector.intermediate_size,
             config.hidden_size,
             encoder.feature_count,
         )

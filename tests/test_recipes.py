@@ -29,7 +29,7 @@ def test_a_tiny_model_is_built_as_the_recipe_says(tiny, tmp_path, path):
         quantization="none",
         start_from=None,
         projector_lr=recipe.projector_lr or 1e-3,
-        hidden_width=64,
+        intermediate_size=64,
     )
     model, _ = build_model(small, PRESETS[kind])
     assert model.projector_config.kind == recipe.projector

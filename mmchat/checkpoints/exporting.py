@@ -66,8 +66,8 @@ def _check(model: VisionLanguageModel, preset: Preset) -> None:
     troubles = {
         f"features of the kind '{encoder.features}', where it takes patches": encoder.features != "patches",
         f"a projector of the kind '{config.kind}', where it takes 'llava'": config.kind != "llava",
-        "a hidden width other than the tokens' in the projector": config.hidden_width != config.token_width,
-        "a marker token": config.marker,
+        "a hidden width other than the tokens' in the projector": config.intermediate_size != config.hidden_size,
+        "a marker token": config.end_of_image_token,
         "another LLaVA model, which they were trained on": preset.language_model.is_llava,
         "a picture layout of their own": preset.prompt_template is not None,
         "a bias in the output layer, as Phi-2 has": getattr(head, "bias", None) is not None,

@@ -88,7 +88,7 @@ def _why_no_mmproj(model: VisionLanguageModel, preset: Preset) -> str:
         return f"{encoder.name} is neither a CLIP nor a SigLIP, the image encoders that this export knows"
     if encoder.class_token:
         return "llama.cpp drops CLIP's class token, which these weights read"
-    if config.kind != "llava" or config.marker:
+    if config.kind != "llava" or config.end_of_image_token:
         return "llama.cpp knows projectors of the kind 'llava' without a marker token only"
     if preset.prompt_template:
         return "these weights bring a picture layout of their own"
@@ -237,7 +237,7 @@ def _write_mmproj(model: VisionLanguageModel, encoder: ImageEncoderPreset, path:
     writer.add_vision_patch_size(config.patch_size)
     writer.add_vision_embedding_length(config.hidden_size)
     writer.add_vision_feed_forward_length(config.intermediate_size)
-    writer.add_vision_projection_dim(model.projector_config.token_width)
+    writer.add_vision_projection_dim(model.projector_config.hidden_size)
     writer.add_vision_block_count(depth)
     writer.add_vision_head_count(config.num_attention_heads)
     writer.add_vision_attention_layernorm_eps(config.layer_norm_eps)

@@ -41,7 +41,7 @@ from ..models.language_model import (
     load_language_model,
     set_adapter_weights,
 )
-from ..models.projector import Marked, ProjectorConfig, build_projector
+from ..models.projector import ProjectorConfig, WithEndOfImage, build_projector
 from ..models.vision_language_model import VisionLanguageModel
 from ..presets import HubRepository, LanguageModelPreset, Preset
 from .projects import PROJECTS, STORED_PROJECTORS, Project, StoredProjector
@@ -121,15 +121,15 @@ def import_checkpoint(
     preset = _as_trained(preset, known, image_encoder, chosen, report)
     projector, config = _build(stored, {renamed[name]: tensor.float() for name, tensor in tensors.items()}, preset)
     report.kind = config.kind
-    if config.token_width != language_model.config.hidden_size:
+    if config.hidden_size != language_model.config.hidden_size:
         raise WeightsError(
-            f"The projector makes tokens of {config.token_width} numbers; {preset.language_model.name} reads "
+            f"The projector makes tokens of {config.hidden_size} numbers; {preset.language_model.name} reads "
             f"{language_model.config.hidden_size}."
         )
     if marker_token := marker_token or (known and known.marker_token):
-        projector = Marked(projector, config.token_width)
+        projector = WithEndOfImage(projector, config.hidden_size)
         projector.marker.data = _embedding_of(marker_token, preset)
-        config = replace(config, marker=True)
+        config = replace(config, end_of_image_token=True)
         report.notes.append(f"Every picture ends with the token of the word '{marker_token}'.")
     language_model = _import_adapter(folder, language_model, preset.language_model, report)
     save_weights(VisionLanguageModel(language_model, projector, config), out, preset)
@@ -284,16 +284,16 @@ def _shape_of(stored: StoredProjector, tensors: Tensors, preset: Preset) -> Proj
         )
     return ProjectorConfig(
         kind=stored.kind,
-        image_width=encoder.image_dim,
-        hidden_width=tensors[stored.hidden].shape[0] if stored.hidden else 0,
-        token_width=tensors[stored.last].shape[0],
+        image_dim=encoder.image_dim,
+        intermediate_size=tensors[stored.hidden].shape[0] if stored.hidden else 0,
+        hidden_size=tensors[stored.last].shape[0],
         feature_count=encoder.feature_count,
         depth=len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}) or 1,
     )
 
 
 def _embedding_of(token: str, preset: Preset) -> torch.Tensor:
-    """[token_width] of a word that is one token of the language model."""
+    """[hidden_size] of a word that is one token of the language model."""
     language_model, tokenizer = load_language_model(preset.language_model, torch.float32)
     token_ids = tokenizer.encode(token, add_special_tokens=False)
     if len(token_ids) != 1:

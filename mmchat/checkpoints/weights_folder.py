@@ -256,7 +256,7 @@ def load_model(
     config = _read_config(folder)
     _check_identity(config, folder, preset, any_encoder)
     try:
-        projector_config = ProjectorConfig(**config["projector"])
+        projector_config = ProjectorConfig.from_json(config["projector"])
         projector, has_adapter = build_projector(projector_config), config["adapter"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' describes no projector I know.") from error
@@ -264,7 +264,7 @@ def load_model(
     language_model, tokenizer = load_language_model(preset.language_model, dtype, quantization)
     if layout := _layout_of(config, folder):
         _teach_layout(layout, language_model, tokenizer, folder)
-    if projector_config.token_width != language_model.config.hidden_size:
+    if projector_config.hidden_size != language_model.config.hidden_size:
         raise WeightsError(f"The projector in '{folder.name}' makes tokens of another width than the model reads.")
     if has_adapter:
         language_model = load_adapter(language_model, folder / ADAPTER_FOLDER, trainable=trainable)

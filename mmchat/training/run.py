@@ -19,7 +19,7 @@ from ..errors import BadInput, MmchatError
 from ..models.chat_formats import chat_format_of
 from ..models.image_encoder import find_image_encoder, load_image_encoder
 from ..models.language_model import add_adapter, load_language_model
-from ..models.projector import ProjectorConfig, build_projector, start_marker
+from ..models.projector import ProjectorConfig, build_projector, init_end_of_image
 from ..models.prompt import no_text
 from ..models.tagger import load_tagger
 from ..models.vision_language_model import VisionLanguageModel
@@ -159,17 +159,17 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[VisionLanguageModel, An
         language_model, tokenizer = load_language_model(preset.language_model, dtype, quantization)
         config = ProjectorConfig(
             kind=recipe.projector or preset.projector.kind,
-            image_width=preset.image_encoder.image_dim,
-            hidden_width=recipe.hidden_width or preset.projector.hidden_width,
-            token_width=language_model.config.hidden_size,
+            image_dim=preset.image_encoder.image_dim,
+            intermediate_size=recipe.intermediate_size or preset.projector.intermediate_size,
+            hidden_size=language_model.config.hidden_size,
             feature_count=preset.image_encoder.feature_count,
-            marker=recipe.end_of_image_token,
+            end_of_image_token=recipe.end_of_image_token,
             depth=recipe.projector_depth,
             dropout=recipe.projector_dropout,
         )
         projector = build_projector(config)
-        if config.marker:
-            start_marker(projector, language_model, tokenizer)
+        if config.end_of_image_token:
+            init_end_of_image(projector, language_model, tokenizer)
         model = VisionLanguageModel(language_model, projector, config)
     if recipe.tagger:
         model.tagger = load_tagger(recipe.tagger, preset.image_encoder)
