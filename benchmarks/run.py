@@ -520,7 +520,7 @@ def precomputing() -> Iterator[Row]:
         @torch.inference_mode()
         def baseline() -> None:
             for path in pictures.iterdir():
-                network(encoder.pixels(_opened(path))[None])
+                network(encoder.preprocess(_opened(path))[None])
 
         pairs = [(timed(lambda number=number: ours(number)), timed(baseline)) for number in range(3)]
     one, other = (160 / median(column) for column in zip(*pairs, strict=True))

@@ -190,14 +190,14 @@ class TestImageEncoders:
         preset = find_image_encoder(HubRepository(str(tiny / "clip")), "patches", layer, class_token)
         encoder = load_image_encoder(preset)
         found = encoder.encode([picture])
-        states = encoder.network(encoder.pixels(picture)[None], output_hidden_states=True).hidden_states[layer]
+        states = encoder.network(encoder.preprocess(picture)[None], output_hidden_states=True).hidden_states[layer]
         assert_close(found, states if class_token else states[:, 1:])
         assert found.shape[1:] == (preset.feature_count, preset.image_dim) == (4 + class_token, 24)
 
     def test_pooled_features_are_clips_image_embedding(self, tiny, picture):
         preset = find_image_encoder(HubRepository(str(tiny / "clip")), "pooled")
         encoder = load_image_encoder(preset)
-        expected = encoder.network(encoder.pixels(picture)[None]).image_embeds
+        expected = encoder.network(encoder.preprocess(picture)[None]).image_embeds
         assert_close(encoder.encode([picture])[:, 0], expected)
         assert preset.image_dim == 20
 

@@ -97,7 +97,7 @@ def test_the_engine_classifies_among_given_names(clip_engine, small_picture):
     assert {tag.name for tag in found} <= set(NAMES) and found[0].probability >= found[-1].probability >= 0.1
     assert clip_engine.classes(small_picture, ["dog"])[0].probability == pytest.approx(1)
     assert clip_engine.model.tagger is None  # so the prompt has no tags, as in training
-    with pytest.raises(BadInput, match="There are no names"):
+    with pytest.raises(BadInput, match="at least one name to look for"):
         clip_engine.classes(small_picture, [" "])
     with pytest.raises(BadInput, match="There is no picture"):
         clip_engine.classes("nowhere.jpg", NAMES)

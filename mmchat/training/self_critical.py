@@ -1,8 +1,8 @@
-"""Self-critical sequence training, SCST: the model samples several answers, and the better ones become likelier.
+"""Self-critical sequence training, SCST: the model samples answers and learns from their rewards.
 
 Cross-entropy favors safe, generic captions. SCST (Rennie et al. 2017, arXiv 1612.00563) rewards sampled captions by
 their similarity to human ones. The baseline is the mean reward of the picture's other samples (Luo 2020, arXiv
-2003.09971). Photos with a label but no caption teach, too: a description of them should name the thing.
+2003.09971). Photos with a label but no caption are used, too: a description of them should name the thing.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .evaluation.metrics import words
 from .trainer import VisionLanguageTrainer
 
 INVENTED_PEOPLE = -0.5  # the reward for people that no reference mentions: most captions to learn from are about people
-MIN_LIMIT = 24  # tokens; a sampled description may be at least this long, even if its references are single words
-MIN_ANSWERS = 3  # a question with at least this many different answers is open: it has more than one right answer
+MIN_LIMIT = 24  # tokens; a sample may be at least this long, even if its references are single words
+MIN_ANSWERS = 3  # a question with at least this many different answers is open
 _PEOPLE = {*PEOPLE, *PEOPLE.values(), *PEOPLE_WORDS}
 
 
@@ -216,7 +216,7 @@ def _draw(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _up_to_stop(token_ids: list[int], stop_ids: set[int]) -> list[int]:
-    """The tokens up to and including the first stop token, which is trained like any other."""
+    """The tokens up to and including the first stop token, which counts in the loss like any other."""
     end = next((index + 1 for index, token_id in enumerate(token_ids) if token_id in stop_ids), len(token_ids))
     return token_ids[:end]
 

@@ -80,7 +80,7 @@ def lay_out(
     """Packs conversations about the same pictures into sequences of at most ``max_length`` tokens.
 
     Sorting puts conversations with a common prefix side by side, so each is compared only with the one before it.
-    Answers are never shared: every answer token is trained once per conversation.
+    Answers are never shared: every answer token counts in the loss once per conversation.
 
     Args:
         weights: the loss weight of each conversation; 1 if None.
