@@ -418,7 +418,7 @@ def training() -> Iterator[Row]:
     from torch import nn
 
     from mmchat.models.vision_language_model import IGNORE_INDEX
-    from mmchat.training.data.conversations import conversation_of, entry_of
+    from mmchat.training.data.llava_json import conversation_of, entry_of
     from mmchat.training.data.packing import ConversationDataset, collate
     from mmchat.training.loss import next_token_loss
     from mmchat.training.recipe import Recipe

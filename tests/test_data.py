@@ -16,7 +16,8 @@ from mmchat.models.chat_formats import CHAT_FORMATS
 from mmchat.models.prompt import IMAGE_TOKEN_ID, EncodedConversation
 from mmchat.models.vision_language_model import IGNORE_INDEX
 from mmchat.presets import get_preset
-from mmchat.training.data.conversations import (
+from mmchat.training.data.features import FeatureStore
+from mmchat.training.data.llava_json import (
     Conversation,
     conversation_of,
     entry_of,
@@ -25,7 +26,6 @@ from mmchat.training.data.conversations import (
     stream_entries,
     write_conversations,
 )
-from mmchat.training.data.features import FeatureStore
 from mmchat.training.data.packing import ConversationDataset, collate, lay_out
 from mmchat.training.loss import next_token_loss
 from mmchat.training.recipe import Recipe
@@ -121,7 +121,7 @@ def test_streaming_any_json_list_equals_json_loads(tmp_path_factory, entries):
 
 
 def test_long_files_are_read_across_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmchat.training.data.conversations.CHUNK", 7)
+    monkeypatch.setattr("mmchat.training.data.llava_json.CHUNK", 7)
     entries = [entry_of(str(number), "a.jpg", [("What?", f"Dog number {number}.")]) for number in range(50)]
     assert write_conversations(tmp_path / "many.json", entries) == 50
     read = list(read_conversations(tmp_path / "many.json"))

@@ -25,7 +25,7 @@ from mmchat.models.language_model import load_language_model
 from mmchat.models.prompt import IMAGE_TOKEN_ID, encode
 from mmchat.presets import get_preset
 from mmchat.training.data.captions import read_captions
-from mmchat.training.data.conversations import read_conversations
+from mmchat.training.data.llava_json import read_conversations
 from mmchat.training.run import train
 from tests.conftest import SPEECH
 from tests.test_trainer import recipe

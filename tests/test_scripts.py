@@ -11,7 +11,7 @@ import pytest
 
 from mmchat.errors import BadInput
 from mmchat.training.data.cleaning import clean_answer, clean_answers
-from mmchat.training.data.conversations import entry_of
+from mmchat.training.data.llava_json import entry_of
 from mmchat.training.recipe import Recipe, parse_recipe, read_recipe, write_recipe
 from tests.conftest import ROOT
 

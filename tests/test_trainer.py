@@ -21,7 +21,7 @@ from mmchat.checkpoints.weights_folder import load_model, save_weights
 from mmchat.errors import BadInput, WeightsError
 from mmchat.presets import get_preset
 from mmchat.training.averaging import average_weights
-from mmchat.training.data.conversations import entry_of, write_conversations
+from mmchat.training.data.llava_json import entry_of, write_conversations
 from mmchat.training.int8 import DECISION_FILE, Int8Linear, is_exact, use_faster_multiplication
 from mmchat.training.recipe import Recipe, write_recipe
 from mmchat.training.run import build_model, train

@@ -25,16 +25,16 @@ from ..models.tagger import load_tagger
 from ..models.vision_language_model import VisionLanguageModel
 from ..presets import HubRepository, Preset, get_preset
 from .callbacks import HistoryCallback, StopOnSignal
-from .data.conversations import read_conversations
 from .data.features import FeatureStore, PictureFolder
+from .data.llava_json import read_conversations
 from .data.packing import ConversationDataset
 from .evaluation.evaluator import Evaluator
 from .evaluation.samples import write_samples
+from .fit_tagger import TrainingTags
 from .int8 import use_faster_multiplication
 from .recipe import CPU_INT8, Recipe, write_recipe
 from .self_critical import SelfCriticalTrainer
 from .sharding import shard_base
-from .tagging import TrainingTags
 from .trainer import VisionLanguageTrainer, checkpoints
 
 logger = logging.getLogger(__name__)

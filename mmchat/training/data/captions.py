@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import BadInput
-from .conversations import entry_of
-from .details import DETAIL, asked_for_detail, detailed_pictures
+from .detailed_descriptions import DETAIL, asked_for_detail, detailed_pictures
+from .llava_json import entry_of
 from .questions import AGREEMENT, Question, ask, words_of
 
 # The page sends "Describe the image." with a picture alone, so half of the pictures get this wording.

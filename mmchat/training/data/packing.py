@@ -17,7 +17,7 @@ from ...errors import BadInput
 from ...models.chat_formats import ChatFormat
 from ...models.prompt import IMAGE_TOKEN_ID, EncodedConversation, encode, no_text
 from ...models.vision_language_model import IGNORE_INDEX
-from .conversations import Conversation
+from .llava_json import Conversation
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from ...inference.generation import generate_texts
 from ...models.chat_formats import ChatFormat
 from ...models.prompt import IMAGE_TOKEN_ID, EncodedConversation, encode
 from ...models.vision_language_model import VisionLanguageModel
-from ..data.conversations import Conversation, conversation_of, stream_entries
+from ..data.llava_json import Conversation, conversation_of, stream_entries
 from ..data.packing import ConversationDataset, Features, PackedSequence, collate
 from .metrics import (
     Estimate,
