@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..checkpoints.weights_folder import load_weights, save_weights, trained_state
 from ..device import choose_device
 from ..errors import WeightsError
-from ..models.vision_language_model import IGNORE_INDEX
+from ..models.vision_language_model import IGNORE_INDEX, VisionLanguageModel
 from ..presets import Preset
 from .data.packing import collate
 from .loss import next_token_loss
@@ -186,7 +186,8 @@ class VisionLanguageTrainer(Trainer):
     @torch.no_grad()
     def _with_predicted_tokens(self, inputs: dict[str, Any], probability: float) -> dict[str, Any]:
         """Replaces each answer token, with this probability, by the model's own prediction; labels stay."""
-        logits, _ = self.accelerator.unwrap_model(self.model)(**inputs)  # [labels, vocabulary]
+        model = self.accelerator.unwrap_model(self.model)
+        logits, _ = VisionLanguageModel.forward(model, **inputs)  # [labels, vocabulary], without accelerate's autocast
         is_label = inputs["labels"] != IGNORE_INDEX  # [batch, length]
         predicted = torch.zeros_like(inputs["input_ids"]).masked_scatter(is_label, logits.argmax(dim=-1))
         is_replaced = is_label & (torch.rand(is_label.shape, device=is_label.device) < probability)
