@@ -204,7 +204,7 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[VisionLanguageModel, An
 
 
 def _llava(preset: Preset) -> HubRepository | None:
-    """The LLaVA model of a preset: training goes on from its projector."""
+    """The LLaVA model of a preset: training continues from its projector."""
     source = preset.language_model.source
     return source if preset.language_model.is_llava and isinstance(source, HubRepository) else None
 
