@@ -291,7 +291,7 @@ def test_label_smoothing_is_for_training_only(tiny, tmp_path):
         train(recipe(tiny, tmp_path / f"{smoothing}", label_smoothing=smoothing, samples=0, **settings))
         lines = history(tmp_path / f"{smoothing}")
         losses.append([float(next(line[name] for line in lines if line[name])) for name in ("loss", "eval_loss")])
-    assert losses[1][0] != pytest.approx(losses[0][0], rel=1e-2)
+    assert losses[1][0] != pytest.approx(losses[0][0], rel=1e-3)
     assert losses[1][1] == pytest.approx(losses[0][1], rel=1e-5)
 
 
