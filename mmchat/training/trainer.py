@@ -166,7 +166,7 @@ class VisionLanguageTrainer(Trainer):
             if probability > 0:
                 inputs = self._with_predicted_tokens(inputs, probability)
         loss, outputs = self._loss_and_outputs(model, inputs, num_items_in_batch)
-        if num_items_in_batch is not None:  # of all processes together, while DDP averages their gradients
+        if num_items_in_batch is not None:  # it spans all processes, and DDP averages their gradients
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
