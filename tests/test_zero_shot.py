@@ -75,7 +75,7 @@ def test_probabilities_equal_those_of_transformers(clip, small_picture, features
     tokens = AutoTokenizer.from_pretrained(clip)(
         texts, padding=True, truncation=True, max_length=40, return_tensors="pt"
     )
-    pixels = torch.stack([encoder.pixels(image) for image in images])
+    pixels = torch.stack([encoder.preprocess(image) for image in images])
     with torch.inference_mode():
         expected = CLIPModel.from_pretrained(clip)(**tokens, pixel_values=pixels).logits_per_image.softmax(dim=1)
     assert_close(found, expected)
