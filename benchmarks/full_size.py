@@ -215,8 +215,9 @@ def use(stage: str, name: str) -> None:
     from mmchat.checkpoints.weights_folder import default_weights, load_model, preset_for_weights
     from mmchat.conversation import Message, SamplingOptions
     from mmchat.inference.generation import generate_texts
+    from mmchat.models.chat_formats import chat_format_of
     from mmchat.models.image_encoder import load_image_encoder
-    from mmchat.models.prompt import chat_format_of, encode
+    from mmchat.models.prompt import encode
     from mmchat.presets import get_preset
 
     start = time.perf_counter()
@@ -253,6 +254,7 @@ def step(model, token_ids, is_answer, features, name: str) -> float:
 
     from mmchat.models.language_model import add_adapter
     from mmchat.models.vision_language_model import IGNORE_INDEX
+    from mmchat.training.loss import next_token_loss
 
     if not model.has_adapter:
         model.language_model = add_adapter(model.language_model, rank=16, alpha=32, dropout=0.0, base_name=name)
@@ -261,7 +263,7 @@ def step(model, token_ids, is_answer, features, name: str) -> float:
     labels = token_ids.masked_fill(~torch.tensor([is_answer]), IGNORE_INDEX)
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     mask = torch.ones_like(token_ids)
-    loss = model(input_ids=token_ids, attention_mask=mask, labels=labels, image_features=features)["loss"]
+    loss = next_token_loss(*model(input_ids=token_ids, attention_mask=mask, labels=labels, image_features=features))
     loss.backward()
     if not all(weight.grad is not None and weight.grad.isfinite().all() for weight in trained):
         sys.exit("A trainable weight has no finite gradient.")

@@ -418,8 +418,9 @@ def training() -> Iterator[Row]:
     from torch import nn
 
     from mmchat.models.vision_language_model import IGNORE_INDEX
-    from mmchat.training.data.conversations import conversation_of, entry_of
+    from mmchat.training.data.llava_json import conversation_of, entry_of
     from mmchat.training.data.packing import ConversationDataset, collate
+    from mmchat.training.loss import next_token_loss
     from mmchat.training.recipe import Recipe
     from mmchat.training.run import build_model, chosen_preset
 
@@ -451,7 +452,7 @@ def training() -> Iterator[Row]:
 
     def ours(rows: ConversationDataset, number: int) -> int:
         batch = collate([rows[index] for index in range(6 * number, 6 * number + 6)])  # 30 captions
-        step(model(**batch)["loss"])
+        step(next_token_loss(*model(**batch)))
         return int((batch["labels"] != IGNORE_INDEX).sum())
 
     def baseline(rows: ConversationDataset, number: int) -> int:
@@ -519,7 +520,7 @@ def precomputing() -> Iterator[Row]:
         @torch.inference_mode()
         def baseline() -> None:
             for path in pictures.iterdir():
-                network(encoder.pixels(_opened(path))[None])
+                network(encoder.preprocess(_opened(path))[None])
 
         pairs = [(timed(lambda number=number: ours(number)), timed(baseline)) for number in range(3)]
     one, other = (160 / median(column) for column in zip(*pairs, strict=True))

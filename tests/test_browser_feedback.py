@@ -8,7 +8,7 @@ import pytest
 
 from mmchat.serving import feedback
 from mmchat.serving import page as ui
-from mmchat.training.data.conversations import read_conversations
+from mmchat.training.data.llava_json import read_conversations
 from tests.browsing import ask, expect, finished, show
 from tests.conftest import ROOT
 from tests.raw import endpoints, served, upload

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from mmchat import Message
 from mmchat.errors import BadInput
-from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, EncodedConversation
+from mmchat.models.chat_formats import CHAT_FORMATS
+from mmchat.models.prompt import IMAGE_TOKEN_ID, EncodedConversation
 from mmchat.models.vision_language_model import IGNORE_INDEX
 from mmchat.presets import get_preset
-from mmchat.training.data.conversations import (
+from mmchat.training.data.features import FeatureStore
+from mmchat.training.data.llava_json import (
     Conversation,
     conversation_of,
     entry_of,
@@ -24,8 +26,8 @@ from mmchat.training.data.conversations import (
     stream_entries,
     write_conversations,
 )
-from mmchat.training.data.features import FeatureStore
 from mmchat.training.data.packing import ConversationDataset, collate, lay_out
+from mmchat.training.loss import next_token_loss
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import build_model
 from tests.close import assert_close
@@ -119,7 +121,7 @@ def test_streaming_any_json_list_equals_json_loads(tmp_path_factory, entries):
 
 
 def test_long_files_are_read_across_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmchat.training.data.conversations.CHUNK", 7)
+    monkeypatch.setattr("mmchat.training.data.llava_json.CHUNK", 7)
     entries = [entry_of(str(number), "a.jpg", [("What?", f"Dog number {number}.")]) for number in range(50)]
     assert write_conversations(tmp_path / "many.json", entries) == 50
     read = list(read_conversations(tmp_path / "many.json"))
@@ -160,7 +162,7 @@ class TestRows:
         gradients = []
         for dataset in (shared, alone):
             model.zero_grad()
-            loss = model(**collate([dataset[index] for index in range(len(dataset))]))["loss"]
+            loss = next_token_loss(*model(**collate([dataset[index] for index in range(len(dataset))])))
             loss.backward()
             gradients.append([loss, *(weight.grad.clone() for weight in model.parameters() if weight.requires_grad)])
         for found, expected in zip(*gradients, strict=True):
@@ -170,7 +172,7 @@ class TestRows:
         """transformers shifts the labels itself, so this fails if labels are shifted twice or never."""
         model, tokenizer = model
         batch = collate([self.dataset(tiny, tokenizer, share=False)[index] for index in range(6)])
-        ours = model(**batch)["loss"]
+        ours = next_token_loss(*model(**batch))
         theirs = model.language_model(
             inputs_embeds=model.splice(batch["input_ids"], batch["image_features"]),
             attention_mask=batch["attention_mask"],
@@ -185,7 +187,7 @@ class TestRows:
         losses = []
         for attention in ("sdpa", "eager"):
             model.causal_language_model.set_attn_implementation(attention)
-            losses.append(model(**batch)["loss"])
+            losses.append(next_token_loss(*model(**batch)))
         model.causal_language_model.set_attn_implementation("sdpa")
         assert_close(*losses)
 

@@ -17,10 +17,10 @@ from mmchat.checkpoints.weights_folder import load_model
 from mmchat.errors import BadInput
 from mmchat.inference.decoder import TorchDecoder
 from mmchat.inference.generation import generate_texts, stream_text
-from mmchat.models.prompt import CHAT_FORMATS
+from mmchat.models.chat_formats import CHAT_FORMATS
 from mmchat.presets import get_preset
-from mmchat.training.data.conversations import entry_of, write_conversations
 from mmchat.training.data.features import FeatureStore
+from mmchat.training.data.llava_json import entry_of, write_conversations
 from mmchat.training.data.packing import ConversationDataset
 from mmchat.training.evaluation.evaluator import (
     BlankFeatures,

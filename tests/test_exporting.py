@@ -12,7 +12,8 @@ from mmchat import BadInput, Message, SamplingOptions
 from mmchat.checkpoints.exporting import chat_template, export_llava
 from mmchat.checkpoints.weights_folder import load_model
 from mmchat.engine import LocalEngine
-from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
+from mmchat.models.chat_formats import CHAT_FORMATS
+from mmchat.models.prompt import IMAGE_TOKEN_ID, encode
 from mmchat.presets import PRESETS, HubRepository
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
@@ -32,7 +33,7 @@ def exported(request, tiny, tmp_path_factory):
             features=str(tiny / "features-patches"),
             preset=request.param,
             projector="llava",
-            hidden_width=64,
+            intermediate_size=64,
             quantization="4bit",
             out=str(folder / "weights"),
             max_steps=20,
@@ -180,7 +181,7 @@ def test_what_llava_has_no_place_for_is_named(tiny, tmp_path, name, projector, m
         features=str(tiny / f"features-{name.split('-')[1]}"),
         preset=name,
         projector=projector,
-        hidden_width=64,
+        intermediate_size=64,
         out=str(tmp_path / "weights"),
         max_steps=1,
         report_to=["none"],
@@ -205,7 +206,7 @@ def test_siglip_is_exported_too(tiny, tmp_path):
         image_encoder=str(tiny / "siglip"),
         preset="phi3-patches",
         projector="llava",
-        hidden_width=64,
+        intermediate_size=64,
         out=str(tmp_path / "weights"),
         max_steps=2,
         report_to=["none"],

@@ -14,7 +14,7 @@ import mmchat
 from mmchat import BadInput, Message, SamplingOptions
 from mmchat.serving import feedback
 from mmchat.serving.feedback import FeedbackStore
-from mmchat.training.data.conversations import read_conversations
+from mmchat.training.data.llava_json import read_conversations
 from tests.conftest import ROOT
 
 CORRECTIONS = (

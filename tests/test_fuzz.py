@@ -20,11 +20,12 @@ from mmchat import Message
 from mmchat.checkpoints.weights_folder import load_model
 from mmchat.errors import BadInput, WeightsError
 from mmchat.media import open_image, read_audio
+from mmchat.models.chat_formats import CHAT_FORMATS
 from mmchat.models.language_model import load_language_model
-from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
+from mmchat.models.prompt import IMAGE_TOKEN_ID, encode
 from mmchat.presets import get_preset
 from mmchat.training.data.captions import read_captions
-from mmchat.training.data.conversations import read_conversations
+from mmchat.training.data.llava_json import read_conversations
 from mmchat.training.run import train
 from tests.conftest import SPEECH
 from tests.test_trainer import recipe

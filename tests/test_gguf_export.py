@@ -64,7 +64,7 @@ def weights_for(tiny, name: str, folder) -> tuple[Preset, Path]:
     features = folder / "features"
     embed_folder(tiny / "pictures", features, preset.image_encoder, load_image_encoder(preset.image_encoder))
     recipe = Recipe(train=[str(tiny / "train.json")], features=str(features), preset=name, projector="llava")
-    recipe.hidden_width, recipe.lr, recipe.max_steps, recipe.report_to = 64, 1e-2, 10, ["none"]
+    recipe.intermediate_size, recipe.lr, recipe.max_steps, recipe.report_to = 64, 1e-2, 10, ["none"]
     recipe.quantization, recipe.out = "none", str(folder / "weights")
     train(recipe)
     return preset, folder / "weights"

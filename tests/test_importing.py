@@ -272,12 +272,12 @@ def test_the_layout_of_the_project_is_imported_with_a_note(tiny, tmp_path):
     publish("b", tmp_path / "published")
     preset = PRESETS["phi3-pooled"]
     report = import_checkpoint(tmp_path / "published", tmp_path / "ours", preset)
-    assert preset_for_weights(preset, tmp_path / "ours").picture_layout == PROJECTS["sayanbanerjee32"].layout
+    assert preset_for_weights(preset, tmp_path / "ours").prompt_template == PROJECTS["sayanbanerjee32"].layout
     assert "sayanbanerjee32" in str(report)
     report = import_checkpoint(tmp_path / "published", tmp_path / "c", preset, project="ChintanShahDS")
     assert "never learned to end" in str(report)
     import_checkpoint(tmp_path / "published", tmp_path / "none", preset, project="none")
-    assert preset_for_weights(preset, tmp_path / "none").picture_layout is None
+    assert preset_for_weights(preset, tmp_path / "none").prompt_template is None
     with pytest.raises(WeightsError, match="no project 'nobody'"):
         import_checkpoint(tmp_path / "published", tmp_path / "x", preset, project="nobody")
 

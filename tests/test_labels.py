@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from mmchat.errors import BadInput
-from mmchat.training.data import captions, details, naming
+from mmchat.training.data import captions, naming
+from mmchat.training.data.detailed_descriptions import choose, contradict
 from mmchat.training.data.label_facts import may_be_taken_for
 from mmchat.training.data.label_questions import conversations, questions_only
 from mmchat.training.data.label_rules import Asker
@@ -476,11 +477,9 @@ def test_details_are_consistent_and_repeat_little():
         "The man holds a camera and an umbrella",
         "A man leans on a bicycle next to a brick wall",
     ]
-    chosen = details.choose(written)
-    assert len(chosen) >= 3 and not any(details.contradict(a, b) for a in chosen for b in chosen if a != b)
-    assert (
-        details.choose(["A dog runs on the grass", "The dog is running on grass", "A dog on the grass runs"])[1:] == []
-    )
+    chosen = choose(written)
+    assert len(chosen) >= 3 and not any(contradict(a, b) for a in chosen for b in chosen if a != b)
+    assert choose(["A dog runs on the grass", "The dog is running on grass", "A dog on the grass runs"])[1:] == []
 
 
 def test_sentences_by_one_person_become_a_detail_and_never_a_caption():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from mmchat.checkpoints.weights_folder import load_model, save_weights
 from mmchat.errors import WeightsError
 from mmchat.models.projector import ProjectorConfig, build_projector
 from mmchat.models.prompt import IMAGE_TOKEN_ID
-from mmchat.models.vision_language_model import IGNORE_INDEX, MultimodalModel
+from mmchat.models.vision_language_model import IGNORE_INDEX, VisionLanguageModel
+from mmchat.training.loss import next_token_loss
 from tests.close import assert_close
 
 PROJECTORS = ("linear", "mlp", "resblock", "normblocks")
@@ -25,8 +27,8 @@ def tiny_model(kind="mlp"):
     config = LlamaConfig(
         vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
     )
-    projector_config = ProjectorConfig(kind, image_width=8, hidden_width=12, token_width=16, feature_count=3)
-    return MultimodalModel(LlamaForCausalLM(config), build_projector(projector_config), projector_config)
+    projector_config = ProjectorConfig(kind, image_dim=8, intermediate_size=12, hidden_size=16, feature_count=3)
+    return VisionLanguageModel(LlamaForCausalLM(config), build_projector(projector_config), projector_config)
 
 
 def padded_batch():
@@ -49,8 +51,8 @@ def test_picture_tokens_replace_their_placeholders(kind):
     assert_close(embeddings[1, [0, 1, 5]], tokens(torch.tensor([4, 5, 6])))
 
 
-def test_a_marker_ends_every_picture():
-    config = ProjectorConfig("linear", image_width=8, hidden_width=0, token_width=16, feature_count=3, marker=True)
+def test_an_end_of_image_token_follows_every_image():
+    config = ProjectorConfig("linear", 8, 0, 16, feature_count=3, end_of_image_token=True)
     projector = build_projector(config)
     torch.nn.init.normal_(projector.marker)
     tokens = projector(torch.randn(2, 3, 8))
@@ -58,14 +60,31 @@ def test_a_marker_ends_every_picture():
     assert torch.equal(tokens[:, -1], projector.marker.expand(2, -1))
 
 
+def test_configs_saved_under_old_names_load():
+    stored = {
+        "kind": "mlp",
+        "image_width": 8,
+        "hidden_width": 12,
+        "token_width": 16,
+        "feature_count": 3,
+        "marker": True,
+    }
+    config = ProjectorConfig.from_json(stored)
+    assert config == ProjectorConfig("mlp", 8, 12, 16, feature_count=3, end_of_image_token=True)
+    assert ProjectorConfig.from_json(json.loads(json.dumps(asdict(config)))) == config
+    for damaged in ({"kind": "mlp"}, {**stored, "color": "red"}, ["mlp"], None):
+        with pytest.raises((TypeError, ValueError)):
+            ProjectorConfig.from_json(damaged)
+
+
 def test_features_without_placeholders_are_an_error():
-    with pytest.raises(ValueError, match="3 IMAGE_TOKEN_IDs, but 4 picture tokens"):
+    with pytest.raises(ValueError, match="3 IMAGE_TOKEN_IDs, but 4 image tokens"):
         tiny_model().splice(torch.tensor([[1, *[IMAGE_TOKEN_ID] * 3]]), torch.randn(1, 4, 8))
 
 
 def test_the_loss_equals_cross_entropy_on_the_next_token_of_every_answer():
     model, batch, features = tiny_model(), padded_batch(), torch.randn(1, 3, 8)
-    loss = model(**batch, image_features=features)["loss"]
+    loss = next_token_loss(*model(**batch, image_features=features))
     embeddings = model.splice(batch["input_ids"], features)
     logits = model.language_model(inputs_embeds=embeddings, attention_mask=batch["attention_mask"]).logits
     expected = torch.nn.functional.cross_entropy(
@@ -74,11 +93,22 @@ def test_the_loss_equals_cross_entropy_on_the_next_token_of_every_answer():
     assert_close(loss, expected)
 
 
+def test_the_loss_is_weighted_smoothed_and_divided():
+    logits, labels = torch.randn(4, 50), torch.tensor([8, 9, 13, 14])
+    weights = torch.tensor([1.0, -0.5, 2.0, 0.0])
+    target = torch.nn.functional.one_hot(labels, 50) * 0.9 + 0.1 / 50  # [labels, vocabulary]
+    expected = (weights * -(target * logits.log_softmax(dim=-1)).sum(dim=-1)).sum() / 7
+    loss = next_token_loss(logits, labels, num_items_in_batch=7, label_weights=weights, label_smoothing=0.1)
+    assert_close(loss, expected)
+    assert_close(next_token_loss(logits, labels), torch.nn.functional.cross_entropy(logits, labels))
+    assert next_token_loss(logits[:0], labels[:0]) == 0
+
+
 @pytest.mark.parametrize("kind", PROJECTORS)
 def test_every_projector_weight_gets_a_gradient(kind):
     model = tiny_model(kind)
     model.language_model.requires_grad_(False)
-    model(**padded_batch(), image_features=torch.randn(1, 3, 8))["loss"].backward()
+    next_token_loss(*model(**padded_batch(), image_features=torch.randn(1, 3, 8))).backward()
     assert all(weight.grad.abs().sum() > 0 for weight in model.projector.parameters())
 
 

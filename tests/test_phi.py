@@ -16,11 +16,12 @@ from mmchat.engine import LocalEngine
 from mmchat.errors import BadInput
 from mmchat.inference.decoder import TorchDecoder
 from mmchat.inference.generation import _beam_settings, generate_texts, stream_text
+from mmchat.models.chat_formats import CHAT_FORMATS
 from mmchat.models.image_encoder import find_image_encoder, load_image_encoder
 from mmchat.models.language_model import add_adapter, context_length, load_language_model
 from mmchat.models.projector import ProjectorConfig, build_projector
-from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
-from mmchat.models.vision_language_model import MultimodalModel
+from mmchat.models.prompt import IMAGE_TOKEN_ID, encode
+from mmchat.models.vision_language_model import VisionLanguageModel
 from mmchat.presets import LLAVA_PHI_3, PHI_2, PHI_3_5, PRESETS, SMOL, HubRepository
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
@@ -169,11 +170,11 @@ def test_parameter_counts_equal_the_published_ones(preset):
         shape = ProjectorConfig(
             preset.projector.kind,
             encoder.image_dim,
-            preset.projector.hidden_width,
+            preset.projector.intermediate_size,
             config.hidden_size,
             encoder.feature_count,
         )
-        model = MultimodalModel(adapted, build_projector(shape), shape)
+        model = VisionLanguageModel(adapted, build_projector(shape), shape)
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     everything = sum(weight.numel() for weight in model.parameters())
     assert (trainable, everything - linear // 2, everything) == COUNTS[preset.name]
@@ -190,14 +191,14 @@ class TestImageEncoders:
         preset = find_image_encoder(HubRepository(str(tiny / "clip")), "patches", layer, class_token)
         encoder = load_image_encoder(preset)
         found = encoder.encode([picture])
-        states = encoder.network(encoder.pixels(picture)[None], output_hidden_states=True).hidden_states[layer]
+        states = encoder.network(encoder.preprocess(picture)[None], output_hidden_states=True).hidden_states[layer]
         assert_close(found, states if class_token else states[:, 1:])
         assert found.shape[1:] == (preset.feature_count, preset.image_dim) == (4 + class_token, 24)
 
     def test_pooled_features_are_clips_image_embedding(self, tiny, picture):
         preset = find_image_encoder(HubRepository(str(tiny / "clip")), "pooled")
         encoder = load_image_encoder(preset)
-        expected = encoder.network(encoder.pixels(picture)[None]).image_embeds
+        expected = encoder.network(encoder.preprocess(picture)[None]).image_embeds
         assert_close(encoder.encode([picture])[:, 0], expected)
         assert preset.image_dim == 20
 

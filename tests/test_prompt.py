@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mmchat.conversation import Message
-from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
+from mmchat.models.chat_formats import CHAT_FORMATS
+from mmchat.models.prompt import IMAGE_TOKEN_ID, encode
 
 FORMAT = CHAT_FORMATS["smollm2"]
 CONVERSATION = [

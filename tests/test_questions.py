@@ -12,7 +12,7 @@ from PIL import Image
 from mmchat.errors import BadInput
 from mmchat.training.data import easy_vqa
 from mmchat.training.data.captions import conversations, descriptions, questions_only, read_captions, tidy_caption
-from mmchat.training.data.conversations import write_conversations
+from mmchat.training.data.llava_json import write_conversations
 from mmchat.training.data.questions import ask
 from mmchat.training.evaluation.evaluator import read_items
 

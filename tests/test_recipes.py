@@ -11,6 +11,7 @@ import torch
 from mmchat.models.prompt import IMAGE_TOKEN_ID
 from mmchat.models.vision_language_model import IGNORE_INDEX
 from mmchat.presets import PRESETS
+from mmchat.training.loss import next_token_loss
 from mmchat.training.recipe import Recipe, read_recipe
 from mmchat.training.run import build_model
 
@@ -28,10 +29,9 @@ def test_a_tiny_model_is_built_as_the_recipe_says(tiny, tmp_path, path):
         quantization="none",
         start_from=None,
         projector_lr=recipe.projector_lr or 1e-3,
-        hidden_width=64,
+        intermediate_size=64,
     )
     model, _ = build_model(small, PRESETS[kind])
-    assert model.label_smoothing == recipe.label_smoothing
     assert model.projector_config.kind == recipe.projector
     assert model.projector_config.depth == recipe.projector_depth
     assert model.has_adapter == bool(recipe.lr)
@@ -42,7 +42,8 @@ def test_a_tiny_model_is_built_as_the_recipe_says(tiny, tmp_path, path):
     ids = torch.tensor([[*[IMAGE_TOKEN_ID] * model.tokens_per_image, 1, 2, 3, 4]])
     labels = ids.masked_fill(ids == IMAGE_TOKEN_ID, IGNORE_INDEX)
     shown = torch.randn(1, encoder.feature_count, encoder.image_dim)
-    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, image_features=shown)["loss"].backward()
+    outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, image_features=shown)
+    next_token_loss(*outputs).backward()
     assert all(parameter.grad is not None for parameter in model.projector.parameters() if parameter.requires_grad)
 
 
@@ -61,7 +62,7 @@ def shown(recipe: Recipe) -> dict[str, str]:
         "CLIP": encoder.replace("openai/clip-vit-base-patch", "B/"),
         "features": "pooled" if is_pooled else f"layer {recipe.image_layer}",
         "projector": f"{recipe.projector}{depth}",
-        "hidden width": str(recipe.hidden_width or ""),
+        "hidden width": str(recipe.intermediate_size or ""),
         "projector dropout": f"{recipe.projector_dropout:g}",
         "projector's rate": rate(recipe.projector_lr),
         "base weights": recipe.quantization,

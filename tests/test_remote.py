@@ -39,7 +39,7 @@ def served(tiny, tmp_path_factory):
         features=str(tiny / "features-patches"),
         preset="phi3-patches",
         projector="llava",
-        hidden_width=64,
+        intermediate_size=64,
         out=str(folder / "weights"),
         max_steps=20,
         lr=1e-2,

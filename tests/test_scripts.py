@@ -11,7 +11,7 @@ import pytest
 
 from mmchat.errors import BadInput
 from mmchat.training.data.cleaning import clean_answer, clean_answers
-from mmchat.training.data.conversations import entry_of
+from mmchat.training.data.llava_json import entry_of
 from mmchat.training.recipe import Recipe, parse_recipe, read_recipe, write_recipe
 from tests.conftest import ROOT
 
@@ -77,11 +77,11 @@ def test_bad_recipes_are_errors(tmp_path, content, says):
 def test_old_names_of_settings_are_read_with_a_warning(tmp_path, caplog):
     caplog.set_level("INFO")
     old = "train: a.json\nfeatures: f\naccumulate: 3\nkeep: 5\ndecay: linear\nquantization: int8\nmarker: true\n"
-    (tmp_path / "old.yaml").write_text(old + "own_tokens: 0.5\nown_tokens_cycle: 7\nown_answers: 4\n")
+    (tmp_path / "old.yaml").write_text(old + "own_tokens: 0.5\nown_tokens_cycle: 7\nown_answers: 4\nhidden_width: 9\n")
     recipe = parse_recipe("x", ["--recipe", str(tmp_path / "old.yaml"), "--own-answers", "2", "--decay", "constant"])
     assert (recipe.gradient_accumulation_steps, recipe.save_total_limit, recipe.quantization) == (3, 5, "cpu-int8")
     assert (recipe.scheduled_sampling, recipe.scheduled_sampling_cycle, recipe.end_of_image_token) == (0.5, 7, True)
-    assert (recipe.scst_samples, recipe.lr_scheduler_type) == (2, "constant")
+    assert (recipe.scst_samples, recipe.lr_scheduler_type, recipe.intermediate_size) == (2, "constant", 9)
     assert "old.yaml: 'keep' is now called 'save_total_limit'" in caplog.text
     assert parse_recipe("x", ["--train", "a", "--features", "f", "--quantization", "int8"]).quantization == "cpu-int8"
 

@@ -11,10 +11,11 @@ import torch
 from mmchat.checkpoints.weights_folder import load_model
 from mmchat.conversation import Message
 from mmchat.errors import BadInput
+from mmchat.models.chat_formats import CHAT_FORMATS
 from mmchat.models.language_model import load_language_model
-from mmchat.models.prompt import CHAT_FORMATS, encode
+from mmchat.models.prompt import encode
 from mmchat.presets import get_preset
-from mmchat.training.data.conversations import entry_of, write_conversations
+from mmchat.training.data.llava_json import entry_of, write_conversations
 from mmchat.training.data.packing import lay_out
 from mmchat.training.run import train
 from mmchat.training.self_critical import MIN_LIMIT, Reward, advantages, sample_answers, take_open_questions

@@ -11,14 +11,15 @@ import torch
 from mmchat.checkpoints.weights_folder import load_model, save_weights
 from mmchat.conversation import Message
 from mmchat.errors import BadInput, WeightsError
-from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, encode
+from mmchat.models.chat_formats import CHAT_FORMATS
+from mmchat.models.prompt import IMAGE_TOKEN_ID, encode
 from mmchat.models.tagger import TAGGER_FILE, Tag, Tagger, encoder_text, load_tagger, tag_text
 from mmchat.presets import EFFICIENTNET_LITE0, EFFICIENTNET_LITE2
 from mmchat.training.averaging import average_weights
-from mmchat.training.data.conversations import conversation_of, entry_of
 from mmchat.training.data.labels import Labeled
+from mmchat.training.data.llava_json import conversation_of, entry_of
 from mmchat.training.data.packing import ConversationDataset
-from mmchat.training.tagging import TAGS_FILE, TrainingTags, Vocabulary, fit_tagger, read_classes
+from mmchat.training.fit_tagger import TAGS_FILE, TrainingTags, Vocabulary, fit_tagger, read_classes
 
 CELLS, IMAGE_DIM = 4, 8
 SMALL = replace(EFFICIENTNET_LITE2, feature_count=CELLS + 1, image_dim=IMAGE_DIM)

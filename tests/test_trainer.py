@@ -21,14 +21,14 @@ from mmchat.checkpoints.weights_folder import load_model, save_weights
 from mmchat.errors import BadInput, WeightsError
 from mmchat.presets import get_preset
 from mmchat.training.averaging import average_weights
-from mmchat.training.data.conversations import entry_of, write_conversations
+from mmchat.training.data.llava_json import entry_of, write_conversations
 from mmchat.training.int8 import DECISION_FILE, Int8Linear, is_exact, use_faster_multiplication
 from mmchat.training.recipe import Recipe, write_recipe
 from mmchat.training.run import build_model, train
 from mmchat.training.trainer import (
     STAGING,
     EpochSampler,
-    MultimodalTrainer,
+    VisionLanguageTrainer,
     checkpoints,
     scheduled_sampling_probability,
 )
@@ -244,7 +244,7 @@ def test_a_projector_without_gradients_is_an_error_at_the_first_step(tiny, tmp_p
     """PEFT freezes modules that it does not know, so this happens by accident."""
     settings = recipe(tiny, tmp_path)
     monkeypatch.setattr(
-        "mmchat.models.vision_language_model.MultimodalModel.splice",
+        "mmchat.models.vision_language_model.VisionLanguageModel.splice",
         lambda self, token_ids, features: self.language_model.get_input_embeddings()(token_ids.clamp(min=0)),
     )
     with pytest.raises(WeightsError, match="6 trainable parameters have no gradient"):
@@ -283,6 +283,18 @@ def test_bf16_and_scheduled_sampling_learn(tiny, tmp_path):
         assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.slow
+def test_label_smoothing_is_for_training_only(tiny, tmp_path):
+    settings = {"max_steps": 1, "lr": 1e-9, "projector_lr": 1e-9, "eval": [str(tiny / "train.json")], "eval_steps": 1}
+    losses = []
+    for smoothing in (0.0, 0.5):
+        train(recipe(tiny, tmp_path / f"{smoothing}", label_smoothing=smoothing, samples=0, **settings))
+        lines = history(tmp_path / f"{smoothing}")
+        losses.append([float(next(line[name] for line in lines if line[name])) for name in ("loss", "eval_loss")])
+    assert losses[1][0] != pytest.approx(losses[0][0], rel=1e-3)
+    assert losses[1][1] == pytest.approx(losses[0][1], rel=1e-5)
+
+
 def test_the_sampler_draws_every_sequence_once_per_epoch_next_to_similar_lengths():
     lengths = [10 + (number * 37) % 90 for number in range(203)]
     sampler = EpochSampler(4, lengths, seed=1)
@@ -311,14 +323,14 @@ def test_the_probability_of_scheduled_sampling_cycles(tiny, tmp_path):
 @pytest.mark.slow
 def test_old_checkpoints_are_pruned_and_the_best_is_kept(tiny, tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
-    original = MultimodalTrainer.evaluation_loop
+    original = VisionLanguageTrainer.evaluation_loop
 
     def evaluation_loop(self, *arguments, **options):
         output = original(self, *arguments, **options)
         output.metrics["eval_loss"] = next(losses)
         return output
 
-    monkeypatch.setattr(MultimodalTrainer, "evaluation_loop", evaluation_loop)
+    monkeypatch.setattr(VisionLanguageTrainer, "evaluation_loop", evaluation_loop)
     evaluates = {
         "eval": [str(tiny / "eval.json")],
         "eval_steps": 2,

@@ -15,7 +15,7 @@ from mmchat.media import open_image
 from mmchat.models.image_encoder import find_image_encoder, load_image_encoder
 from mmchat.presets import EFFICIENTNET_LITE0, IMAGE_ENCODER_FILE, SMOL, HubRepository
 from mmchat.training.averaging import average_weights
-from mmchat.training.tuning import tune_image_encoder, words_and_pairs
+from mmchat.training.tune_image_encoder import tune_image_encoder, words_and_pairs
 
 COLORS = {"red": (200, 60, 60), "blue": (60, 60, 200)}
 

@@ -17,7 +17,7 @@ from mmchat.errors import BadInput, WeightsError
 from mmchat.models.image_encoder import find_image_encoder, load_image_encoder
 from mmchat.models.language_model import load_language_model
 from mmchat.models.projector import ProjectorConfig, build_projector
-from mmchat.models.vision_language_model import MultimodalModel
+from mmchat.models.vision_language_model import VisionLanguageModel
 from mmchat.models.zero_shot import PROMPT, load_zero_shot, read_names
 from mmchat.presets import EFFICIENTNET_LITE2, PRESETS, HubRepository
 from tests.close import assert_close
@@ -60,7 +60,7 @@ def clip_engine(request, clip, tmp_path_factory):
     language_model, _ = load_language_model(preset.language_model, torch.float32)
     shape = ProjectorConfig("mlp", encoder.image_dim, 8, language_model.config.hidden_size, encoder.feature_count)
     folder = tmp_path_factory.mktemp("weights")
-    save_weights(MultimodalModel(language_model, build_projector(shape), shape), folder, preset)
+    save_weights(VisionLanguageModel(language_model, build_projector(shape), shape), folder, preset)
     return LocalEngine(preset, folder)
 
 
@@ -75,7 +75,7 @@ def test_probabilities_equal_those_of_transformers(clip, small_picture, features
     tokens = AutoTokenizer.from_pretrained(clip)(
         texts, padding=True, truncation=True, max_length=40, return_tensors="pt"
     )
-    pixels = torch.stack([encoder.pixels(image) for image in images])
+    pixels = torch.stack([encoder.preprocess(image) for image in images])
     with torch.inference_mode():
         expected = CLIPModel.from_pretrained(clip)(**tokens, pixel_values=pixels).logits_per_image.softmax(dim=1)
     assert_close(found, expected)
@@ -97,7 +97,7 @@ def test_the_engine_classifies_among_given_names(clip_engine, small_picture):
     assert {tag.name for tag in found} <= set(NAMES) and found[0].probability >= found[-1].probability >= 0.1
     assert clip_engine.classes(small_picture, ["dog"])[0].probability == pytest.approx(1)
     assert clip_engine.model.tagger is None  # so the prompt has no tags, as in training
-    with pytest.raises(BadInput, match="There are no names"):
+    with pytest.raises(BadInput, match="at least one name to look for"):
         clip_engine.classes(small_picture, [" "])
     with pytest.raises(BadInput, match="There is no picture"):
         clip_engine.classes("nowhere.jpg", NAMES)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from mmchat.presets import PRESETS, SMOL, HubRepository, ImageEncoderPreset, LanguageModelPreset, ProjectorPreset
-from mmchat.training.data.conversations import entry_of, write_conversations
+from mmchat.training.data.llava_json import entry_of, write_conversations
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 PHI_3_SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]

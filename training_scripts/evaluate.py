@@ -89,8 +89,8 @@ def evaluate_questions(options):
     from mmchat.conversation import SamplingOptions
     from mmchat.device import choose_device
     from mmchat.errors import BadInput
+    from mmchat.models.chat_formats import chat_format_of
     from mmchat.models.image_encoder import load_image_encoder
-    from mmchat.models.prompt import chat_format_of
     from mmchat.presets import get_preset
     from mmchat.training.data.features import FeatureStore, PictureFolder
     from mmchat.training.evaluation.evaluator import (

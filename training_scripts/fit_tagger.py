@@ -33,7 +33,7 @@ def main():
     from mmchat.models.image_encoder import load_image_encoder
     from mmchat.presets import get_preset
     from mmchat.training.data.features import FeatureStore
-    from mmchat.training.tagging import Vocabulary, fit_tagger, read_classes
+    from mmchat.training.fit_tagger import Vocabulary, fit_tagger, read_classes
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

@@ -26,11 +26,13 @@ def main():
     parser.add_argument(
         "--end-of-image-token", "--marker", metavar="TOKEN", help="the checkpoint's end-of-image token, if it has one"
     )
-    parser.add_argument("--project", default="auto", help="whose layout they learned; none: the preset's own")
+    parser.add_argument(
+        "--project", default="auto", help="whose prompt template they learned; none: the chat format's own"
+    )
     parser.add_argument("--image-encoder", help="the CLIP or SigLIP model that the projector reads, on the Hub or here")
-    parser.add_argument("--image-features", choices=("patches", "pooled"), help="what is taken of it")
-    parser.add_argument("--image-layer", type=int, help="whose patches are taken")
-    parser.add_argument("--class-token", action=argparse.BooleanOptionalAction, help="its class token, too")
+    parser.add_argument("--image-features", choices=("patches", "pooled"), help="which of its features")
+    parser.add_argument("--image-layer", type=int, help="the layer of the patches")
+    parser.add_argument("--class-token", action=argparse.BooleanOptionalAction, help="keep its class token")
     options = parser.parse_args()
 
     from mmchat.checkpoints.importing import import_checkpoint

@@ -100,11 +100,11 @@ def main():
     options = parse()
 
     from mmchat.errors import MmchatError
-    from mmchat.training.data.conversations import write_conversations
+    from mmchat.training.data.llava_json import write_conversations
 
     try:
         if options.command == "split":
-            from mmchat.training.data.conversations import split_by_image
+            from mmchat.training.data.llava_json import split_by_image
 
             train, rest = split_by_image(options.conversations, options.share, random.Random(options.seed))
             print(f"{write_conversations(options.rest, rest)} conversations in {options.rest}")

@@ -34,7 +34,7 @@ def main():
     from mmchat.models.image_encoder import load_image_encoder
     from mmchat.presets import EFFICIENTNET_LITE0
     from mmchat.training.data.captions import read_split
-    from mmchat.training.tuning import tune_image_encoder
+    from mmchat.training.tune_image_encoder import tune_image_encoder
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

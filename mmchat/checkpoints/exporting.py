@@ -11,11 +11,11 @@ from torch import nn
 from ..conversation import ROLES
 from ..errors import BadInput
 from ..fetching import fetch
+from ..models.chat_formats import CHAT_FORMATS, ChatFormat
 from ..models.image_encoder import llava_tower
 from ..models.language_model import context_length
 from ..models.llava_folder import is_llava_folder, open_llava
-from ..models.prompt import CHAT_FORMATS, ChatFormat
-from ..models.vision_language_model import MultimodalModel
+from ..models.vision_language_model import VisionLanguageModel
 from ..presets import ImageEncoderPreset, Preset
 from .weights_folder import load_model, preset_for_weights
 
@@ -64,15 +64,15 @@ def export_llava(weights: str | Path, out: str | Path, preset: Preset, dtype: to
     _processor(tokenizer, preset).save_pretrained(out)
 
 
-def _check(model: MultimodalModel, preset: Preset) -> None:
+def _check(model: VisionLanguageModel, preset: Preset) -> None:
     config, encoder = model.projector_config, preset.image_encoder
     head = model.causal_language_model.get_output_embeddings()
     troubles = {
         f"features of the kind '{encoder.features}', where it takes patches": encoder.features != "patches",
         f"a projector of the kind '{config.kind}', where it takes 'llava'": config.kind != "llava",
-        "a hidden width other than the tokens' in the projector": config.hidden_width != config.token_width,
-        "a marker token": config.marker,
-        "a picture layout of their own": preset.picture_layout is not None,
+        "a hidden width other than the tokens' in the projector": config.intermediate_size != config.hidden_size,
+        "a marker token": config.end_of_image_token,
+        "a picture layout of their own": preset.prompt_template is not None,
         "a bias in the output layer, as Phi-2 has": getattr(head, "bias", None) is not None,
     }
     found = [trouble for trouble, is_there in troubles.items() if is_there]
@@ -80,7 +80,7 @@ def _check(model: MultimodalModel, preset: Preset) -> None:
         raise BadInput(f"These weights cannot be exported: LLaVA has no place for {'; nor for '.join(found)}.")
 
 
-def _assemble(model: MultimodalModel, preset: Preset, image_token_id: int) -> nn.Module:
+def _assemble(model: VisionLanguageModel, preset: Preset, image_token_id: int) -> nn.Module:
     """The LLaVA model around our parts, none of which is copied."""
     from transformers import LlavaForConditionalGeneration
 

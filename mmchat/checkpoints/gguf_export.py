@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from ..errors import BadInput
+from ..models.chat_formats import chat_format_of
 from ..models.language_model import context_length
-from ..models.prompt import chat_format_of
-from ..models.vision_language_model import MultimodalModel
+from ..models.vision_language_model import VisionLanguageModel
 from ..presets import ImageEncoderPreset, Preset
 from .exporting import vision_of
 from .gguf_tokenizer import add_tokenizer, gguf_template
@@ -84,7 +84,7 @@ def export_gguf(
     )
 
 
-def _why_no_mmproj(model: MultimodalModel, preset: Preset) -> str:
+def _why_no_mmproj(model: VisionLanguageModel, preset: Preset) -> str:
     """Why llama.cpp cannot see as these weights do; empty if it can."""
     encoder, config = preset.image_encoder, model.projector_config
     if encoder.features != "patches":
@@ -93,9 +93,9 @@ def _why_no_mmproj(model: MultimodalModel, preset: Preset) -> str:
         return f"{encoder.name} is neither a CLIP nor a SigLIP, the image encoders that this export knows"
     if encoder.class_token:
         return "llama.cpp drops CLIP's class token, which these weights read"
-    if config.kind != "llava" or config.marker:
+    if config.kind != "llava" or config.end_of_image_token:
         return "llama.cpp knows projectors of the kind 'llava' without a marker token only"
-    if preset.picture_layout:
+    if preset.prompt_template:
         return "these weights bring a picture layout of their own"
     return ""
 
@@ -202,7 +202,7 @@ def _finish(writer: Any) -> None:
 # The adapter
 
 
-def _write_adapter(model: MultimodalModel, path: Path) -> None:
+def _write_adapter(model: VisionLanguageModel, path: Path) -> None:
     import gguf
 
     config = model.causal_language_model.config
@@ -224,7 +224,7 @@ def _write_adapter(model: MultimodalModel, path: Path) -> None:
 # The image encoder and the projector
 
 
-def _write_mmproj(model: MultimodalModel, encoder: ImageEncoderPreset, path: Path, kind: str) -> None:
+def _write_mmproj(model: VisionLanguageModel, encoder: ImageEncoderPreset, path: Path, kind: str) -> None:
     import gguf
     from transformers import AutoImageProcessor, CLIPVisionModel, SiglipVisionModel
 
@@ -242,7 +242,7 @@ def _write_mmproj(model: MultimodalModel, encoder: ImageEncoderPreset, path: Pat
     writer.add_vision_patch_size(config.patch_size)
     writer.add_vision_embedding_length(config.hidden_size)
     writer.add_vision_feed_forward_length(config.intermediate_size)
-    writer.add_vision_projection_dim(model.projector_config.token_width)
+    writer.add_vision_projection_dim(model.projector_config.hidden_size)
     writer.add_vision_block_count(depth)
     writer.add_vision_head_count(config.num_attention_heads)
     writer.add_vision_attention_layernorm_eps(config.layer_norm_eps)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from ..models.prompt import ChatFormat
+from ..models.chat_formats import ChatFormat
 from .exporting import chat_template
 
 

@@ -19,8 +19,8 @@ from ..fetching import fetch
 from ..fetching.cache import convert_once
 from ..models.image_encoder import find_image_encoder
 from ..models.language_model import empty_language_model, load_language_model
-from ..models.projector import Marked
-from ..models.vision_language_model import MultimodalModel
+from ..models.projector import WithEndOfImage
+from ..models.vision_language_model import VisionLanguageModel
 from ..presets import HubRepository, Preset
 from .projects import PROJECTS, Project, StoredProjector
 from .published_adapter import LORA_FILE, import_adapter
@@ -79,18 +79,18 @@ def import_checkpoint(
         stored, {renamed[name]: tensor.float() for name, tensor in tensors.items()}, preset
     )
     report.kind = config.kind
-    if config.token_width != language_model.config.hidden_size:
+    if config.hidden_size != language_model.config.hidden_size:
         raise WeightsError(
-            f"The projector makes tokens of {config.token_width} numbers; {preset.language_model.name} reads "
+            f"The projector makes tokens of {config.hidden_size} numbers; {preset.language_model.name} reads "
             f"{language_model.config.hidden_size}."
         )
     if marker_token := marker_token or (known and known.marker_token):
-        projector = Marked(projector, config.token_width)
+        projector = WithEndOfImage(projector, config.hidden_size)
         projector.marker.data = _embedding_of(marker_token, preset)
-        config = replace(config, marker=True)
+        config = replace(config, end_of_image_token=True)
         report.notes.append(f"Every picture ends with the token of the word '{marker_token}'.")
     language_model = import_adapter(folder, language_model, preset.language_model, report)
-    save_weights(MultimodalModel(language_model, projector, config), out, preset)
+    save_weights(VisionLanguageModel(language_model, projector, config), out, preset)
     return report
 
 
@@ -124,7 +124,7 @@ def _as_trained(
     own, settings = preset.image_encoder, {}
     source = HubRepository(image_encoder) if image_encoder else None
     if project:
-        preset = replace(preset, picture_layout=project.layout)
+        preset = replace(preset, prompt_template=project.layout)
         source = source or project.image_encoder
         settings = {
             "features": project.image_features,
@@ -165,7 +165,7 @@ def import_published(source: HubRepository, preset: Preset) -> Path:
 
 
 def _embedding_of(token: str, preset: Preset) -> torch.Tensor:
-    """[token_width] of a word that is one token of the language model."""
+    """[hidden_size] of a word that is one token of the language model."""
     language_model, tokenizer = load_language_model(preset.language_model, torch.float32)
     token_ids = tokenizer.encode(token, add_special_tokens=False)
     if len(token_ids) != 1:

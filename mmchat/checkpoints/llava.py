@@ -86,9 +86,9 @@ def llava_preset(source: HubRepository, preset: Preset | None = None) -> Preset:
         else f"The LLaVA model {name} ({config.text_config.model_type}, {encoder.feature_count} features per picture)",
         language_model=language_model,
         image_encoder=encoder,
-        projector=ProjectorPreset(kind="llava", hidden_width=config.text_config.hidden_size),
+        projector=ProjectorPreset(kind="llava", intermediate_size=config.text_config.hidden_size),
         weights=source,
-        picture_layout=None,
+        prompt_template=None,
         chat_template=llava_template(folder, name),
     )
 
@@ -117,9 +117,9 @@ def projector_config(llava: LlavaFolder, encoder: ImageEncoderPreset) -> Project
     width = llava.config.text_config.hidden_size
     return ProjectorConfig(
         kind="llava",
-        image_width=encoder.image_dim,
-        hidden_width=width,
-        token_width=width,
+        image_dim=encoder.image_dim,
+        intermediate_size=width,
+        hidden_size=width,
         feature_count=encoder.feature_count,
         activation=llava.config.projector_hidden_act,
         bias=llava.config.multimodal_projector_bias,

@@ -89,9 +89,9 @@ def _shape_of(stored: StoredProjector, tensors: Tensors, preset: Preset) -> Proj
         )
     return ProjectorConfig(
         kind=stored.kind,
-        image_width=encoder.image_dim,
-        hidden_width=tensors[stored.hidden].shape[0] if stored.hidden else 0,
-        token_width=tensors[stored.last].shape[0],
+        image_dim=encoder.image_dim,
+        intermediate_size=tensors[stored.hidden].shape[0] if stored.hidden else 0,
+        hidden_size=tensors[stored.last].shape[0],
         feature_count=encoder.feature_count,
         depth=len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}) or 1,
     )

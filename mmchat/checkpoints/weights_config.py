@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..errors import WeightsError
 from ..fetching.sources import HubRepository
+from ..models.chat_formats import PromptTemplate
 from ..models.projector import ProjectorConfig
-from ..models.prompt import PictureLayout
 from ..presets import PRESETS, ImageEncoderPreset, Preset
 
 CONFIG_FILE = "mmchat.json"
@@ -51,8 +51,8 @@ def write_config(folder: Path, preset: Preset, projector: ProjectorConfig, has_a
         "projector": asdict(projector),
         "adapter": has_adapter,
     }
-    if preset.picture_layout:
-        config["picture_layout"] = asdict(preset.picture_layout)
+    if preset.prompt_template:
+        config["picture_layout"] = asdict(preset.prompt_template)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -108,13 +108,13 @@ def llava_of(config: dict, folder: Path) -> HubRepository | None:
         raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' names no LLaVA model I know.") from error
 
 
-def layout_of(config: dict, folder: Path) -> PictureLayout | None:
+def layout_of(config: dict, folder: Path) -> PromptTemplate | None:
     """The layout that weights bring; None where they were trained in their chat format's own."""
     stored = config.get("picture_layout")
     if stored is None:
         return None
     try:
-        return PictureLayout(**stored)
+        return PromptTemplate(**stored)
     except TypeError as error:
         raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' describes no picture layout I know.") from error
 

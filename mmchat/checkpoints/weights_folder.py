@@ -19,6 +19,7 @@ from torch import nn
 from ..errors import WeightsError
 from ..fetching import fetch
 from ..fetching.sources import HubRepository
+from ..models.chat_formats import PromptTemplate
 from ..models.language_model import (
     ADAPTER_WEIGHTS,
     adapter_state,
@@ -29,9 +30,8 @@ from ..models.language_model import (
 )
 from ..models.llava_folder import LlavaFolder, open_llava
 from ..models.projector import ProjectorConfig, build_projector
-from ..models.prompt import PictureLayout
 from ..models.tagger import load_tagger
-from ..models.vision_language_model import MultimodalModel
+from ..models.vision_language_model import VisionLanguageModel
 from ..presets import (
     EFFICIENTNETS,
     IMAGE_ENCODER_FILE,
@@ -57,7 +57,7 @@ PROJECTOR_FILE = "projector.safetensors"
 ADAPTER_FOLDER = "adapter"
 
 
-def trained_state(model: MultimodalModel) -> dict[str, dict[str, torch.Tensor]]:
+def trained_state(model: VisionLanguageModel) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors that a weights folder holds, file by file (the adapter's only where there is one)."""
     state = {PROJECTOR_FILE: model.projector.state_dict()}
     if model.has_adapter:
@@ -65,7 +65,9 @@ def trained_state(model: MultimodalModel) -> dict[str, dict[str, torch.Tensor]]:
     return state
 
 
-def save_weights(model: MultimodalModel, folder: str | Path, preset: Preset, dtype: torch.dtype | None = None) -> None:
+def save_weights(
+    model: VisionLanguageModel, folder: str | Path, preset: Preset, dtype: torch.dtype | None = None
+) -> None:
     """Writes a folder that chats.
 
     An image encoder that was tuned is copied into it.
@@ -88,7 +90,7 @@ def save_weights(model: MultimodalModel, folder: str | Path, preset: Preset, dty
         shutil.copyfile(encoder.source, folder / IMAGE_ENCODER_FILE)
 
 
-def load_weights(model: MultimodalModel, folder: str | Path) -> None:
+def load_weights(model: VisionLanguageModel, folder: str | Path) -> None:
     """Puts the weights of a folder into a model of the same shape.
 
     Raises:
@@ -152,7 +154,7 @@ def preset_for_weights(preset: Preset, weights: Weights) -> Preset:
     config = read_config(Path(weights))
     if llava := llava_of(config, Path(weights)):
         preset = llava_preset(llava, preset)
-    preset = replace(preset, picture_layout=layout_of(config, Path(weights)))
+    preset = replace(preset, prompt_template=layout_of(config, Path(weights)))
     if tuned := tuned_image_encoder(weights):
         return replace(preset, image_encoder=tuned)
     if named := EFFICIENTNETS.get(config.get("image_encoder")):
@@ -161,7 +163,7 @@ def preset_for_weights(preset: Preset, weights: Weights) -> Preset:
     return replace(preset, image_encoder=chosen) if chosen else preset
 
 
-def _teach_layout(layout: PictureLayout, language_model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def _teach_layout(layout: PromptTemplate, language_model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Adds the layout's own tokens to the tokenizer, and the token that ends an answer to those that stop the model."""
     if layout.added_tokens:
         added = {"additional_special_tokens": list(layout.added_tokens)}
@@ -182,7 +184,7 @@ def load_model(
     quantization: str = "none",
     trainable: bool = False,
     any_encoder: bool = False,
-) -> tuple[MultimodalModel, Any]:
+) -> tuple[VisionLanguageModel, Any]:
     """The multimodal model of a preset with the projector and adapter of a weights folder, and its tokenizer.
 
     Args:
@@ -199,7 +201,7 @@ def load_model(
     config = read_config(folder)
     check_identity(config, folder, preset, any_encoder)
     try:
-        projector_config = ProjectorConfig(**config["projector"])
+        projector_config = ProjectorConfig.from_json(config["projector"])
         projector, has_adapter = build_projector(projector_config), config["adapter"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' describes no projector I know.") from error
@@ -207,19 +209,19 @@ def load_model(
     language_model, tokenizer = load_language_model(preset.language_model, dtype, quantization)
     if layout := layout_of(config, folder):
         _teach_layout(layout, language_model, tokenizer, folder)
-    if projector_config.token_width != language_model.config.hidden_size:
+    if projector_config.hidden_size != language_model.config.hidden_size:
         raise WeightsError(f"The projector in '{folder.name}' makes tokens of another width than the model reads.")
     if has_adapter:
         language_model = load_adapter(language_model, folder / ADAPTER_FOLDER, trainable=trainable)
     projector = projector.float().requires_grad_(trainable)
     tagger = load_tagger(folder, preset.image_encoder) if is_made_for(config, preset) else None
-    model = MultimodalModel(language_model, projector, projector_config, tagger)
+    model = VisionLanguageModel(language_model, projector, projector_config, tagger)
     return model.train(trainable), tokenizer
 
 
 def _load_llava(
     preset: Preset, source: HubRepository, dtype: torch.dtype, quantization: str, trainable: bool
-) -> tuple[MultimodalModel, Any]:
+) -> tuple[VisionLanguageModel, Any]:
     """A LLaVA model's language model and projector, each read from its files."""
     name = preset.language_model.name
     if preset.language_model.source != source:
@@ -229,7 +231,7 @@ def _load_llava(
     projector = build_projector(config)
     _fill(projector, llava)
     language_model, tokenizer = load_language_model(preset.language_model, dtype, quantization)
-    model = MultimodalModel(language_model, projector.float().requires_grad_(trainable), config)
+    model = VisionLanguageModel(language_model, projector.float().requires_grad_(trainable), config)
     return model.train(trainable), tokenizer
 
 

@@ -126,7 +126,7 @@ class _EfficientNet(_Graph):
         padding = [convolution.before, convolution.before, convolution.after, convolution.after]
         shape = {"strides": list(convolution.stride), "pads": padding, "group": convolution.groups}
         maps = self._node("Conv", [maps, *weights], [f"{name}.convolved"], **shape)
-        return self._node("Clip", [maps, *self.limits], [name]) if layer.is_clipped else maps
+        return self._node("Clip", [maps, *self.limits], [name]) if layer.has_activation else maps
 
 
 class _Decoder(_Graph):

@@ -1,1 +1,1 @@
-"""The networks, one file each: image encoder, projector, language model, speech, and the model that joins them."""
+"""The networks and what they read: prompts, images, speech. vision_language_model.py joins them."""

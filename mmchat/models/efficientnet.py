@@ -47,10 +47,10 @@ class Scale:
 
     width: float
     depth: float
-    resolution: int  # pixels of the pictures it was trained on
+    resolution: int  # pixels of the images it was trained on
 
     def channels(self, count: int) -> int:
-        """The scaled channel count, rounded to CHANNEL_MULTIPLE but never below 90% of it."""
+        """The scaled channel count, rounded to CHANNEL_MULTIPLE but never below 90% of the unrounded one."""
         scaled = count * self.width
         rounded = int(scaled + CHANNEL_MULTIPLE / 2) // CHANNEL_MULTIPLE * CHANNEL_MULTIPLE
         return rounded if rounded >= 0.9 * scaled else rounded + CHANNEL_MULTIPLE
@@ -77,15 +77,15 @@ class SameConv2d(nn.Conv2d):
 class ConvNorm(nn.Module):
     """Convolution and batch norm, then ReLU6 unless it ends a block."""
 
-    def __init__(self, convolution: SameConv2d, is_clipped: bool = True):
+    def __init__(self, convolution: SameConv2d, has_activation: bool = True):
         super().__init__()
         self.convolution = convolution
         self.norm: nn.Module = nn.BatchNorm2d(convolution.out_channels, **NORM)
-        self.is_clipped = is_clipped
+        self.has_activation = has_activation
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         maps = self.norm(self.convolution(maps))
-        return nn.functional.relu6(maps) if self.is_clipped else maps
+        return nn.functional.relu6(maps) if self.has_activation else maps
 
     def fold(self) -> None:
         """Folds the batch norm into the convolution: the same output in two thirds of the time on a CPU."""
@@ -101,7 +101,7 @@ class Block(nn.Module):
         if stage.expansion > 1:
             self.expand = ConvNorm(SameConv2d(inputs, wide, 1, size))
         self.depthwise = ConvNorm(SameConv2d(wide, wide, stage.kernel, size, stride, groups=wide))
-        self.project = ConvNorm(SameConv2d(wide, outputs, 1, size), is_clipped=False)
+        self.project = ConvNorm(SameConv2d(wide, outputs, 1, size), has_activation=False)
         self.is_residual = stride == 1 and inputs == outputs
         self.drop_path = drop_path
 
@@ -199,7 +199,7 @@ def _blocks(scale: Scale) -> list[Block]:
 
 
 def _drop_path(maps: torch.Tensor, probability: float) -> torch.Tensor:
-    """Drops the residual branch for random pictures (stochastic depth, Huang et al. 2016, arXiv 1603.09382)."""
+    """Drops the residual branch for random images (stochastic depth, Huang et al. 2016, arXiv 1603.09382)."""
     keep = 1 - probability
     is_kept = (keep + torch.rand(len(maps), 1, 1, 1, dtype=maps.dtype, device=maps.device)).floor()
     return maps / keep * is_kept

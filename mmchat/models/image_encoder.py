@@ -1,4 +1,4 @@
-"""Picture → features: the frozen image encoder in front of the projector."""
+"""Image → features: the frozen image encoder in front of the projector."""
 
 from __future__ import annotations
 
@@ -31,18 +31,20 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.preset = preset
 
-    def pixels(self, image: Image.Image) -> torch.Tensor:
-        """Preprocesses a decoded picture to [3, resolution, resolution]."""
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """A decoded image → pixels [3, resolution, resolution]."""
         raise NotImplementedError
 
     @torch.inference_mode()
     def encode(self, images: list[Image.Image]) -> torch.Tensor:
-        """Decoded pictures → features [len(images), feature_count, image_dim]."""
+        """Decoded images → features [len(images), feature_count, image_dim]."""
         return self(self._batch(images))
 
     def _batch(self, images: list[Image.Image]) -> torch.Tensor:
         device = next(self.parameters()).device
-        return torch.stack([self.pixels(image) for image in images]).to(device)  # [batch, 3, resolution, resolution]
+        return torch.stack([self.preprocess(image) for image in images]).to(
+            device
+        )  # [batch, 3, resolution, resolution]
 
     @property
     def classifier(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +62,7 @@ class EfficientNetLite(ImageEncoder):
     The features are the last feature map, average-pooled to n × n cells in row order, and then its global average.
     """
 
-    MEAN, DEVIATION = 127.0, 128.0  # of pixel values; TensorFlow's normalization
+    MEAN, STD = 127.0, 128.0  # of pixel values; TensorFlow's normalization
 
     def __init__(self, preset: ImageEncoderPreset):
         super().__init__(preset)
@@ -86,35 +88,35 @@ class EfficientNetLite(ImageEncoder):
             raise WeightsError("This image encoder was tuned on captions and no longer knows ImageNet's classes.")
         return self.network.classifier.weight, self.network.classifier.bias
 
-    def pixels(self, image: Image.Image) -> torch.Tensor:
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
         """Scales the shorter side and crops the center."""
         size = self.preset.resolution
         square = ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
         values = torch.from_numpy(np.array(square)).permute(2, 0, 1)  # [3, size, size]
-        return (values - self.MEAN) / self.DEVIATION
+        return (values - self.MEAN) / self.STD
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        maps = self._maps(pixels)  # [batch, image_dim, resolution / 32, resolution / 32]
+        feature_maps = self._feature_maps(pixels)  # [batch, image_dim, resolution / 32, resolution / 32]
         side = isqrt(self.preset.feature_count - 1)
-        cells = nn.functional.adaptive_avg_pool2d(maps, side).flatten(2)  # [batch, image_dim, side²]
-        whole = maps.mean(dim=(2, 3)).unsqueeze(2)  # [batch, image_dim, 1]
-        return torch.cat([cells, whole], dim=2).transpose(1, 2)  # [batch, feature_count, image_dim]
+        cells = nn.functional.adaptive_avg_pool2d(feature_maps, side).flatten(2)  # [batch, image_dim, side²]
+        global_average = feature_maps.mean(dim=(2, 3)).unsqueeze(2)  # [batch, image_dim, 1]
+        return torch.cat([cells, global_average], dim=2).transpose(1, 2)  # [batch, feature_count, image_dim]
 
-    def _maps(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _feature_maps(self, pixels: torch.Tensor) -> torch.Tensor:
         if self._session and pixels.device.type == "cpu":
             return torch.from_numpy(self._session.run(["maps"], {"pixels": pixels.numpy()})[0])
         return self.network(pixels.contiguous(memory_format=torch.channels_last))
 
 
 def _onnx_session(network: EfficientNet, resolution: int) -> Any:
-    """The network on ONNX Runtime, two to three times as fast as PyTorch on a CPU; None if it is not available."""
+    """The network on ONNX Runtime, two to three times as fast as PyTorch on a CPU; None if that cannot run it."""
     try:
         import onnxruntime
 
         from ..inference.onnx_graph import build_image_encoder
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1  # more threads gain little on small pictures; batches run pictures in parallel
+        options.intra_op_num_threads = 1  # more threads gain little on small images; batches run images in parallel
         model = build_image_encoder(network, resolution)
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises many types; PyTorch is the fallback for all of them
@@ -153,12 +155,12 @@ class Clip(ImageEncoder):
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # needs no torchvision
         self.requires_grad_(False).eval()
 
-    def pixels(self, image: Image.Image) -> torch.Tensor:
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
         return self.processor(image, return_tensors="pt")["pixel_values"][0]
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         if self.preset.features == "pooled":
-            output = self.network(pixels)  # one embedding per picture → [batch, 1, image_dim]
+            output = self.network(pixels)  # one embedding per image → [batch, 1, image_dim]
             return (output.image_embeds if self.has_class_token else output.pooler_output)[:, None]
         states = self.network(pixels, output_hidden_states=True).hidden_states
         layers = self.preset.layer if isinstance(self.preset.layer, tuple) else (self.preset.layer,)
@@ -168,9 +170,9 @@ class Clip(ImageEncoder):
 
     @torch.inference_mode()
     def embed(self, images: list[Image.Image]) -> torch.Tensor:
-        """CLIP's image embeddings of decoded pictures, [len(images), projection], comparable with its text embeddings.
+        """CLIP's image embeddings, [len(images), projection], comparable with its text embeddings.
 
-        They do not depend on which features the preset takes.
+        They do not depend on the preset's features.
         """
         return self.network(self._batch(images)).image_embeds
 

@@ -19,9 +19,9 @@ from ..errors import AssetError, WeightsError
 from ..fetching import fetch
 from ..fetching.cache import convert_once
 from ..presets import LanguageModelPreset
-from .chat_template import stop_ids
+from .chat_formats import CHAT_FORMATS
+from .jinja_template import stop_ids
 from .llava_folder import LANGUAGE_MODEL_NAMES, llava_template, load_part, open_llava
-from .prompt import CHAT_FORMATS
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def load_language_model(
 
     disable_progress_bar()  # loading takes a tenth of a second
     if preset.overflows_float16 and dtype == torch.float16:
-        dtype = torch.bfloat16  # slower on a card that only emulates it, but its attention gives numbers
+        dtype = torch.bfloat16  # slower on GPUs that emulate it, but in float16 its attention overflows to NaN
     folder = _model_folder(preset)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     options = {"dtype": dtype, "attn_implementation": choose_attention()}
@@ -69,7 +69,7 @@ def load_language_model(
 
 
 def _load_llava_text(folder: Path, name: str, tokenizer: Any, options: dict[str, Any]) -> nn.Module:
-    """The language model in a LLaVA folder. Its tokenizer learns the picture's token if it lacks it."""
+    """The language model in a LLaVA folder. The image token is added to its tokenizer if it is missing."""
     from transformers import AutoModelForCausalLM
 
     llava, template = open_llava(folder, name), llava_template(folder, name)
@@ -85,10 +85,10 @@ def _load_llava_text(folder: Path, name: str, tokenizer: Any, options: dict[str,
 
 
 def context_length(config: Any) -> int:
-    """How many tokens a language model reads with the same rotary factors.
+    """The usable context length, in tokens.
 
-    longrope (Ding et al. 2024, arXiv 2402.13753), which Phi-3.5 has, takes other factors for every position once a
-    sequence is longer than the original context. Keys that were kept until then no longer fit, so we stay below.
+    LongRoPE (Ding et al. 2024, arXiv 2402.13753), which Phi-3.5 has, switches to other scaling factors once a sequence
+    exceeds the original context. That would invalidate the cached keys, so the context ends there.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)

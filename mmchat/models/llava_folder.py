@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import WeightsError
-from .chat_template import IMAGE_TOKEN, ChatTemplate, read_template
+from .jinja_template import IMAGE_TOKEN, ChatTemplate, read_template
 
 MODEL_TYPE = "llava"
 TEXT_MODELS = ("llama", "mistral", "phi3", "qwen2")

@@ -1,7 +1,8 @@
-"""Picture features → tokens of the language model."""
+"""Image features → tokens of the language model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,12 @@ import torch
 from torch import nn
 
 KINDS = ("linear", "llava", "mlp", "resblock", "normblocks")
+OLD_NAMES = {  # in saved configs
+    "image_width": "image_dim",
+    "hidden_width": "intermediate_size",
+    "token_width": "hidden_size",
+    "marker": "end_of_image_token",
+}
 
 
 @dataclass(frozen=True)
@@ -18,77 +25,86 @@ class ProjectorConfig:
     Kinds:
         linear: one linear layer, as in LLaVA (Liu et al. 2023, arXiv 2304.08485).
         llava: Linear, GELU, Linear, as in LLaVA-1.5 (arXiv 2310.03744); the kind that can be exported.
-        mlp: the same behind a LayerNorm.
-        resblock: a linear layer, then x + mlp(LayerNorm(x)), as weights of ours were trained.
-        normblocks: a linear layer and a LayerNorm, then ``depth`` times x + mlp(x). With a depth of one it is the
-            residual block of LLaVA's code, ``x = norm(x); x + mlp(x)``, which published checkpoints have.
+        mlp: LayerNorm, then the same.
+        resblock: a linear layer, then x + mlp(x), where mlp is the kind above.
+        normblocks: a linear layer and a LayerNorm, then ``depth`` times x + mlp(x) without a norm. With a depth of one
+            it is the residual block of LLaVA's code, ``x = norm(x); x + mlp(x)``, which published checkpoints have.
     """
 
     kind: str
-    image_width: int
-    hidden_width: int  # between the two layers; not used by ``linear``
-    token_width: int
-    feature_count: int  # of one picture
-    marker: bool = False  # a learned end-of-image token follows every picture
+    image_dim: int  # size of one feature vector
+    intermediate_size: int  # between two linear layers; not used by ``linear``
+    hidden_size: int  # the language model's
+    feature_count: int  # of one image
+    end_of_image_token: bool = False  # a learned token follows every image
     depth: int = 1  # residual blocks of ``normblocks``
-    dropout: float = 0.0  # behind each GELU, in training
+    dropout: float = 0.0  # after each GELU, in training
     activation: str = "gelu"  # of ``llava``, as transformers names it
     bias: bool = True  # of ``llava``
 
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> ProjectorConfig:
+        """The config in a weights folder; folders of any age are read.
+
+        Raises:
+            TypeError, ValueError: it is not a mapping, or a field is missing or unknown.
+        """
+        return cls(**{OLD_NAMES.get(name, name): value for name, value in dict(stored).items()})
+
     @property
     def tokens_per_image(self) -> int:
-        return self.feature_count + self.marker
+        return self.feature_count + self.end_of_image_token
 
 
-class TwoLayers(nn.Module):
+class LlavaProjector(nn.Module):
     """Linear → GELU (or another activation) → Linear, under the names that transformers' Llava gives them."""
 
     def __init__(self, config: ProjectorConfig):
         super().__init__()
-        self.linear_1 = nn.Linear(config.image_width, config.hidden_width, bias=config.bias)
+        self.linear_1 = nn.Linear(config.image_dim, config.intermediate_size, bias=config.bias)
         self.act = _gelu(config.dropout) if config.activation == "gelu" else _activation(config.activation)
-        self.linear_2 = nn.Linear(config.hidden_width, config.token_width, bias=config.bias)
+        self.linear_2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(features)))
+        return self.linear_2(self.act(self.linear_1(features)))  # [images, features, hidden_size]
 
 
-class Mlp(nn.Module):
+class MlpProjector(nn.Module):
     """LayerNorm → Linear → GELU → Linear."""
 
-    def __init__(self, input_width: int, hidden_width: int, output_width: int, dropout: float = 0.0):
+    def __init__(self, input_size: int, intermediate_size: int, output_size: int, dropout: float = 0.0):
         super().__init__()
-        self.pre_norm = nn.LayerNorm(input_width)
-        self.proj = _mlp(input_width, hidden_width, output_width, dropout)
+        self.pre_norm = nn.LayerNorm(input_size)
+        self.proj = _mlp(input_size, intermediate_size, output_size, dropout)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.proj(self.pre_norm(features))
+        return self.proj(self.pre_norm(features))  # [images, features, output_size]
 
 
-class ResidualBlock(nn.Module):
-    """A linear layer into the token width, then x + mlp(LayerNorm(x))."""
+class ResblockProjector(nn.Module):
+    """A linear layer to the hidden size, then x + mlp(LayerNorm(x))."""
 
-    def __init__(self, input_width: int, hidden_width: int, output_width: int, dropout: float = 0.0):
+    def __init__(self, image_dim: int, intermediate_size: int, hidden_size: int, dropout: float = 0.0):
         super().__init__()
-        self.linear = nn.Linear(input_width, output_width)
-        self.mlp = Mlp(output_width, hidden_width, output_width, dropout)
+        self.linear = nn.Linear(image_dim, hidden_size)
+        self.mlp = MlpProjector(hidden_size, intermediate_size, hidden_size, dropout)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        tokens = self.linear(features)
+        tokens = self.linear(features)  # [images, features, hidden_size]
         return tokens + self.mlp(tokens)
 
 
-class NormalizedBlocks(nn.Module):
+class NormblocksProjector(nn.Module):
     """Linear and LayerNorm, then residual blocks. The skip connection starts after the norm."""
 
-    def __init__(self, input_width: int, hidden_width: int, output_width: int, depth: int = 1, dropout: float = 0.0):
+    def __init__(self, image_dim: int, intermediate_size: int, hidden_size: int, depth: int = 1, dropout: float = 0.0):
         super().__init__()
-        self.linear = nn.Linear(input_width, output_width)
-        self.norm = nn.LayerNorm(output_width)
-        self.blocks = nn.ModuleList(_mlp(output_width, hidden_width, output_width, dropout) for _ in range(depth))
+        self.linear = nn.Linear(image_dim, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+        self.blocks = nn.ModuleList(_mlp(hidden_size, intermediate_size, hidden_size, dropout) for _ in range(depth))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        tokens = self.norm(self.linear(features))  # [images, features, output_width]
+        tokens = self.norm(self.linear(features))  # [images, features, hidden_size]
         for block in self.blocks:
             tokens = tokens + block(tokens)
         return tokens
@@ -103,57 +119,59 @@ def _activation(name: str) -> nn.Module:
     from transformers.activations import ACT2FN
 
     if name not in ACT2FN:
-        raise ValueError(f"'{name}' is no activation that transformers has")
+        raise ValueError(f"'{name}' is not an activation that transformers knows")
     return ACT2FN[name]
 
 
-def _mlp(input_width: int, hidden_width: int, output_width: int, dropout: float) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(input_width, hidden_width), _gelu(dropout), nn.Linear(hidden_width, output_width))
+def _mlp(input_size: int, intermediate_size: int, output_size: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(input_size, intermediate_size), _gelu(dropout), nn.Linear(intermediate_size, output_size)
+    )
 
 
-class Marked(nn.Module):
-    """Appends a learned end-of-image token to each picture: [images, n, …] → [images, n + 1, token_width]."""
+class WithEndOfImage(nn.Module):
+    """Appends a learned end-of-image token to each image: [images, n, …] → [images, n + 1, hidden_size]."""
 
-    def __init__(self, projector: nn.Module, token_width: int):
+    def __init__(self, projector: nn.Module, hidden_size: int):
         super().__init__()
         self.projector = projector
-        self.marker = nn.Parameter(torch.zeros(token_width))
+        self.marker = nn.Parameter(torch.zeros(hidden_size))  # the tensor's name in saved weights
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        tokens = self.projector(features)
+        tokens = self.projector(features)  # [images, n, hidden_size]
         return torch.cat([tokens, self.marker.expand(len(tokens), 1, -1)], dim=1)
 
 
 def build_projector(config: ProjectorConfig) -> nn.Module:
-    """A projector with fresh weights: [images, features, image_width] → [images, tokens_per_image, token_width].
+    """A projector with fresh weights: [images, features, image_dim] → [images, tokens_per_image, hidden_size].
 
     Raises:
         ValueError: the config names a kind that does not exist.
     """
-    widths = config.image_width, config.hidden_width, config.token_width
+    sizes = config.image_dim, config.intermediate_size, config.hidden_size
     if config.kind == "linear":
-        projector = nn.Linear(config.image_width, config.token_width)
+        projector = nn.Linear(config.image_dim, config.hidden_size)
     elif config.kind == "llava":
-        projector = TwoLayers(config)
+        projector = LlavaProjector(config)
     elif config.kind == "mlp":
-        projector = Mlp(*widths, config.dropout)
+        projector = MlpProjector(*sizes, config.dropout)
     elif config.kind == "resblock":
-        projector = ResidualBlock(*widths, config.dropout)
+        projector = ResblockProjector(*sizes, config.dropout)
     elif config.kind == "normblocks":
-        projector = NormalizedBlocks(*widths, config.depth, config.dropout)
+        projector = NormblocksProjector(*sizes, config.depth, config.dropout)
     else:
-        raise ValueError(f"'{config.kind}' is no kind of projector; the kinds are {', '.join(KINDS)}")
-    return Marked(projector, config.token_width) if config.marker else projector
+        raise ValueError(f"'{config.kind}' is not a kind of projector; the kinds are {', '.join(KINDS)}")
+    return WithEndOfImage(projector, config.hidden_size) if config.end_of_image_token else projector
 
 
 @torch.no_grad()
-def start_marker(projector: nn.Module, language_model: nn.Module, tokenizer: Any, text: str = "\n") -> None:
-    """Lets the end-of-image token start from the embedding of a token that the language model knows.
+def init_end_of_image(projector: nn.Module, language_model: nn.Module, tokenizer: Any, text: str = "\n") -> None:
+    """Initializes the end-of-image token with the embedding of an existing token.
 
     Args:
-        projector: one with a marker.
+        projector: one with an end-of-image token.
         text: its last token gives the embedding; by default, a line break.
     """
     token_id = tokenizer.encode(text, add_special_tokens=False)[-1]
-    embedding = language_model.get_input_embeddings().weight[token_id]  # [token_width]
+    embedding = language_model.get_input_embeddings().weight[token_id]  # [hidden_size]
     projector.marker.copy_(embedding)

@@ -1,4 +1,4 @@
-"""Image tags: two linear classifiers name what is in a picture, and the language model reads the names as text.
+"""Image tags: two linear classifiers name what is in an image, and the language model reads the tags as text.
 
 Object tags beside image features help a language model name what it sees (Oscar, Li et al. 2020, arXiv 2004.06165).
 One classifier is the image encoder's own ImageNet head; the other predicts words of captions and labels.
@@ -20,13 +20,13 @@ from ..errors import WeightsError
 from ..presets import ImageEncoderPreset
 
 TAGGER_FILE = "tagger.safetensors"  # in a weights folder
-MAX_CLASSES, MAX_WORDS = 2, 7  # tags per picture in the prompt; each takes two or three tokens
-MIN_CLASS_PROBABILITY, MIN_WORD_PROBABILITY = 0.1, 0.2  # less likely tags are not shown
+MAX_CLASSES, MAX_WORDS = 2, 7  # tags per image in the prompt; each takes two or three tokens
+MIN_CLASS_PROBABILITY, MIN_WORD_PROBABILITY = 0.1, 0.2  # less likely tags are left out
 
 
 @dataclass(frozen=True)
 class Tag:
-    """A name for something in a picture, and its probability, 0 to 1."""
+    """A name for something in an image, and its probability, 0 to 1."""
 
     name: str
     probability: float
@@ -54,10 +54,10 @@ class Tagger(nn.Module):
 
     @torch.inference_mode()
     def forward(self, features: torch.Tensor) -> tuple[list[Tag], list[Tag]]:
-        """The likeliest classes and words, likeliest first.
+        """The most likely classes and words, the best first.
 
         Args:
-            features: [features, image_dim] of one picture; the global average is last.
+            features: [features, image_dim] of one image; the global average is last.
         """
         features = features.to(self.class_weight)
         classes = (self.class_weight @ features[-1] + self.class_bias).softmax(dim=0)  # [classes]
@@ -68,7 +68,7 @@ class Tagger(nn.Module):
         )
 
     def text(self, features: torch.Tensor) -> str:
-        """The tags of a picture as the language model reads them."""
+        """The tags of an image as the language model reads them."""
         return tag_text(*self(features))
 
     def save(self, folder: str | Path) -> None:
@@ -122,13 +122,13 @@ def _check_fits(tagger: Tagger, encoder: ImageEncoderPreset, folder: str) -> Non
 
 
 def pooled(features: torch.Tensor) -> torch.Tensor:
-    """Mean and max pooling over the cells of a picture: the input of the word classifier.
+    """Mean and max pooling over the cells of an image: the input of the word classifier.
 
     Args:
-        features: [pictures, cells + 1, image_dim].
+        features: [images, cells + 1, image_dim].
 
     Returns:
-        [pictures, 2 · image_dim].
+        [images, 2 · image_dim].
     """
     return torch.cat([features[:, -1], features[:, :-1].amax(dim=1)], dim=1)
 
@@ -140,7 +140,7 @@ def tag_text(classes: Iterable[Tag], words: Iterable[Tag]) -> str:
 
 
 def top_tags(names: list[str], probabilities: torch.Tensor, limit: int, threshold: float) -> list[Tag]:
-    """At most ``limit`` tags of at least ``threshold``, likeliest first; ``probabilities`` is [names]."""
+    """At most ``limit`` tags of at least ``threshold``, the best first; ``probabilities`` is [names]."""
     values, order = probabilities.topk(min(limit, len(names)))
     return [
         Tag(names[index], value)

@@ -1,4 +1,4 @@
-"""The multimodal model: a language model that reads picture tokens among its text tokens."""
+"""The vision-language model: a language model that reads image tokens among its text tokens."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from .tagger import Tagger
 IGNORE_INDEX = -100  # PyTorch's default: no loss at this label
 
 
-class MultimodalModel(nn.Module):
+class VisionLanguageModel(nn.Module):
     """A causal language model, a LoRA adapter on it, and a projector beside it.
 
     The projector is a plain module outside PEFT, because PEFT freezes modules that it does not know.
     """
-
-    accepts_loss_kwargs = True  # tells transformers' Trainer to pass num_items_in_batch
 
     def __init__(
         self,
@@ -32,7 +30,6 @@ class MultimodalModel(nn.Module):
         self.projector = projector
         self.projector_config = projector_config
         self.tagger = tagger
-        self.label_smoothing = 0.0  # in training only
 
     @property
     def has_adapter(self) -> bool:
@@ -40,7 +37,7 @@ class MultimodalModel(nn.Module):
 
     @property
     def tokens_per_image(self) -> int:
-        """Number of tokens that one picture takes."""
+        """Number of tokens that one image takes."""
         return self.projector_config.tokens_per_image
 
     @property
@@ -48,21 +45,21 @@ class MultimodalModel(nn.Module):
         return next(self.projector.parameters()).device
 
     def tags(self, image_features: torch.Tensor) -> str:
-        """The tags of a picture as text, from its features, [features, image_dim]; empty without a tagger."""
+        """The tags of an image as text, from its features, [features, image_dim]; empty without a tagger."""
         return self.tagger.text(image_features) if self.tagger else ""
 
     def splice(self, token_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
-        """Embeds token ids and replaces each IMAGE_TOKEN_ID with a projected picture token.
+        """Embeds token ids and replaces each IMAGE_TOKEN_ID with a projected image token.
 
         Args:
-            token_ids: [batch, length], with ``tokens_per_image`` IMAGE_TOKEN_IDs for every picture.
-            image_features: [images, features, image_dim] in reading order; None without pictures.
+            token_ids: [batch, length], with ``tokens_per_image`` IMAGE_TOKEN_IDs for every image.
+            image_features: [images, features, image_dim] in reading order; None without images.
 
         Returns:
             Input embeddings [batch, length, hidden_size], in the language model's dtype.
 
         Raises:
-            ValueError: the number of IMAGE_TOKEN_IDs differs from the number of picture tokens.
+            ValueError: the number of IMAGE_TOKEN_IDs differs from the number of image tokens.
         """
         is_image = token_ids == IMAGE_TOKEN_ID  # [batch, length]
         embeddings = self.language_model.get_input_embeddings()(token_ids.masked_fill(is_image, 0))
@@ -73,33 +70,10 @@ class MultimodalModel(nn.Module):
             image_tokens = self.projector(image_features.to(projector_dtype))  # [images, tokens, hidden_size]
         count = image_tokens.shape[0] * image_tokens.shape[1]
         if int(is_image.sum()) != count:
-            raise ValueError(f"{int(is_image.sum())} IMAGE_TOKEN_IDs, but {count} picture tokens")
+            raise ValueError(f"{int(is_image.sum())} IMAGE_TOKEN_IDs, but {count} image tokens")
         return embeddings.masked_scatter(is_image.unsqueeze(-1), image_tokens.to(embeddings.dtype))
 
     def forward(
-        self,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        label_weights: torch.Tensor | None = None,
-        **batch: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """The training loss: next-token cross-entropy over the labeled tokens.
-
-        Args:
-            num_items_in_batch: divisor of the summed loss; the number of labels if None.
-            label_weights: [labels], a factor for the loss of each label; a negative one makes its token less likely.
-            batch: the arguments of ``label_logits``.
-        """
-        logits, expected = self.label_logits(**batch)
-        smoothing = self.label_smoothing if self.training else 0.0
-        losses = nn.functional.cross_entropy(  # [labels]
-            logits.float(), expected, reduction="none", label_smoothing=smoothing
-        )
-        if label_weights is not None:
-            losses = losses * label_weights
-        count = len(expected) if num_items_in_batch is None else num_items_in_batch
-        return {"loss": losses.sum() / max(count, 1)}
-
-    def label_logits(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
@@ -110,7 +84,8 @@ class MultimodalModel(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The logits that predict the labels, [labels, vocabulary], and the labels, [labels].
 
-        The output head is the costliest part of a small model, so it runs only where there is a label.
+        ``training/loss.py`` makes a loss of them. The output head is the costliest part of a small model, so it runs
+        only where there is a label.
 
         Args:
             input_ids, labels: [batch, length]; a label has the same position as its token, IGNORE_INDEX elsewhere.

@@ -1,7 +1,7 @@
 """Zero-shot classification with CLIP (Radford et al. 2021, arXiv 2103.00020): any names, no training.
 
-CLIP embeds pictures and texts in one space. Each name becomes a sentence for the text encoder; the more similar its
-embedding is to that of the picture, the likelier the name.
+CLIP embeds images and texts in one space. Each name becomes a sentence for the text encoder. The more similar its
+embedding is to that of the image, the more likely the name.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ class ZeroShotClassifier:
 
     @torch.inference_mode()
     def probabilities(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Probabilities [pictures, names]; each row sums to 1.
+        """Probabilities [images, names]; each row sums to 1.
 
         Args:
-            embeddings: [pictures, projection], from ``Clip.embed``.
+            embeddings: [images, projection], from ``Clip.embed``.
         """
         directions = torch.nn.functional.normalize(embeddings.to(self.weight), dim=1)
         return (directions @ self.weight.T).softmax(dim=1)
 
     def __call__(self, embedding: torch.Tensor) -> list[Tag]:
-        """The likely names of a picture, likeliest first, from its embedding, [projection]."""
+        """The likely names of an image, the best first, from its embedding, [projection]."""
         return top_tags(self.names, self.probabilities(embedding[None])[0], len(self.names), MIN_CLASS_PROBABILITY)
 
 
@@ -61,7 +61,7 @@ def load_zero_shot(names: tuple[str, ...], encoder: ImageEncoderPreset) -> ZeroS
     """
     names = tuple(dict.fromkeys(filter(None, map(str.strip, names))))
     if not names:
-        raise BadInput("There are no names to look for. Give at least one.")
+        raise BadInput("Give at least one name to look for.")
     model, tokenizer = _load_clip(encoder)
     length = model.config.text_config.max_position_embeddings  # tokens; longer prompts are truncated
     embeddings = []

@@ -26,6 +26,7 @@ CPU_INT8 = "cpu-int8"
 OLD_NAMES = {  # old name of a setting → today's; recipes and flags accept both
     "accumulate": "gradient_accumulation_steps",
     "decay": "lr_scheduler_type",
+    "hidden_width": "intermediate_size",
     "keep": "save_total_limit",
     "marker": "end_of_image_token",
     "own_answers": "scst_samples",
@@ -84,7 +85,7 @@ class Recipe:
         "kind of a fresh projector; default: the preset's",
         ("linear", "llava", "mlp", "resblock", "normblocks"),
     )
-    hidden_width: int | None = setting(None, MODEL, "hidden size of a fresh projector; default: the preset's")
+    intermediate_size: int | None = setting(None, MODEL, "inner size of a fresh projector; default: the preset's")
     end_of_image_token: bool = setting(False, MODEL, "add a learned end-of-image token to a fresh projector")
     rank: int = setting(16, MODEL, "rank of a fresh LoRA adapter")
     alpha: int = setting(32, MODEL, "alpha of a fresh LoRA adapter; its update is scaled by alpha / rank")
@@ -95,7 +96,7 @@ class Recipe:
         "names of the layers that a fresh LoRA adapter is on; all-linear: all but the output head",
     )
     projector_depth: int = setting(1, MODEL, "residual blocks of a fresh projector of the kind normblocks")
-    projector_dropout: float = setting(0.0, MODEL, "dropout in a fresh projector, behind each GELU")
+    projector_dropout: float = setting(0.0, MODEL, "dropout in a fresh projector, after each GELU")
 
     epochs: float = setting(1.0, SCHEDULE, "passes over the data")
     max_steps: int = setting(-1, SCHEDULE, "stop after N steps; -1: no limit")

@@ -16,25 +16,26 @@ from transformers import EarlyStoppingCallback, set_seed
 from ..checkpoints.weights_folder import load_model, preset_for_weights, save_weights
 from ..device import choose_device
 from ..errors import BadInput, MmchatError
+from ..models.chat_formats import chat_format_of
 from ..models.image_encoder import find_image_encoder, load_image_encoder
 from ..models.language_model import add_adapter, load_language_model
-from ..models.projector import ProjectorConfig, build_projector, start_marker
-from ..models.prompt import chat_format_of, no_text
+from ..models.projector import ProjectorConfig, build_projector, init_end_of_image
+from ..models.prompt import no_text
 from ..models.tagger import load_tagger
-from ..models.vision_language_model import MultimodalModel
+from ..models.vision_language_model import VisionLanguageModel
 from ..presets import HubRepository, Preset, get_preset
 from .callbacks import HistoryCallback, StopOnSignal
-from .data.conversations import read_conversations
 from .data.features import FeatureStore, PictureFolder
+from .data.llava_json import read_conversations
 from .data.packing import ConversationDataset
 from .evaluation.evaluator import Evaluator
 from .evaluation.samples import write_samples
+from .fit_tagger import TrainingTags
 from .int8 import use_faster_multiplication
 from .recipe import CPU_INT8, Recipe, write_recipe
 from .self_critical import SelfCriticalTrainer
 from .sharding import shard_base
-from .tagging import TrainingTags
-from .trainer import MultimodalTrainer, checkpoints
+from .trainer import VisionLanguageTrainer, checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def train(recipe: Recipe) -> None:
         callbacks.append(EarlyStoppingCallback(recipe.patience))
     if recipe.shard:
         shard_base(model)
-    trainer_class, options = MultimodalTrainer, {}
+    trainer_class, options = VisionLanguageTrainer, {}
     if recipe.scst_samples:
         trainer_class, options = SelfCriticalTrainer, {"tokenizer": tokenizer}
     trainer = trainer_class(
@@ -137,7 +138,7 @@ def open_features(recipe: Recipe, preset: Preset) -> FeatureStore | PictureFolde
     return store
 
 
-def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
+def build_model(recipe: Recipe, preset: Preset) -> tuple[VisionLanguageModel, Any]:
     """Builds the model, with fresh weights or those of ``start_from``, and its tokenizer.
 
     A learning rate of 0 freezes its part; with ``lr`` 0 no fresh adapter is added.
@@ -158,19 +159,18 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
         language_model, tokenizer = load_language_model(preset.language_model, dtype, quantization)
         config = ProjectorConfig(
             kind=recipe.projector or preset.projector.kind,
-            image_width=preset.image_encoder.image_dim,
-            hidden_width=recipe.hidden_width or preset.projector.hidden_width,
-            token_width=language_model.config.hidden_size,
+            image_dim=preset.image_encoder.image_dim,
+            intermediate_size=recipe.intermediate_size or preset.projector.intermediate_size,
+            hidden_size=language_model.config.hidden_size,
             feature_count=preset.image_encoder.feature_count,
-            marker=recipe.end_of_image_token,
+            end_of_image_token=recipe.end_of_image_token,
             depth=recipe.projector_depth,
             dropout=recipe.projector_dropout,
         )
         projector = build_projector(config)
-        if config.marker:
-            start_marker(projector, language_model, tokenizer)
-        model = MultimodalModel(language_model, projector, config)
-    model.label_smoothing = recipe.label_smoothing
+        if config.end_of_image_token:
+            init_end_of_image(projector, language_model, tokenizer)
+        model = VisionLanguageModel(language_model, projector, config)
     if recipe.tagger:
         model.tagger = load_tagger(recipe.tagger, preset.image_encoder)
         if not model.tagger:
@@ -204,7 +204,7 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[MultimodalModel, Any]:
 
 
 def _llava(preset: Preset) -> HubRepository | None:
-    """The LLaVA model of a preset: training goes on from its projector."""
+    """The LLaVA model of a preset: training continues from its projector."""
     source = preset.language_model.source
     return source if preset.language_model.is_llava and isinstance(source, HubRepository) else None
 

@@ -1,8 +1,8 @@
-"""Self-critical sequence training, SCST: the model samples several answers, and the better ones become likelier.
+"""Self-critical sequence training, SCST: the model samples answers and learns from their rewards.
 
 Cross-entropy favors safe, generic captions. SCST (Rennie et al. 2017, arXiv 1612.00563) rewards sampled captions by
 their similarity to human ones. The baseline is the mean reward of the picture's other samples (Luo 2020, arXiv
-2003.09971). Photos with a label but no caption teach, too: a description of them should name the thing.
+2003.09971). Photos with a label but no caption are used, too: a description of them should name the thing.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import nn
 from ..errors import BadInput
 from ..inference.generation import stop_token_ids
 from ..models.prompt import IMAGE_TOKEN_ID, EncodedConversation
-from ..models.vision_language_model import IGNORE_INDEX, MultimodalModel
+from ..models.vision_language_model import IGNORE_INDEX, VisionLanguageModel
 from .data.packing import ConversationDataset, PackedSequence, collate, lay_out
 from .data.questions import PEOPLE, PEOPLE_WORDS
 from .evaluation.metrics import words
-from .trainer import MultimodalTrainer
+from .trainer import VisionLanguageTrainer
 
 INVENTED_PEOPLE = -0.5  # the reward for people that no reference mentions: most captions to learn from are about people
-MIN_LIMIT = 24  # tokens; a sampled description may be at least this long, even if its references are single words
-MIN_ANSWERS = 3  # a question with at least this many different answers is open: it has more than one right answer
+MIN_LIMIT = 24  # tokens; a sample may be at least this long, even if its references are single words
+MIN_ANSWERS = 3  # a question with at least this many different answers is open
 _PEOPLE = {*PEOPLE, *PEOPLE.values(), *PEOPLE_WORDS}
 
 
@@ -146,7 +146,7 @@ def advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def sample_answers(
-    model: MultimodalModel, questions: Sequence[OpenQuestion], features: torch.Tensor, count: int
+    model: VisionLanguageModel, questions: Sequence[OpenQuestion], features: torch.Tensor, count: int
 ) -> list[list[list[int]]]:
     """Samples ``count`` answers to each question at temperature 1, each with its stop token.
 
@@ -176,7 +176,7 @@ def sample_answers(
 
 
 def _sample(
-    model: MultimodalModel, embeddings: torch.Tensor, is_token: torch.Tensor, count: int, max_new_tokens: int
+    model: VisionLanguageModel, embeddings: torch.Tensor, is_token: torch.Tensor, count: int, max_new_tokens: int
 ) -> torch.Tensor:
     """Samples until every sequence has a stop token: [questions × count, tokens]."""
     from transformers import DynamicCache
@@ -216,12 +216,12 @@ def _draw(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _up_to_stop(token_ids: list[int], stop_ids: set[int]) -> list[int]:
-    """The tokens up to and including the first stop token, which is trained like any other."""
+    """The tokens up to and including the first stop token, which counts in the loss like any other."""
     end = next((index + 1 for index, token_id in enumerate(token_ids) if token_id in stop_ids), len(token_ids))
     return token_ids[:end]
 
 
-class SelfCriticalTrainer(MultimodalTrainer):
+class SelfCriticalTrainer(VisionLanguageTrainer):
     """Trains open questions with SCST and all other answers with cross-entropy.
 
     Args:
@@ -231,7 +231,9 @@ class SelfCriticalTrainer(MultimodalTrainer):
         BadInput: the training set has no open question.
     """
 
-    def __init__(self, *, tokenizer: Any, model: MultimodalModel, train_dataset: ConversationDataset, **options: Any):
+    def __init__(
+        self, *, tokenizer: Any, model: VisionLanguageModel, train_dataset: ConversationDataset, **options: Any
+    ):
         stop_ids = stop_token_ids(model.causal_language_model)
         rows, found = [], []
         for row in train_dataset.rows:
@@ -255,7 +257,10 @@ class SelfCriticalTrainer(MultimodalTrainer):
         questions = [question for row in rows for question in row.open_questions]
         if not model.training or not questions:
             return loss
-        return loss + model(**self._rewarded_batch(questions))["loss"]
+        batch = self._rewarded_batch(questions)
+        count = int((batch["labels"] != IGNORE_INDEX).sum()) * self.args.gradient_accumulation_steps
+        rewarded, _ = self._loss_and_outputs(model, batch, count)
+        return loss + rewarded
 
     def _rewarded_batch(self, questions: list[OpenQuestion]) -> dict[str, torch.Tensor]:
         """A batch of sampled answers, each weighted by its advantage."""
@@ -276,9 +281,7 @@ class SelfCriticalTrainer(MultimodalTrainer):
             conversations = [_answered(question, answer) for answer in answers]
             length = sum(len(conversation.token_ids) for conversation in conversations)
             examples += [{"row": row, "features": picture} for row in lay_out(conversations, length, weights)]
-        batch = {name: tensor.to(model.device) for name, tensor in collate(examples).items()}
-        count = int((batch["labels"] != IGNORE_INDEX).sum()) * self.args.gradient_accumulation_steps
-        return {**batch, "num_items_in_batch": count}
+        return {name: tensor.to(model.device) for name, tensor in collate(examples).items()}
 
     def _texts(self, answers: list[list[int]]) -> list[str]:
         return self.tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -9,12 +9,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..device import choose_device
 from ..errors import BadInput
-from ..models.vision_language_model import MultimodalModel
+from ..models.vision_language_model import VisionLanguageModel
 
 logger = logging.getLogger(__name__)
 
 
-def shard_base(model: MultimodalModel) -> None:
+def shard_base(model: VisionLanguageModel) -> None:
     """Shards the frozen weights with fully sharded data parallel, FSDP (Zhao et al. 2023, arXiv 2304.11277).
 
     FSDP gathers a layer when it is needed and frees it afterwards. Projector and adapter are small, so every device

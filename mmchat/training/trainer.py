@@ -23,9 +23,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..checkpoints.weights_folder import load_weights, save_weights, trained_state
 from ..device import choose_device
 from ..errors import WeightsError
-from ..models.vision_language_model import IGNORE_INDEX
+from ..models.vision_language_model import IGNORE_INDEX, VisionLanguageModel
 from ..presets import Preset
 from .data.packing import collate
+from .loss import next_token_loss
 from .recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class EpochSampler(Sampler[int]):
         yield from (index for step in [*steps, order[full:]] for index in step)
 
 
-class MultimodalTrainer(Trainer):
+class VisionLanguageTrainer(Trainer):
     """A Trainer with separate learning rates and log columns for projector and adapter.
 
     A checkpoint is written under a temporary name, read back, compared, and renamed, so every ``checkpoint-N`` is
@@ -129,6 +130,7 @@ class MultimodalTrainer(Trainer):
 
     def __init__(self, *, recipe: Recipe, preset: Preset, **options: Any):
         super().__init__(args=training_arguments(recipe, preset), data_collator=collate, **options)
+        self.model_accepts_loss_kwargs = True  # tells the Trainer to count num_items_in_batch
         self.recipe = recipe
         self.preset = preset
         self.parts = {
@@ -157,19 +159,42 @@ class MultimodalTrainer(Trainer):
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return EpochSampler(step, lengths, self.args.seed)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         if model.training:
             self._has_seen_picture |= "image_features" in inputs
             self._answer_tokens += int((inputs["labels"] != IGNORE_INDEX).sum())
             probability = scheduled_sampling_probability(self.state.global_step, self.recipe)
             if probability > 0:
                 inputs = self._with_predicted_tokens(inputs, probability)
-        return super().compute_loss(model, inputs, *arguments, **options)
+        loss, outputs = self._loss_and_outputs(model, inputs, num_items_in_batch)
+        if num_items_in_batch is not None:  # it spans all processes, and DDP averages their gradients
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_and_outputs(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """The loss of a batch, and what the model returned: logits and labels."""
+        outputs = model(**{name: tensor for name, tensor in inputs.items() if name != "label_weights"})
+        loss = next_token_loss(
+            *outputs,
+            num_items_in_batch=num_items_in_batch,
+            label_weights=inputs.get("label_weights"),
+            label_smoothing=self.recipe.label_smoothing if model.training else 0.0,
+        )
+        return loss, outputs
 
     @torch.no_grad()
     def _with_predicted_tokens(self, inputs: dict[str, Any], probability: float) -> dict[str, Any]:
         """Replaces each answer token, with this probability, by the model's own prediction; labels stay."""
-        logits, _ = self.accelerator.unwrap_model(self.model).label_logits(**inputs)
+        model = self.accelerator.unwrap_model(self.model)
+        logits, _ = VisionLanguageModel.forward(model, **inputs)  # [labels, vocabulary], without accelerate's autocast
         is_label = inputs["labels"] != IGNORE_INDEX  # [batch, length]
         predicted = torch.zeros_like(inputs["input_ids"]).masked_scatter(is_label, logits.argmax(dim=-1))
         is_replaced = is_label & (torch.rand(is_label.shape, device=is_label.device) < probability)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import BadInput
-from .conversations import entry_of
-from .details import DETAIL, asked_for_detail, detailed_pictures
+from .detailed_descriptions import DETAIL, asked_for_detail, detailed_pictures
+from .llava_json import entry_of
 from .questions import AGREEMENT, Question, ask, words_of
 
 # The page sends "Describe the image." with a picture alone, so half of the pictures get this wording.
@@ -175,7 +175,7 @@ def conversations(
     """
     if details:
         yield from details_to_train_on(pictures, rng)
-    pictures = [picture for picture in pictures if not picture.get("sentences")]  # long descriptions are no captions
+    pictures = [picture for picture in pictures if not picture.get("sentences")]  # a long description is not a caption
     asked = ask(pictures, rng, agreement=agreement) if with_questions else [[] for _ in pictures]
     if with_questions:  # colors and counts are rare, so they are asked a second time in another wording
         for questions, again in zip(asked, ask(pictures, rng, agreement=agreement), strict=True):

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...fetching.wheels import fetch_wheel
-from .conversations import entry_of
+from .llava_json import entry_of
 
 PACKAGE, VERSION = "easy-vqa", "1.0"
 SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"

@@ -233,7 +233,7 @@ def _prefetched(pool: ThreadPoolExecutor, work: Callable, items: list, depth: in
 def _pixels(folder: Path, name: str, encoder: Any) -> torch.Tensor | str:
     """The encoder's input, [3, height, width], or the reason why the picture is unreadable."""
     try:
-        return encoder.pixels(read_picture(folder, name))
+        return encoder.preprocess(read_picture(folder, name))
     except BadInput as error:
         return str(error)
 

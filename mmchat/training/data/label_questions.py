@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from .captions import DESCRIBE
-from .conversations import entry_of
 from .label_rules import Asker, LabelQuestion
 from .labels import Labeled
+from .llava_json import entry_of
 from .naming import Dictionary, accepted, with_article
 
 MIN_NAMES = 3

@@ -14,9 +14,10 @@ import torch
 from torch.utils.data import Dataset
 
 from ...errors import BadInput
-from ...models.prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, encode, no_text
+from ...models.chat_formats import ChatFormat
+from ...models.prompt import IMAGE_TOKEN_ID, EncodedConversation, encode, no_text
 from ...models.vision_language_model import IGNORE_INDEX
-from .conversations import Conversation
+from .llava_json import Conversation
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def lay_out(
     """Packs conversations about the same pictures into sequences of at most ``max_length`` tokens.
 
     Sorting puts conversations with a common prefix side by side, so each is compared only with the one before it.
-    Answers are never shared: every answer token is trained once per conversation.
+    Answers are never shared: every answer token counts in the loss once per conversation.
 
     Args:
         weights: the loss weight of each conversation; 1 if None.
@@ -186,7 +187,11 @@ def _truncate(encoded: EncodedConversation, length: int) -> EncodedConversation:
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stacks examples into the arguments of ``MultimodalModel.forward``, padded on the right."""
+    """Stacks examples into a batch, padded on the right.
+
+    Returns:
+        The arguments of ``VisionLanguageModel.forward``, and ``label_weights``, [labels], if any weight is not 1.
+    """
     rows = [example["row"] for example in examples]
 
     def pad(name: str, value: int, dtype: torch.dtype = torch.long) -> torch.Tensor:

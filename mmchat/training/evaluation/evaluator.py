@@ -18,9 +18,10 @@ from PIL import Image
 from ...conversation import Message, SamplingOptions
 from ...errors import BadInput
 from ...inference.generation import generate_texts
-from ...models.prompt import IMAGE_TOKEN_ID, ChatFormat, EncodedConversation, encode
-from ...models.vision_language_model import MultimodalModel
-from ..data.conversations import Conversation, conversation_of, stream_entries
+from ...models.chat_formats import ChatFormat
+from ...models.prompt import IMAGE_TOKEN_ID, EncodedConversation, encode
+from ...models.vision_language_model import VisionLanguageModel
+from ..data.llava_json import Conversation, conversation_of, stream_entries
 from ..data.packing import ConversationDataset, Features, PackedSequence, collate
 from .metrics import (
     Estimate,
@@ -152,7 +153,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: MultimodalModel,
+        model: VisionLanguageModel,
         tokenizer: Any,
         chat_format: ChatFormat,
         *,
@@ -230,7 +231,7 @@ class Evaluator:
             batch = {
                 name: tensor.to(self.model.device) for name, tensor in collate([dataset[i] for i in indices]).items()
             }
-            logits, expected = self.model.label_logits(**batch)
+            logits, expected = self.model(**batch)
             loss = torch.nn.functional.cross_entropy(logits.float(), expected, reduction="none")  # [labels]
             per_conversation = [count for index in indices for count in _answer_lengths(dataset.rows[index])]
             losses += [part.sum().item() for part in loss.split(per_conversation)]

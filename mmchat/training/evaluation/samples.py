@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ...conversation import SamplingOptions
 from ...errors import BadInput
-from ..data.conversations import Conversation, read_conversations
 from ..data.features import FeatureStore, PictureFolder, read_picture
+from ..data.llava_json import Conversation, read_conversations
 from .evaluator import Evaluator, Item
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
-"""A model's own chat template, as transformers renders it: messages → segments.
+"""Renders the Jinja chat template in a model's files, as transformers does. The built-in formats: chat_formats.py.
 
-The template is a Jinja program in the model's files. It is rendered around stand-ins for what people wrote, so that we
-know which characters are theirs: these can neither open a turn nor stand for a picture.
+The template is rendered around placeholders for what people wrote, so that we know which characters are theirs: these
+can neither open a turn nor stand for an image.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ..conversation import Message
 from ..errors import WeightsError
 
 IMAGE_TOKEN = "<image>"
-STOPS = ("<|end|>", "<|im_end|>", "<|eot_id|>", "</s>", "<|endoftext|>", "<|assistant|>")
-STAND_IN = re.compile("( ?)\ue000(\\d+)\ue001( ?)")
+KNOWN_STOPS = ("<|end|>", "<|im_end|>", "<|eot_id|>", "</s>", "<|endoftext|>", "<|assistant|>")
+PLACEHOLDER = re.compile("( ?)\ue000(\\d+)\ue001( ?)")
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template and the token that stands for a picture in it."""
+    """A chat template and the token that stands for an image in it."""
 
     text: str  # Jinja
     image_token: str = IMAGE_TOKEN
@@ -34,7 +34,7 @@ class Piece:
     """A stretch of a rendered conversation."""
 
     text: str
-    author: int | None = None  # index of the message that this is the text of; None: the template's own
+    message_index: int | None = None  # of the message that wrote it; None: the template's own text
 
 
 def read_template(folder: Path, name: str) -> str:
@@ -58,13 +58,13 @@ def read_template(folder: Path, name: str) -> str:
             found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
         if found:
             return str(found)
-    raise WeightsError(f"'{name}' has no chat template, so I cannot tell how it was asked in training.")
+    raise WeightsError(f"'{name}' has no chat template, so I cannot tell which prompts it was trained with.")
 
 
 def render(
     template: ChatTemplate, messages: Sequence[Message], tokenizer: Any, add_generation_prompt: bool = False
 ) -> list[Piece]:
-    """Renders a conversation; each picture is one ``image_token`` in a piece of the template's own.
+    """Renders a conversation. Each image is one ``image_token`` in the template's own text.
 
     Raises:
         WeightsError: the template cannot be rendered.
@@ -88,22 +88,22 @@ def render(
                 failure = error
                 continue
             pieces = _split(text, messages)
-            shown = sum(piece.text.count(template.image_token) for piece in pieces if piece.author is None)
-            authors = [piece.author for piece in pieces if piece.author is not None]
-            if shown == sum(len(message.images) for message in messages) and authors == list(range(len(messages))):
+            images = sum(piece.text.count(template.image_token) for piece in pieces if piece.message_index is None)
+            indices = [piece.message_index for piece in pieces if piece.message_index is not None]
+            if images == sum(len(message.images) for message in messages) and indices == list(range(len(messages))):
                 return pieces
     raise WeightsError("The chat template of these weights does not show every message and picture.") from failure
 
 
 def _contents(messages: Sequence[Message], has_parts: bool, image_token: str) -> list[dict[str, Any]]:
-    """The messages as transformers takes them, with stand-ins for their texts.
+    """The messages as transformers takes them, with placeholders for their texts.
 
     Args:
-        has_parts: give lists of pictures and texts, as a processor's template takes them, in place of one string.
+        has_parts: give lists of images and texts, as a processor's template takes them, in place of one string.
     """
     contents: list[dict[str, Any]] = []
     for index, message in enumerate(messages):
-        text = f" \ue000{index}\ue001 "  # the spaces show whether the template strips what is said
+        text = f" \ue000{index}\ue001 "  # the spaces show whether the template strips a text
         if has_parts:
             parts = [{"type": "image"} for _ in message.images] + [{"type": "text", "text": text}]
             contents.append({"role": message.role, "content": parts})
@@ -113,7 +113,7 @@ def _contents(messages: Sequence[Message], has_parts: bool, image_token: str) ->
 
 
 def _without_system(contents: list[dict[str, Any]], has_parts: bool) -> list[dict[str, Any]]:
-    """The same with a system message in front of the first question, for templates that know no such role."""
+    """The same with the system message merged into the first question, for templates without a system role."""
     if len(contents) < 2 or contents[0]["role"] != "system":
         return contents
     system, first, *others = contents
@@ -123,19 +123,19 @@ def _without_system(contents: list[dict[str, Any]], has_parts: bool) -> list[dic
 
 def _split(text: str, messages: Sequence[Message]) -> list[Piece]:
     pieces, start = [], 0
-    for found in STAND_IN.finditer(text):
+    for found in PLACEHOLDER.finditer(text):
         pieces.append(Piece(text[start : found.start()]))
         index = int(found[2])
-        said = messages[index].text
-        said = said if found[1] else said.lstrip()
-        said = said if found[3] else said.rstrip()
-        pieces.append(Piece(said, index))
+        written = messages[index].text
+        written = written if found[1] else written.lstrip()
+        written = written if found[3] else written.rstrip()
+        pieces.append(Piece(written, index))
         start = found.end()
     return [*pieces, Piece(text[start:])]
 
 
-def harmless(text: str, special: Iterable[str]) -> str:
-    """What people wrote, with a space in every special token, so that it is read as plain text."""
+def escape_special_tokens(text: str, special: Iterable[str]) -> str:
+    """Puts a space into every special token in a text, so that it is tokenized as plain text."""
     tokens = [token for token in special if len(token) > 1]
     while found := next((token for token in tokens if token in text), None):
         text = text.replace(found, f"{found[0]} {found[1:]}")
@@ -152,32 +152,32 @@ def encode_rendered(
 ) -> tuple[list[int], list[bool]]:
     """Token ids as transformers' processor gives them, and which of them are answers.
 
-    The conversation is tokenized in one piece, because many tokenizers join what stands on both sides of a border.
+    The conversation is tokenized as a whole, because many tokenizers merge characters across segment boundaries.
 
     Args:
-        image_token_id: stands in the ids where a picture's features go, ``tokens_per_image`` times.
+        image_token_id: the placeholder of an image token; each image has ``tokens_per_image`` of them.
     """
     text, answers = "", []
     pieces = render(template, messages, tokenizer, add_generation_prompt)
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
-        if piece.author is None:
+        if piece.message_index is None:
             text += piece.text.replace(template.image_token, template.image_token * tokens_per_image)
             continue
         start = len(text)
-        text += harmless(piece.text, [*special, template.image_token])
-        if messages[piece.author].role == "assistant":
+        text += escape_special_tokens(piece.text, [*special, template.image_token])
+        if messages[piece.message_index].role == "assistant":
             end = _answer_end(following.text if following else "", tokenizer)
             answers.append((start, len(text) + end))
-            is_last = piece.author == len(messages) - 1 and not add_generation_prompt
+            is_last = piece.message_index == len(messages) - 1 and not add_generation_prompt
             if is_last and not end and tokenizer.eos_token:  # else the model would never learn to stop
                 text += tokenizer.eos_token
                 answers[-1] = (start, len(text))
                 break
     has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     encoded = tokenizer(text, add_special_tokens=not has_bos, return_offsets_mapping=True)
-    shown = tokenizer.convert_tokens_to_ids(template.image_token)
-    token_ids = [image_token_id if token == shown else token for token in encoded["input_ids"]]
+    template_id = tokenizer.convert_tokens_to_ids(template.image_token)
+    token_ids = [image_token_id if token == template_id else token for token in encoded["input_ids"]]
     is_answer = [
         start < end and any(start < last and first < end for first, last in answers)
         for start, end in encoded["offset_mapping"]
@@ -186,16 +186,16 @@ def encode_rendered(
 
 
 def _answer_end(following: str, tokenizer: Any) -> int:
-    """How many characters of what follows an answer belong to it: those up to its stop token; 0 without one."""
-    rest = following.lstrip()
-    for stop in (tokenizer.eos_token, *STOPS):
-        if stop and rest.startswith(stop):
-            return len(following) - len(rest) + len(stop)
+    """Number of characters after an answer's text that belong to it: those up to its stop token; 0 without one."""
+    stripped = following.lstrip()
+    for stop in (tokenizer.eos_token, *KNOWN_STOPS):
+        if stop and stripped.startswith(stop):
+            return len(following) - len(stripped) + len(stop)
     return 0
 
 
 def stop_ids(template: ChatTemplate, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: the tokenizer's own, and those in the template that are known to."""
-    tokens = {tokenizer.eos_token, *(stop for stop in STOPS if stop in template.text)} - {None}
-    known = tokenizer.get_vocab()
-    return sorted(known[token] for token in tokens if token in known)
+    """Token ids that end an answer: the tokenizer's EOS, and every token of KNOWN_STOPS that the template contains."""
+    tokens = {tokenizer.eos_token, *(stop for stop in KNOWN_STOPS if stop in template.text)} - {None}
+    vocabulary = tokenizer.get_vocab()
+    return sorted(vocabulary[token] for token in tokens if token in vocabulary)

@@ -83,7 +83,7 @@ class PicturesWithWords(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         picture = _crop(open_image(self.folder / self.names[index]))
-        return {"pixels": self.encoder.pixels(picture), "labels": self.targets[index]}
+        return {"pixels": self.encoder.preprocess(picture), "labels": self.targets[index]}
 
 
 def _crop(picture: Image.Image) -> Image.Image:

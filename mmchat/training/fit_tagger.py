@@ -23,7 +23,7 @@ from ..presets import ImageEncoderPreset
 from .data.labels import Labeled
 from .data.packing import Features
 from .data.questions import AGREEMENT
-from .tuning import words_and_pairs
+from .tune_image_encoder import words_and_pairs
 
 logger = logging.getLogger(__name__)
 

@@ -1,9 +1,12 @@
-"""Import boundaries: which modules load without torch, importers or training."""
+"""Import boundaries: which modules load without torch or importers, and that only training imports training."""
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,25 @@ def imported_by(*modules: str) -> set[str]:
     command = [sys.executable, "-X", "importtime", "-c", f"import {', '.join(modules)}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return {line.rsplit("|", 1)[1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
+
+
+def imports_in(path: Path) -> Iterator[str]:
+    """The absolute names of the modules that a file imports anywhere, also inside functions."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join(filter(None, (*base, node.module)))
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def test_nothing_outside_training_imports_training():
+    files = [path for path in (ROOT / "mmchat").rglob("*.py") if "training" not in path.parts]
+    imports = {path: set(imports_in(path)) for path in files}
+    assert any("mmchat.errors.BadInput" in names for names in imports.values())
+    assert not [path for path, names in imports.items() if any(name.startswith("mmchat.training") for name in names)]
 
 
 def test_conversation_and_model_server_client_import_no_torch():

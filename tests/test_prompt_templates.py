@@ -13,7 +13,8 @@ from mmchat.checkpoints.projects import PROJECTS
 from mmchat.checkpoints.weights_folder import load_model, preset_for_weights, save_weights
 from mmchat.engine import LocalEngine
 from mmchat.errors import WeightsError
-from mmchat.models.prompt import CHAT_FORMATS, IMAGE_TOKEN_ID, PictureLayout, chat_format_of, encode
+from mmchat.models.chat_formats import CHAT_FORMATS, PromptTemplate, chat_format_of
+from mmchat.models.prompt import IMAGE_TOKEN_ID, encode
 from mmchat.presets import PRESETS
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import chosen_preset, train
@@ -54,7 +55,7 @@ def tokenizers(tiny):
 
 
 def format_of(layout, name):
-    return replace(CHAT_FORMATS[name], picture_layout=layout)
+    return replace(CHAT_FORMATS[name], prompt_template=layout)
 
 
 @pytest.mark.parametrize("name", PROJECTS)
@@ -126,7 +127,7 @@ def laid_out(trained, tmp_path):
     """The same weights with the layout of a project that adds a token."""
     preset = PRESETS["phi-patches"]
     model, _ = load_model(preset, trained, torch.float32)
-    save_weights(model, tmp_path / "ours", replace(preset, picture_layout=PROJECTS["vandana1302238"].layout))
+    save_weights(model, tmp_path / "ours", replace(preset, prompt_template=PROJECTS["vandana1302238"].layout))
     return tmp_path / "ours"
 
 
@@ -140,7 +141,7 @@ def test_weights_without_a_layout_are_asked_as_before(tiny, trained):
 
 def test_a_layout_is_kept_with_the_weights_and_asked_in(tiny, laid_out):
     preset, layout = PRESETS["phi-patches"], PROJECTS["vandana1302238"].layout
-    assert preset_for_weights(preset, laid_out).picture_layout == layout
+    assert preset_for_weights(preset, laid_out).prompt_template == layout
     engine = LocalEngine(preset, laid_out)
     question = Message("user", QUESTION, [tiny / "pictures" / "1.png"])
     encoded = engine.encode([question])
@@ -160,15 +161,15 @@ def test_training_goes_on_in_the_layout_of_the_weights_it_starts_from(tiny, laid
     )
     train(recipe)
     layout = PROJECTS["vandana1302238"].layout
-    assert preset_for_weights(PRESETS["phi-patches"], tmp_path / "run").picture_layout == layout
+    assert preset_for_weights(PRESETS["phi-patches"], tmp_path / "run").prompt_template == layout
     chosen = chosen_preset(replace(recipe, image_encoder=str(tiny / "clip")))
-    assert chat_format_of(chosen).picture_layout == layout
+    assert chat_format_of(chosen).prompt_template == layout
 
 
 def test_the_token_that_ends_an_answer_stops_the_model(tiny, trained, tmp_path):
     preset = PRESETS["phi-patches"]
     model, _ = load_model(preset, trained, torch.float32)
-    save_weights(model, tmp_path, replace(preset, picture_layout=PictureLayout(answer_end="<|im_end|>")))
+    save_weights(model, tmp_path, replace(preset, prompt_template=PromptTemplate(answer_end="<|im_end|>")))
     model, tokenizer = load_model(preset, tmp_path, torch.float32)
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in model.language_model.generation_config.eos_token_id
 
