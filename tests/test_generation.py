@@ -70,11 +70,11 @@ def test_closing_stops_generation_within_a_token(engine, embeddings, stop_ids, m
 
 def test_a_seed_makes_sampling_reproducible(engine, embeddings, stop_ids):
     def sample(seed):
-        options = SamplingOptions(temperature=1.0, max_new_tokens=12, seed=seed)
+        options = SamplingOptions(temperature=1.0, max_new_tokens=8, seed=seed)
         return list(stream_token_ids(TorchDecoder(engine.model.language_model), embeddings, options, stop_ids))
 
     assert sample(1) == sample(1)
-    assert len({tuple(sample(seed)) for seed in range(4)}) > 1
+    assert len({tuple(sample(seed)) for seed in range(3)}) > 1
 
 
 def test_max_new_tokens_limits_the_answer(engine, embeddings, stop_ids):
