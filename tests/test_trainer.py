@@ -84,6 +84,7 @@ def history(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(source))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["phi3-patches", "phi-patches", "llama-pooled"])
 def test_loss_falls_and_only_trainable_weights_change(tiny, tmp_path, preset):
     settings = recipe(tiny, tmp_path, preset=preset, max_steps=30, save_steps=30)
