@@ -19,8 +19,9 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	$(BIN)/mypy
 
-# In two processes of one thread each: most tests wait for a program of their own to start, which takes one core.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# In two processes of one thread each: most tests wait for a program of their own to start, which takes one core. Files
+# start in the order of conftest.py, the longest first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 fast: .venv/installed-dev
 	$(PYTEST) -m "not slow and not browser" $(OPTIONS)

@@ -24,7 +24,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the `smol` preset must work with
 SLOW_FIXTURES = {"address", "described", "exported", "fresh", "hub", "pair", "prepared", "served", "trained", "tuned"}
 
 
+# Files that take longest. They start first, so that both processes of `make test` end at about the same time.
+LONGEST = ["test_page", "test_speech", "test_trainer", "test_voice", "test_scripts", "test_browser", "test_hub"]
+LONGEST += ["test_openai_api", "test_bad_input", "test_browser_chat", "test_engine", "test_files", "test_browser_voice"]
+
+
 def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
     for item in items:
         if SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)

@@ -201,6 +201,7 @@ def test_unusual_recordings_are_transcribed_or_get_an_error_sentence(client, tmp
         assert says in answer and "Traceback" not in answer and str(ROOT) not in answer, (path.name, answer)
 
 
+@pytest.mark.slow
 def test_hours_of_silence_do_not_fill_memory(tmp_path, monkeypatch):
     """Three hours would be 690 MB of samples; decoding stops after ten minutes."""
     from mmchat import BadInput, media

@@ -107,6 +107,7 @@ def test_a_missing_comma_is_an_error(tmp_path):
         list(read_conversations(tmp_path / "train.json"))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(entries=st.lists(st.recursive(st.text() | st.integers(), lambda x: st.lists(x) | st.dictionaries(st.text(), x))))
 def test_streaming_any_json_list_equals_json_loads(tmp_path_factory, entries):

@@ -225,6 +225,7 @@ def test_a_closed_reply_releases_the_engine(engine):
     assert answer(engine, Message("user", "Hi"))
 
 
+@pytest.mark.slow
 def test_concurrent_replies_are_independent(engine, photo):
     """One with the adapter, one without: each gets the same answer as alone."""
     questions = [Message("user", "Describe the image.", images=[photo]), Message("user", "What is the sun?")] * 2
@@ -242,6 +243,7 @@ def test_concurrent_replies_are_independent(engine, photo):
     assert together == alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["onnx", "torch"])
 def test_a_short_answer_does_not_wait_for_a_long_one(engine, photo, monkeypatch, decoder):
     if decoder == "torch":
@@ -257,6 +259,7 @@ def test_a_short_answer_does_not_wait_for_a_long_one(engine, photo, monkeypatch,
     assert story == answer(engine, Message("user", "Tell me a long story."), options=replace(GREEDY, max_new_tokens=40))
 
 
+@pytest.mark.slow
 def test_a_question_is_answered_during_another_threads_reply(engine):
     """The running reply does not take every turn."""
     written: list[str] = []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -48,7 +46,8 @@ from mmchat.training.evaluation.metrics import (
 from mmchat.training.evaluation.recordings import read_recordings
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
-from tests.conftest import ROOT, SPEECH
+from tests.conftest import SPEECH
+from tests.in_process import run_script
 from tests.test_speech import SAID
 
 FORMAT = CHAT_FORMATS["smollm2"]
@@ -379,16 +378,11 @@ def test_bad_lists_of_recordings_are_errors(tmp_path, content, says):
 @pytest.mark.slow
 def test_the_script_prints_and_writes_all_results(tiny, trained, tmp_path):
     (tmp_path / "speech.json").write_text(json.dumps([{"audio": str(SPEECH), "text": SAID}]))
-    shown = subprocess.run(
-        [sys.executable, "-m", "tests.tiny", str(tiny), "training_scripts/evaluate.py", "--preset", "llama-patches"]
-        + ["--weights", str(trained), str(trained / "checkpoint-150"), "--questions", str(tiny / "eval.json")]
-        + ["--features", str(tiny / "features-patches"), "--speech", str(tmp_path / "speech.json")]
-        + ["--out", str(tmp_path / "results.json"), "--table", str(tmp_path / "table.md")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    command = f"training_scripts/evaluate.py --preset llama-patches --weights {trained} {trained / 'checkpoint-150'}"
+    command += f" --questions {tiny / 'eval.json'} --features {tiny / 'features-patches'}"
+    result = run_script(f"{command} --speech speech.json --out results.json --table table.md", tmp_path)
+    assert result.returncode == 0, result.stderr
+    shown = result.stdout
     assert "perplexity" in shown and "word error rate" in shown and "checkpoint-150" in shown and "shuffled" in shown
     results = json.loads((tmp_path / "results.json").read_text())
     assert [result["condition"] for result in results] == ["real"] + ["real", "shuffled", "blank"] * 2

@@ -18,6 +18,7 @@ from mmchat.presets import LLAVA_PHI_3, PHI_3_5, HubRepository
 from tests import llava
 from tests.conftest import ROOT, page_address
 from tests.hub_server import Hub, serve
+from tests.in_process import run_mmchat
 
 PHI, CLIP = PHI_3_5.language_model.source.name, PHI_3_5.image_encoder.source.name
 PUBLISHED = PHI_3_5.weights.name
@@ -66,16 +67,24 @@ def fresh(tmp_path):
     return environment
 
 
+ASK = ["ask", "What is it?", "--max-new-tokens", "4", "--temperature", "0"]
+
+
 def ask(environment, endpoint, *arguments, preset="phi-3.5"):
-    command = [sys.executable, "-m", "mmchat", "ask", "What is it?", "--preset", preset, "--max-new-tokens", "4"]
-    return subprocess.run(
-        [*command, "--temperature", "0", *arguments],
-        cwd=ROOT,
-        env={**environment, "HF_ENDPOINT": endpoint},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    """``mmchat ask`` in this process; huggingface_hub reads its environment when it is imported."""
+    settings = {
+        "ENDPOINT": endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        "HF_HUB_CACHE": f"{environment['HF_HOME']}/hub",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_ETAG_TIMEOUT": 3,
+        "HF_HUB_DOWNLOAD_TIMEOUT": 3,
+    }
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MMCHAT_CACHE", environment["MMCHAT_CACHE"])
+        for name, value in settings.items():
+            patched.setattr(f"huggingface_hub.constants.{name}", value)
+        return run_mmchat(*ASK, "--preset", preset, *arguments)
 
 
 def page_answers(environment, endpoint, preset, photo, log):
@@ -151,7 +160,9 @@ def test_an_interrupted_download_is_resumed(hub, fresh):
 
 
 def test_without_the_hub_the_error_says_what_works(fresh):
-    result = ask(fresh, "http://127.0.0.1:9")
+    environment = {**fresh, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    command = [sys.executable, "-m", "mmchat", *ASK, "--preset", "phi-3.5"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith(f"{PUBLISHED} could not be fetched from the Hugging Face Hub (it cannot be reached)")

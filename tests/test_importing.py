@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pickle
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from mmchat.fetching.cache import cache_folder
 from mmchat.models.language_model import load_language_model
 from mmchat.presets import PRESETS, HubRepository
 from tests.close import assert_close
-from tests.conftest import ROOT
+from tests.in_process import run_script
 
 RANK, ALPHA = 4, 8
 WIDTH = 64  # of the tiny language models' tokens
@@ -299,8 +297,8 @@ def test_a_presets_published_weights_are_imported_once(tiny, tmp_path, monkeypat
 @pytest.mark.slow
 def test_the_script_reports_every_tensor(tiny, tmp_path):
     publish("b", tmp_path / "published")
-    command = [sys.executable, "-m", "tests.tiny", str(tiny), "training_scripts/import_checkpoint.py"]
-    command += [str(tmp_path / "published"), "--preset", "phi3-pooled", "--out", str(tmp_path / "ours")]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    result = run_script("training_scripts/import_checkpoint.py published --preset phi3-pooled --out ours", tmp_path)
+    assert result.returncode == 0, result.stderr
+    shown = result.stdout
     assert "layer1.weight  →  linear_1.weight" in shown and "initial_weights1  ignored" in shown
-    assert "2 ignored" in shown and f"--weights {tmp_path / 'ours'}" in shown
+    assert "2 ignored" in shown and "--weights ours" in shown

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mmchat import Message, SamplingOptions
 from mmchat.bundle import bundled
 from tests.conftest import ROOT
 
@@ -34,9 +35,9 @@ def installed(tmp_path_factory) -> Path:
     shutil.rmtree(checkout)
     (wheel,) = folder.glob("*.whl")
     environment = folder / "environment"
-    venv.create(environment, with_pip=True)
-    python = environment / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel], check=True)
+    venv.create(environment)
+    pip = [sys.executable, "-m", "pip", "--python", environment / "bin" / "python"]
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", wheel], check=True)
     (packages,) = environment.glob("lib/python*/site-packages")
     # A path file, and not PYTHONPATH: what is installed in the environment itself comes first.
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
@@ -44,7 +45,7 @@ def installed(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_wheel_chats_offline_from_any_folder(installed, tmp_path, photo):
+def test_the_wheel_chats_offline_from_any_folder(installed, engine, tmp_path, photo):
     def run(*command):
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         options = {"cwd": tmp_path, "env": environment | {"HF_HUB_OFFLINE": "1"}, "check": True}
@@ -53,14 +54,10 @@ def test_the_wheel_chats_offline_from_any_folder(installed, tmp_path, photo):
     where = run(installed / "python", "-c", "import mmchat; print(mmchat.__file__)")
     assert where.startswith(str(installed.parent))
     greedy = ["--preset", "smol", "--temperature", "0", "--max-new-tokens", "12"]
-    here = subprocess.run(
-        [sys.executable, "-m", "mmchat", "ask", "Is there a woman?", "--image", photo, *greedy],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert run(installed / "mmchat", "ask", "Is there a woman?", "--image", photo, *greedy) == here
+    engine.forget()  # as in a new process
+    asked = [Message("user", "Is there a woman?", [photo])]
+    here = "".join(engine.reply(asked, SamplingOptions(temperature=0, max_new_tokens=12)))
+    assert run(installed / "mmchat", "ask", "Is there a woman?", "--image", photo, *greedy) == f"{here}\n"
     run(installed / "mmchat", "space", "--out", tmp_path / "space")
     space = {str(path.relative_to(tmp_path / "space")) for path in (tmp_path / "space").rglob("*")}
     assert {"app.py", "README.md", "mmchat/engine.py", "weights/smol/mmchat.json", "examples/examples.csv"} <= space

@@ -23,7 +23,7 @@ from mmchat.training.data.label_wordings import EVALUATION_WORDINGS, WORDINGS, t
 from mmchat.training.data.labels import Box, Labeled, read_labels
 from mmchat.training.data.naming import Dictionary, counted, plural, sentence, with_article
 
-SCRIPT = Path(__file__).parent.parent / "training_scripts" / "prepare_data.py"
+ROOT = Path(__file__).parent.parent
 
 
 def collection(count: int = 120, seed: int = 4, numbers: dict[str, str] | None = None) -> list[Labeled]:
@@ -214,18 +214,19 @@ def test_wrong_synset_numbers_are_errors(tiny_wordnet, synset):
         tiny_wordnet[0].names_of("dog", synset)
 
 
+def prepare(arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    from tests.in_process import run_script
+
+    return run_script(f"training_scripts/prepare_data.py labels --out out.json {arguments}", folder)
+
+
 def test_prepare_data_rejects_a_folder_without_wordnet(tmp_path):
     (tmp_path / "labels.json").write_text('[{"image": "1.jpg", "label": "bull mastiff"}]')
-    labels = ["labels", "--labels", tmp_path / "labels.json", "--out", tmp_path / "out.json"]
-
-    def run(folder: Path) -> subprocess.CompletedProcess:
-        command = [sys.executable, SCRIPT, *labels, "--make", "questions", "--wordnet", folder]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    bad = run(tmp_path)
+    command = "--labels labels.json --make questions --wordnet ."
+    bad = prepare(command, tmp_path)
     assert bad.returncode == 1 and "does not hold WordNet" in bad.stderr and bad.stderr.count("\n") == 1
     write_wordnet(tmp_path, SYNSETS)
-    assert run(tmp_path).returncode == 0 and "a kind of dog" in (tmp_path / "out.json").read_text()
+    assert prepare(command, tmp_path).returncode == 0 and "a kind of dog" in (tmp_path / "out.json").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -355,6 +356,7 @@ def test_rooms_have_everyday_names_and_similar_ones_are_not_denied():
     assert not asked([Labeled("1.jpg", scene="bow window indoor")])[0]
 
 
+@pytest.mark.slow
 def test_questions_depend_only_on_the_seed():
     def made(hash_seed: str) -> bytes:
         code = (
@@ -364,7 +366,7 @@ def test_questions_depend_only_on_the_seed():
         )
         environment = {"PYTHONHASHSEED": hash_seed, "PATH": ""}
         return subprocess.run(
-            [sys.executable, "-c", code], cwd=SCRIPT.parent.parent, env=environment, capture_output=True, check=True
+            [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True
         ).stdout
 
     assert made("1") == made("2")
@@ -498,12 +500,11 @@ def test_prepare_data_labels(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / "1.jpg")
-    run = [sys.executable, SCRIPT, "labels", "--labels", tmp_path / "photos", "--out", tmp_path / "out.json"]
-    subprocess.run(run, check=True, capture_output=True)
+    assert prepare("--labels photos", tmp_path).returncode == 0
     assert "A cat." in (tmp_path / "out.json").read_text()
-    subprocess.run([*run, "--make", "names"], check=True, capture_output=True)
+    assert prepare("--labels photos --make names", tmp_path).returncode == 0
     entries = json.loads((tmp_path / "out.json").read_text())
     assert {entry["conversations"][0]["value"] for entry in entries} == {"<image>\nDescribe the image."}
     assert [entry["conversations"][1]["value"] for entry in entries][:3] == ["cat", "cats", "a cat"]
-    failed = subprocess.run([*run, "--split", "train"], capture_output=True, text=True)
+    failed = prepare("--labels photos --split train", tmp_path)
     assert failed.returncode and "--splits" in failed.stderr and "Traceback" not in failed.stderr

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,8 +20,8 @@ from mmchat.presets import PHI_3_5
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
 from tests import llava
-from tests.close import assert_close
-from tests.conftest import ROOT
+from tests.close import assert_close, assert_same_choices, recorded_logits
+from tests.in_process import run_script
 
 KINDS = {
     "phi3": {"text": "phi3"},
@@ -99,10 +97,12 @@ def test_equal_logits_and_equal_tokens(folder, reference, pictures, count):
     ours = engine.model.language_model(inputs_embeds=engine.embed(encoded)).logits
     assert_close(ours, model(**inputs).logits, 1e-4)
     stops = engine.model.language_model.generation_config.eos_token_id
-    written = model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=stops, pad_token_id=1)
-    written = [token for token in written[0, inputs["input_ids"].shape[1] :].tolist() if token not in stops]
-    answer = "".join(engine.reply(messages, SamplingOptions(temperature=0, max_new_tokens=12)))
-    assert answer.rstrip("�") == processor.tokenizer.decode(written, skip_special_tokens=True).rstrip("�")
+    options = {"do_sample": False, "eos_token_id": stops, "pad_token_id": 1}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    written = model.generate(**inputs, max_new_tokens=12, **options)
+    with recorded_logits() as logits:
+        list(engine.reply(messages, SamplingOptions(temperature=0, max_new_tokens=12)))
+    assert_same_choices(logits, [row[0] for row in written.logits], 1e-4)
 
 
 def test_questions_without_a_picture_are_asked_in_the_template_too(folder, reference):
@@ -300,9 +300,8 @@ def test_quantized(trained, pictures, quantization):
 
 def test_evaluating(tiny, trained, tmp_path):
     for weights in trained:
-        command = ["training_scripts/evaluate.py", "--weights", str(weights), "--images", str(tiny / "pictures")]
-        command += ["--questions", str(tiny / "eval.json"), "--conditions", "real", "--out", str(tmp_path / "out.json")]
-        result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=200)
+        command = f"training_scripts/evaluate.py --weights {weights} --images {tiny / 'pictures'}"
+        result = run_script(f"{command} --questions {tiny / 'eval.json'} --conditions real --out out.json", tmp_path)
         assert result.returncode == 0, result.stderr
         (entry,) = json.loads((tmp_path / "out.json").read_text())
         assert entry["answers"]

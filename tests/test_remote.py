@@ -25,6 +25,7 @@ from mmchat.presets import PRESETS
 from mmchat.serving.remote import RemoteEngine, _to_openai
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
+from tests.close import certain_answer
 from tests.conftest import ROOT
 
 OPTIONS = SamplingOptions(temperature=0, max_new_tokens=10)
@@ -95,11 +96,16 @@ def test_a_server_answers_as_the_local_engine_does(tiny, served):
         question = Message("user", "Describe the image.", [picture])
         pieces = list(remote.reply([question], OPTIONS))
         assert len(pieces) > 1  # it streams
-        first = "".join(engine.reply([question], OPTIONS))
-        assert "".join(pieces).strip("�") == first.strip("�")
+        assert_same_text("".join(pieces), *certain_answer(engine, [question], OPTIONS))
         decoded = Message("user", "Describe the image.", [Image.open(picture)])
         again = [decoded, Message("assistant", "A brown dog."), Message("user", "Is there a dog?")]
-        assert "".join(remote.reply(again, OPTIONS)).strip("�") == "".join(engine.reply(again, OPTIONS)).strip("�")
+        assert_same_text("".join(remote.reply(again, OPTIONS)), *certain_answer(engine, again, OPTIONS))
+
+
+def assert_same_text(found: str, expected: str, is_whole: bool) -> None:
+    """An unfinished character at the end is shown there and not here."""
+    found, expected = found.strip("�"), expected.strip("�")
+    assert found == expected if is_whole else found.startswith(expected)
 
 
 @pytest.mark.slow

@@ -14,17 +14,17 @@ from mmchat.training.data.cleaning import clean_answer, clean_answers
 from mmchat.training.data.llava_json import entry_of
 from mmchat.training.recipe import Recipe, parse_recipe, read_recipe, write_recipe
 from tests.conftest import ROOT
+from tests.in_process import run_script
 
 SCRIPTS = sorted((ROOT / "training_scripts").glob("*.py"))
 RECIPES = sorted((ROOT / "training_scripts" / "recipes").rglob("*.yaml"))
 
 
-def script(folder, command, **options):
-    name, *arguments = command.split()
-    path = ROOT / "training_scripts" / name
-    return subprocess.run(
-        [sys.executable, str(path), *arguments], cwd=folder, capture_output=True, text=True, **options
-    )
+def script(folder, command):
+    """Runs a training script that must succeed."""
+    result = run_script(f"training_scripts/{command}", folder)
+    assert result.returncode == 0, result.stderr
+    return result
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -118,39 +118,40 @@ def prepared(tmp_path_factory):
     for name in ("coffee.jpg", "astronaut.jpg"):
         (folder / "photos" / name).write_bytes((ROOT / "examples" / name).read_bytes())
     captions = [
-        {"image": "coffee.jpg", "captions": ["A cup of coffee on a wooden table ."] * 5},
-        {"image": "astronaut.jpg", "captions": ["A woman in an orange suit smiles ."] * 5},
+        {"image": "coffee.jpg", "captions": ["A cup of coffee on a wooden table ."] * 2},
+        {"image": "astronaut.jpg", "captions": ["A woman in an orange suit smiles ."] * 2},
     ]
     (folder / "captions.json").write_text(json.dumps(captions))
     (folder / "splits.json").write_text(json.dumps({"train": ["coffee.jpg", "astronaut.jpg"]}))
     options = "captions --captions captions.json --splits splits.json --split train"
-    script(folder, f"prepare_data.py {options} --out train.json", check=True)
-    script(folder, f"prepare_data.py {options} --make descriptions --out describe.json", check=True)
-    script(folder, "embed_images.py --images photos --out features", check=True)
+    script(folder, f"prepare_data.py {options} --out train.json")
+    script(folder, f"prepare_data.py {options} --make descriptions --out describe.json")
+    script(folder, "embed_images.py --images photos --out features")
     return folder
 
 
 @pytest.mark.slow
-def test_two_stages_of_training_teach_the_real_model_two_photos(prepared):
+def test_two_stages_of_training_teach_the_real_model_two_photos(prepared, engine):
     from mmchat import Message, SamplingOptions, load
 
     common = "--features features --batch-size 2 --warmup 1 --log-steps 5 --report-to none"
-    script(prepared, f"pretrain_projector.py --train describe.json --out one --max-steps 12 {common}", check=True)
+    script(prepared, f"pretrain_projector.py --train describe.json --out one --max-steps 12 {common}")
     second = "--start-from one --train train.json --out two --max-steps 8 --lr 2e-3 --save-steps 4"
-    shown = script(prepared, f"finetune_qlora.py {second} {common}", check=True)
+    shown = script(prepared, f"finetune_qlora.py {second} {common}")
     assert "python app.py --weights two" in shown.stderr and "adapter: all 420 tensors" in shown.stderr
     greedy = SamplingOptions(temperature=0, max_new_tokens=16)
     for weights in ("two", "two/checkpoint-8"):
-        engine = load("smol", prepared / weights)
+        taught = load("smol", prepared / weights)
         answers = {
             name: "".join(
-                engine.reply([Message("user", "Describe the image.", images=[prepared / "photos" / name])], greedy)
+                taught.reply([Message("user", "Describe the image.", images=[prepared / "photos" / name])], greedy)
             )
             for name in ("coffee.jpg", "astronaut.jpg")
         }
         assert "coffee" in answers["coffee.jpg"] and "orange" in answers["astronaut.jpg"], answers
+    engine.forget()  # the prefix cache changes the order of sums
     text_only = [Message("user", "What is the capital of France?")]
-    assert "".join(engine.reply(text_only, greedy)) == "".join(load("smol").reply(text_only, greedy))
+    assert "".join(taught.reply(text_only, greedy)) == "".join(engine.reply(text_only, greedy))
 
 
 def test_mistakes_end_with_an_error_sentence(prepared):
@@ -165,15 +166,14 @@ def test_mistakes_end_with_an_error_sentence(prepared):
         ("finetune_qlora.py --train none.json --features features", "none.json cannot be read"),
         ("evaluate.py --speech none.json", "none.json cannot be read"),
     ):
-        result = script(prepared, command)
+        result = run_script(f"training_scripts/{command}", prepared)
         assert result.returncode != 0 and says in result.stderr + result.stdout, result.stderr
         assert "Traceback" not in result.stderr
 
 
 @pytest.mark.slow
 def test_the_benchmark_prints_and_writes_results(tmp_path):
-    path, out = ROOT / "benchmarks" / "run.py", tmp_path / "figures.json"
-    command = [sys.executable, str(path), "--only", "encoder-runs", "--out", str(out)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (row,) = json.loads(out.read_text())
-    assert row["ours"] == "encoded 1 time" and row["what"] in shown
+    result = run_script("benchmarks/run.py --only encoder-runs --out figures.json", tmp_path)
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads((tmp_path / "figures.json").read_text())
+    assert row["ours"] == "encoded 1 time" and row["what"] in result.stdout

@@ -51,6 +51,7 @@ def fitted(tmp_path_factory):
     return folder, features, tagger, vocabulary
 
 
+@pytest.mark.slow
 def test_it_predicts_words_of_captions_and_labels(fitted):
     _, _, tagger, _ = fitted
     classes, words = tagger(features_of(0, 999))

@@ -64,6 +64,7 @@ def test_a_draft_is_rewritten(engine, capsys, tmp_path):
     assert line["draft"] == "The capital of France is Paris." and line["answer"] == captured.out.strip()
 
 
+@pytest.mark.slow
 def test_a_spoken_question_is_transcribed_and_answered(capsys):
     assert run("ask", "--audio", SPEECH, "--max-new-tokens", 8) == 0
     captured = capsys.readouterr()
