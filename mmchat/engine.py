@@ -25,6 +25,7 @@ from .conversation import (
 )
 from .device import choose_device, choose_preset, choose_quantization, headroom_of
 from .errors import BadInput, MmchatError
+from .fetching import expect
 from .inference.decoder import load_decoder
 from .inference.fair_lock import FairLock
 from .inference.generation import generate_texts, prefill, write_text
@@ -94,8 +95,11 @@ class LocalEngine(SpeechMixin):
 
     def __init__(self, preset: Preset, weights: str | Path | None = None, quantization: str = "auto", reason: str = ""):
         self.reason = reason
+        if not weights:
+            expect(preset.sources.values())
         trained = weights or default_weights(preset)
         self.preset = preset = preset_for_weights(preset, trained)
+        expect(preset.sources.values())  # the weights may need another image encoder
         self.device = choose_device()
         logger.info("Computing on %s: %s", self.device.type, self.device.reason)
         language_model = preset.language_model

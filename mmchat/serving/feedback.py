@@ -42,12 +42,12 @@ class FeedbackStore:
     def add(self, messages: Sequence[Message], liked: bool, better: str = "") -> None:
         """Stores the feedback on the last message, which is the answer.
 
-        Only the last question and its picture are stored, not the conversation before it.
+        Only the last question and its pictures are stored, not the conversation before it.
 
         Raises:
-            BadInput: there is nothing to store, it is too long, shows several pictures, or the folder is full.
+            BadInput: there is nothing to store, it is too long, or the folder is full.
         """
-        question, answer, picture = _last_turn(messages)
+        question, answer, pictures = _last_turn(messages)
         better = _clean(better)
         if len(better) > MAX_TEXT or len(question) > MAX_TEXT or len(answer) > 4 * MAX_TEXT:
             raise BadInput(f"Please keep the better answer under {MAX_TEXT} characters.")
@@ -57,8 +57,7 @@ class FeedbackStore:
             entries = _read(self.folder / name)
             if len(entries) >= MAX_ENTRIES:
                 raise BadInput("This server has all the feedback that it can keep. Thank you!")
-            image = self._keep(picture) if picture is not None else None
-            entry = _entry(question, image, learnt or answer)
+            entry = _entry(question, [self._keep(picture) for picture in pictures], learnt or answer)
             # The newest word on a question counts: contradictions teach nothing.
             entries = [old for old in entries if old["id"] != entry["id"]]
             extra = {"liked": liked, **({"said": answer} if better else {})}
@@ -86,17 +85,15 @@ class FeedbackStore:
         return path.name
 
 
-def _last_turn(messages: Sequence[Message]) -> tuple[str, str, Any]:
-    """The last question, its answer, and the picture that the question is about, if there is one."""
+def _last_turn(messages: Sequence[Message]) -> tuple[str, str, Sequence[Any]]:
+    """The last question, its answer, and the pictures that were shown last, which the question is about."""
     if len(messages) < 2 or messages[-1].role != "assistant" or messages[-2].role != "user":
         raise BadInput("There is no answer to rate.")
     shown = next((message.images for message in reversed(messages[:-1]) if message.images), ())
-    if len(shown) > 1:
-        raise BadInput("Feedback on a question about several pictures cannot be stored.")
     question, answer = _clean(messages[-2].text), _clean(messages[-1].text)
     if not answer or not (question or shown):
         raise BadInput("There is no answer to rate.")
-    return question or DEFAULT_QUESTION, answer, shown[0] if shown else None
+    return question or DEFAULT_QUESTION, answer, shown
 
 
 def _clean(text: str) -> str:
@@ -104,9 +101,11 @@ def _clean(text: str) -> str:
     return text.replace(IMAGE_MARK, "").encode("utf-8", "replace").decode().strip()
 
 
-def _entry(question: str, image: str | None, answer: str) -> dict[str, Any]:
+def _entry(question: str, images: list[str], answer: str) -> dict[str, Any]:
+    """An entry of LLaVA-Instruct: one mark per picture, and a list of names where there are several."""
+    image = images[0] if len(images) == 1 else images or None
     identifier = hashlib.sha256(json.dumps([question, image]).encode()).hexdigest()[:16]
-    asked = f"{IMAGE_MARK}\n{question}" if image else question
+    asked = "\n".join([*[IMAGE_MARK] * len(images), question])
     turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
     return {"id": identifier, **({"image": image} if image else {}), "conversations": turns}
 

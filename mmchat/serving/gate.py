@@ -11,9 +11,26 @@ from ..conversation import Engine, Message, SamplingOptions, logger
 from ..errors import MmchatError
 from .wrapper import EngineWrapper
 
+LOOK_SECONDS = 0.5  # between two looks at a place in line
+
 
 class Busy(MmchatError):
     """Too many questions are waiting."""
+
+
+class Waiting(str):
+    """An empty piece of an answer that has not begun: its question waits in line.
+
+    Attributes:
+        place: questions before it, this one included; 1 is the next.
+    """
+
+    place: int
+
+    def __new__(cls, place: int) -> Waiting:
+        piece = super().__new__(cls)
+        piece.place = place
+        return piece
 
 
 class Gate:
@@ -64,19 +81,27 @@ class Gate:
             else:
                 self._free += 1
 
+    def places(self, ticket: Event) -> Iterator[int]:
+        """Waits for a question's turn, and tells its place in line now and then; 1 is the next."""
+        while not ticket.is_set():
+            with self._lock:
+                place = self._line.index(ticket) + 1 if ticket in self._line else 0
+            if place:
+                yield place
+            ticket.wait(LOOK_SECONDS)
+
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Waits for a turn and takes it. The page calls this; its own queue limits how many wait here."""
+    def turn(self) -> Iterator[Iterator[Waiting]]:
+        """Takes a turn, which begins when what it gives ends. The page's own queue limits how many wait here."""
         ticket = self.join(always=True)
         try:
-            ticket.wait()
-            yield
+            yield map(Waiting, self.places(ticket))
         finally:
             self.leave(ticket)
 
 
 class QueuedEngine(EngineWrapper):
-    """An engine whose replies wait for their turn at a gate."""
+    """An engine whose replies wait for their turn at a gate; while they wait, their pieces are ``Waiting``."""
 
     def __init__(self, engine: Engine, gate: Gate):
         super().__init__(engine)
@@ -88,9 +113,13 @@ class QueuedEngine(EngineWrapper):
         options: SamplingOptions | None = None,
         notify: Callable[[str], None] = logger.warning,
     ) -> Iterator[str]:
-        with self._gate.turn(), closing(self.engine.reply(messages, options, notify=notify)) as pieces:  # type: ignore[type-var]
-            yield from pieces
+        with self._gate.turn() as line:
+            yield from line
+            with closing(self.engine.reply(messages, options, notify=notify)) as pieces:  # type: ignore[type-var]
+                yield from pieces
 
     def rewrite(self, question: str, draft: str, options: SamplingOptions | None = None) -> Iterator[str]:
-        with self._gate.turn(), closing(self.engine.rewrite(question, draft, options)) as pieces:  # type: ignore[type-var]
-            yield from pieces
+        with self._gate.turn() as line:
+            yield from line
+            with closing(self.engine.rewrite(question, draft, options)) as pieces:  # type: ignore[type-var]
+                yield from pieces

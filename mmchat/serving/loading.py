@@ -8,7 +8,7 @@ from threading import Thread
 from typing import Any
 
 from ..conversation import Engine
-from .progress import FetchProgress, sentence
+from ..fetching import megabytes_fetched
 
 PATIENCE = "The models are still being loaded. Your answer comes as soon as they are."
 
@@ -24,7 +24,6 @@ class LoadingEngine:
     def __init__(self, load: Callable[[], Engine], notify: Callable[[str], None]):
         self._load, self._notify = load, notify
         self._loaded: Future = Future()
-        self._progress = FetchProgress()
 
     def start(self) -> None:
         """Starts loading."""
@@ -72,7 +71,10 @@ class LoadingEngine:
     @property
     def loading(self) -> str | None:
         """What a visitor reads while the models load, perhaps nothing; None when they are loaded, or failed to."""
-        return None if self._loaded.done() else sentence(self._progress.megabytes)
+        if self._loaded.done():
+            return None
+        fetched, total = megabytes_fetched()
+        return f"{fetched} of {total} MB" if total else ""
 
     def warm_up(self) -> None:
         self.wait().warm_up()

@@ -8,7 +8,7 @@ details.py        what is told about an answer under its fold
 conversations.py  the list of conversations in the visitor's browser; list.js, store.js and transfer.js keep them
 voice.py          the Voice tab, reading aloud, hands-free talk; voice.js plays and listens
 batch.py          the page "Batch"
-thumbs.py         thumbs and better answers, where feedback is stored
+thumbs.py         thumbs and better answers, where feedback is stored; thumbs.js keeps the thumbs lit
 settings.py       the visitor's settings
 visit.py          which request may write to the page
 components.py     inputs that take uploads only

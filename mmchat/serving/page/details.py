@@ -22,6 +22,11 @@ def working(title: str, log: str = "") -> Turn:
     return {**said(""), "metadata": {"title": title, "log": log, "status": "pending"}}
 
 
+def in_line(place: int) -> Turn:
+    """The row of a question that waits for its turn."""
+    return working("Waiting in line", f"place {place}")
+
+
 @dataclass
 class Stopwatch:
     """Times an answer."""

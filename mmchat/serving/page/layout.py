@@ -165,11 +165,13 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
     voice = VoicePage(page)
 
     keep = {"fn": None, "inputs": chat, "js": "(history) => mmchat.store.save(history)", **quick}
+    # Pictures that the server has deleted meanwhile are sent again.
+    revive = "async (history, ...rest) => [await mmchat.store.revive(history), ...rest]"
 
     def answered(event: Any, aloud: Any = parts.voice.aloud) -> None:
         """What follows a question: its answer, which is read aloud where ``aloud`` is ticked."""
         event.success(**keep)
-        shown = event.success(turns.show_stop, request_id, stop, queue=False, **quick)
+        shown = event.success(turns.show_stop, [visit, request_id], stop, queue=False, **quick)
         shown.success(
             voice.reply,
             [chat, visit, request_id, *parts.settings, aloud],
@@ -178,6 +180,7 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
             concurrency_limit=MAX_CONCURRENT,
             trigger_mode="multiple",  # a new question does not wait for the reply that it ends
             show_progress="minimal",
+            js=revive,
             **private,
         ).then(turns.hide_stop, [visit, request_id], stop, queue=False, **quick).then(**keep)
 
@@ -192,9 +195,12 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
     connect_voice(demo, voice, parts, answered, quick)
     answered(chat.example_select(page.add_example, [chat, visit], [chat, request_id], **quick))
     answered(chat.retry(page.drop_reply, [chat, visit], [chat, request_id], **quick))
-    chat.undo(turns.undo, [chat, visit], [chat, box], queue=False, **quick).then(**keep)
+    # Queued, so that it reaches the page after what the reply has sent.
+    chat.undo(turns.undo, [chat, visit], [chat, box], js=revive, **quick).then(
+        **{**keep, "js": "(history) => mmchat.store.undone(history)"}
+    )
     chat.option_select(branches.flip, [chat, visit], chat, **quick).then(**keep)
-    parts.buttons.edit(branches.edit, [chat, visit], [chat, box], **quick)
+    parts.buttons.edit(branches.edit, [chat, visit], [chat, box], js=revive, **quick)
     remember = {"fn": None, "js": "(...values) => mmchat.settings.write(values)", **quick}
     for setting in parts.settings:
         setting.change(inputs=parts.settings, **remember)
@@ -205,10 +211,10 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
     listing = parts.listing
     for emptied in (parts.fresh.click, chat.clear, listing.fresh):
         emptied(None, None, [box, parts.voice.recording, chat], js="() => mmchat.store.fresh()", **quick).then(
-            turns.stop_reply, visit, None, queue=False, **quick
+            turns.leave, visit, None, queue=False, **quick
         ).then(None, chat, chat, js="(history) => mmchat.store.settle(history)", **quick)
     leave = {**keep, "js": "(history) => mmchat.store.save(history, false)"}  # an answer that is being written
-    listing.open(**leave).then(turns.stop_reply, visit, None, queue=False, **quick).then(
+    listing.open(**leave).then(turns.leave, visit, None, **quick).then(
         None, None, chat, js="() => [mmchat.opened]", **quick
     )
     listing.notice(conversations.show_notice, None, None, **quick)
@@ -246,7 +252,7 @@ def look() -> gr.themes.Base:
 
 def launch(demo: gr.Blocks, **options: Any):
     """Serves the page. ``options`` are passed to gradio's launch, such as server_name and server_port."""
-    script = "\n".join(asset(name) for name in ("page.js", "store.js", "transfer.js"))
+    script = "\n".join(asset(name) for name in ("page.js", "store.js", "thumbs.js", "transfer.js"))
     return demo.launch(
         theme=look(),
         css=asset("page.css"),

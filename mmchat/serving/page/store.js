@@ -57,9 +57,18 @@ mmchat.store = (() => {
     if (old && JSON.stringify(old.history) === JSON.stringify(history)) return;
     const first = history.find(turn => turn.role === 'user');
     const title = old?.title ?? ((first && textOf(first).trim().slice(0, 60)) || 'Picture');
-    try { await write('chats', {id, title, time: Date.now(), history}); }
+    try { await write('chats', {...old, id, title, time: Date.now(), history, thumbs: thumbs(id)}); }
     catch (error) { console.debug('conversation', error); notice('full'); }
     changed();
+  };
+  const lit = {}; // id of a conversation -> its thumbs, as thumbs.js names them
+  const thumbs = id => lit[id] ??= {};
+  const rate = (id, answer, name) => {
+    thumbs(id)[answer] = name;
+    saving = saving.then(async () => {
+      const chat = await read('chats', id);
+      if (chat) await write('chats', {...chat, thumbs: thumbs(id)});
+    }).catch(error => console.debug('thumb', error));
   };
   let saving = Promise.resolve(); // one save after the other
   const save = (history, isOpen = true) => {
@@ -94,10 +103,17 @@ mmchat.store = (() => {
     }
     return isChanged;
   };
+  const revive = async history => {
+    try {
+      const copy = structuredClone(history);
+      return await restore(copy) ? copy : history;
+    } catch (error) { console.debug('revive', error); return history; }
+  };
   const open = async id => {
     await saving;
     const chat = await read('chats', id);
     if (!chat) return [];
+    lit[id] ??= chat.thumbs;
     sessionStorage.setItem(OPEN, id);
     if (await restore(chat.history)) await write('chats', chat);
     changed();
@@ -126,6 +142,11 @@ mmchat.store = (() => {
       if (!used.has(key)) await run('pictures', 'readwrite', all => all.delete(key));
     if (sessionStorage.getItem(OPEN) === id) fresh(); else changed();
   };
+  const undone = history => { // a conversation whose only question was undone is gone
+    const id = sessionStorage.getItem(OPEN);
+    if (!history.length && id) remove(id);
+    return save(history);
+  };
   const add = async (title, history, blobs) => { // an imported conversation; ``blobs`` by the path of its files
     const id = newId();
     for (const [path, blob] of blobs) await write('pictures', blob, path);
@@ -136,7 +157,7 @@ mmchat.store = (() => {
   };
 
   return {
-    save, open, fresh, settle, reopen, list, rename, remove, add, read, files, textOf, idOf, newId, OPEN,
+    save, open, fresh, settle, reopen, revive, undone, list, rename, remove, add, read, files, textOf, idOf, newId, thumbs, rate, OPEN,
     connect: (give, tell) => { upload = give; notice = tell; ready(); },
   };
 })();

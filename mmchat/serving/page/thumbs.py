@@ -27,6 +27,7 @@ class Thumbs:
     better: gr.Textbox
     close: gr.Button
     rated: gr.State  # the messages up to the disliked answer; the browser has no part in it
+    lit: gr.JSON  # index and name of the thumb that was stored last, for the browser
 
 
 def build_thumbs() -> Thumbs:
@@ -37,7 +38,7 @@ def build_thumbs() -> Thumbs:
         )
         close = gr.Button("Close", size="sm", scale=0, min_width=80)
     gr.Markdown(TO_VISITORS, elem_id="stored")
-    return Thumbs(form, better, close, gr.State([]))
+    return Thumbs(form, better, close, gr.State([]), gr.JSON(visible=False))
 
 
 def rated_messages(history: History, index: Any) -> list[Message]:
@@ -67,13 +68,14 @@ class ThumbsPage:
     def __init__(self, store: FeedbackStore, admit: Callable[[gr.Request | None], None]):
         self._store, self._admit = store, admit
 
-    def rate(self, history: History, event: gr.LikeData, request: gr.Request | None = None) -> tuple[Any, Any, Any]:
+    def rate(self, history: History, event: gr.LikeData, request: gr.Request | None = None) -> tuple[Any, ...]:
         """Stores a thumb; a thumb down opens the box for a better answer."""
         if not isinstance(event.liked, bool):  # a thumb that was taken back
-            return gr.Row(visible=False), "", []
+            return *close(), [event.index, None]
         messages = rated_messages(history, event.index)
         self._add(messages, event.liked, "", request)
-        return gr.Row(visible=not event.liked), "", [] if event.liked else messages
+        lit = [event.index, OPTIONS[0] if event.liked else OPTIONS[1]]
+        return gr.Row(visible=not event.liked), "", [] if event.liked else messages, lit
 
     def correct(self, better: str, rated: list[Message], request: gr.Request | None = None) -> tuple[Any, Any, Any]:
         """Stores a better answer."""
@@ -97,12 +99,16 @@ def close() -> tuple[Any, Any, Any]:
 
 
 def connect_thumbs(page: ThumbsPage, chat: gr.Chatbot, thumbs: Thumbs, quick: dict[str, Any]) -> None:
-    """Connects the thumbs.
+    """Connects the thumbs; thumbs.js keeps them lit.
 
     Args:
         quick: options of events that show no progress.
     """
     form = [thumbs.form, thumbs.better, thumbs.rated]
-    chat.like(page.rate, chat, form, **quick)
+    light = {"fn": None, "outputs": chat, **quick}
+    chat.like(page.rate, chat, [*form, thumbs.lit], **quick).success(
+        inputs=[chat, thumbs.lit], js="(history, lit) => mmchat.thumbs.rate(history, ...lit)", **light
+    )
+    chat.change(inputs=chat, js="history => mmchat.thumbs.show(history)", **light)
     thumbs.better.submit(page.correct, [thumbs.better, thumbs.rated], form, **quick)
     thumbs.close.click(close, None, form, queue=False, **quick)

@@ -14,11 +14,12 @@ from gradio.utils import get_upload_folder
 from ...conversation import MAX_QUESTION, Engine, Message, SamplingOptions, has_images
 from ...errors import BadInput
 from ..caching import CachedText
+from ..gate import Waiting
 from ..rate_limit import RateLimit
 from ..uploads import shown_error
 from . import branches
 from .conversations import id_of, with_id
-from .details import Stopwatch, details, working
+from .details import Stopwatch, details, in_line, working
 from .history import DRAFT, EMPTY_BOX, Box, History, Turn, is_folded, said, to_box, to_messages, user_turn
 from .settings import read_settings
 from .visit import Visit
@@ -78,27 +79,29 @@ class Page:
         return history[:end], visit.request(branches.answers_of(history[end:]))
 
     def reply(self, history: History, visit: Visit, request_id: int, *settings: Any) -> Iterator[History]:
-        """Streams the answer to the last question into the conversation, until another request comes."""
+        """Streams the answer to the last question into the conversation, until Stop, or until another request comes."""
         if visit.latest == request_id:  # else another request came while this one waited in the queue
             history = history if not history or id_of(history) else with_id(history)
             earlier, is_shown = visit.earlier, False
+            before = [*history, *(branches.with_answers(earlier, len(earlier) - 1) if earlier else [])]
             try:
                 for answer in at_most_every(REDRAW_SECONDS, self._answers(history, visit, settings)):
-                    if visit.latest != request_id:
-                        break
-                    is_shown = not is_folded(answer[-1])
-                    answers = [*earlier, branches.plain(answer)] if earlier and is_shown else [answer]
-                    yield [*history, *branches.with_answers(answers, len(answers) - 1)]
+                    with visit.writing(request_id) as is_latest:
+                        if not is_latest:
+                            break
+                        is_shown = not is_folded(answer[-1])
+                        answers = [*earlier, branches.plain(answer)] if earlier and is_shown else [answer]
+                        yield [*history, *branches.with_answers(answers, len(answers) - 1)]
+                if visit.is_stopped and not is_shown:
+                    yield before
             except gr.Error:
-                if earlier and not is_shown:  # the old answer comes back
-                    yield [*history, *branches.with_answers(earlier, len(earlier) - 1)]
-                elif not is_shown:
-                    yield history  # without the row that said what was going on
+                if not is_shown:
+                    yield before
                 raise
         yield gr.skip()  # gradio repeats the last value at the end, which could overwrite a newer page
 
     def _answers(self, history: History, visit: Visit, settings: tuple[Any, ...]) -> Iterator[History]:
-        """What is going on, the answer so far, and at last the whole answer with its details."""
+        """What is going on, the answer so far, and at last the answer, which may be stopped, with its details."""
         try:
             options, rewrite, system = read_settings(*settings)
         except BadInput as error:
@@ -106,17 +109,28 @@ class Page:
         messages = to_messages(history)
         if system and not has_images(messages):
             messages = [Message("system", system), *messages]
-        while (loading := getattr(self.engine, "loading", None)) is not None:
+        while not visit.is_stopped and (loading := getattr(self.engine, "loading", None)) is not None:
             yield [working("Loading the models", loading)]
             time.sleep(LOADING_SECONDS)
+        if visit.is_stopped:
+            return
         watch, speech_seconds = Stopwatch(), visit.speech_seconds
         has_picture = bool(messages and messages[-1].images)
         yield [working("Looking at the picture" if has_picture else "Thinking")]
+        answer: History = []
         with closing(self.answer(messages, options, rewrite)) as turns:
-            for answer in turns:
+            for turn in turns:
+                if visit.is_stopped:
+                    break
+                if is_folded(turn[-1]):  # it waits in line
+                    watch = Stopwatch()
+                    yield turn
+                    continue
+                answer = turn
                 watch.piece()
                 yield [working("Writing"), *answer]
-        yield [details(self.engine, messages, answer[-1]["content"], watch, speech_seconds), *answer]
+        if answer:
+            yield [details(self.engine, messages, answer[-1]["content"], watch, speech_seconds), *answer]
 
     def ask(
         self, question: str, image: str | None = None, rewrite: bool = False, request: gr.Request | None = None
@@ -129,23 +143,27 @@ class Page:
         question = checked_question(question, pictures)
         self.admit(request)
         for turn in self.answer([Message("user", question, pictures)], rewrite=rewrite):
-            yield turn[-1]["content"]
+            if not is_folded(turn[-1]):
+                yield turn[-1]["content"]
 
     def answer(
         self, messages: list[Message], options: SamplingOptions | None = None, rewrite: bool = False
     ) -> Iterator[History]:
-        """Streams the engine's answer as turns of the page: the answer so far, or the draft and its rewrite so far."""
+        """Streams the engine's answer as turns of the page: the answer so far, or the draft and its rewrite so far.
+
+        While it waits in line, the last turn is a row that says so.
+        """
         options = options or SamplingOptions()
         try:
             draft = ""
             with closing(grow(self.engine.reply(messages, options, notify=gr.Info))) as texts:
                 for draft in texts:
-                    yield [said(draft)]
+                    yield [in_line(draft.place) if isinstance(draft, Waiting) else said(draft)]
             if rewrite:
                 folded = {**said(draft), "metadata": {"title": DRAFT}}
                 with closing(grow(self.engine.rewrite(messages[-1].text, draft, options))) as texts:
                     for text in texts:
-                        yield [folded, said(text)]
+                        yield [folded, in_line(text.place) if isinstance(text, Waiting) else said(text)]
         except Exception as error:
             raise shown_error(error) from error
 
@@ -161,7 +179,7 @@ def cached(path: str) -> str:
 
 
 def grow(pieces: Iterator[str]) -> Iterator[str]:
-    """Pieces of text → the text so far, as CachedText if a piece is. Closing it closes the pieces.
+    """Pieces of text → the text so far, as CachedText if a piece is, or Waiting. Closing it closes the pieces.
 
     Raises:
         BadInput: there are no pieces.
@@ -169,6 +187,9 @@ def grow(pieces: Iterator[str]) -> Iterator[str]:
     text = ""
     with closing(pieces):
         for piece in pieces:
+            if isinstance(piece, Waiting):
+                yield piece
+                continue
             kind = CachedText if isinstance(piece, CachedText) else type(text)
             text = kind(text + piece)
             yield text
@@ -195,15 +216,23 @@ def undo(history: History, visit: Visit, event: gr.UndoData) -> tuple[History, B
 
 
 def stop_reply(visit: Visit) -> None:
-    """Stop: an empty request, which ends the reply."""
+    """Stop: ends the reply and keeps what is there."""
+    visit.is_stopped = True
+
+
+def leave(visit: Visit) -> None:
+    """New chat: an empty request, which ends the reply."""
     visit.request()
 
 
-def show_stop(request_id: int) -> Any:
+def show_stop(visit: Visit, request_id: int) -> Any:
     """While an answer is written, Stop is in view."""
-    return gr.Button(visible=True) if request_id != NO_REQUEST else gr.skip()
+    if request_id == NO_REQUEST:
+        return gr.skip()
+    visit.answering = request_id
+    return gr.Button(visible=True)
 
 
 def hide_stop(visit: Visit, request_id: int) -> Any:
-    """Hides Stop, unless another answer is being written by now."""
-    return gr.Button(visible=False) if visit.latest == request_id else gr.skip()
+    """Hides Stop, unless another answer is expected by now."""
+    return gr.Button(visible=False) if visit.answering in (None, request_id) else gr.skip()

@@ -110,7 +110,7 @@ class VoicePage:
             task = "translate" if translate else "transcribe"
             with closing(self.page.engine.listen(recording, language or None, task)) as parts:
                 for heard in parts:
-                    if visit.latest != request_id:  # stopped, or another request came
+                    if visit.is_over(request_id):
                         yield *nothing, " ", gr.skip()
                         return
                     if heard.text and heard.progress < 1 and heard is not shown:
@@ -149,7 +149,7 @@ class VoicePage:
     def reply(self, history: History, visit: Visit, request_id: int, *settings: Any) -> Iterator[tuple[Any, str]]:
         """Streams the answer as ``Page.reply`` does and, if the last setting says so, its sentences as clips."""
         *settings_of_page, is_aloud = settings
-        reader = BackgroundReader(self.page.engine.read_aloud) if is_aloud and visit.latest == request_id else None
+        reader = BackgroundReader(self.page.engine.read_aloud) if is_aloud and not visit.is_over(request_id) else None
         is_draft_spoken = not any(settings_of_page[2:3])  # a draft that is rewritten is not read aloud
         clips, said, text = Clips(), "", ""
         try:
@@ -164,11 +164,11 @@ class VoicePage:
                         said = text
                     for sentence in reader.ready():
                         yield gr.skip(), clips.add(sentence)
-            if reader and visit.latest == request_id:
+            if reader and not visit.is_over(request_id):
                 reader.feed(text[len(said) :])
                 reader.finish()
                 for sentence in reader.rest():
-                    if visit.latest != request_id:
+                    if visit.is_over(request_id):
                         break
                     yield gr.skip(), clips.add(sentence)
         except BadInput as error:  # no voice for the language
