@@ -420,7 +420,7 @@ def test_a_run_that_was_cut_off_resumes_to_bit_identical_weights(tiny, tmp_path,
         decide_for_int8(tmp_path / name)
     train(recipe(tiny, tmp_path / "whole", **settings))
     with monkeypatch.context() as patched:
-        patched.setattr(MultimodalTrainer, "compute_loss", cut_off_at(13, MultimodalTrainer.compute_loss))
+        patched.setattr(VisionLanguageTrainer, "compute_loss", cut_off_at(13, VisionLanguageTrainer.compute_loss))
         with pytest.raises(CutOff):
             train(recipe(tiny, tmp_path / "cut", **settings))
     assert [folder.name for folder in checkpoints(tmp_path / "cut")] == ["checkpoint-8"]
