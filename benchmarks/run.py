@@ -382,7 +382,7 @@ def speech() -> Iterator[Row]:
     from mmchat.fetching import fetch
     from mmchat.fetching.cache import cache_folder
     from mmchat.media import SAMPLE_RATE, read_audio
-    from mmchat.models.speech import SpeechRecognizer
+    from mmchat.models.speech_recognition import SpeechRecognizer
     from mmchat.presets import WHISPER_TINY_EN
     from mmchat.training.evaluation.metrics import word_error_rate
 

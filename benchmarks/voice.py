@@ -41,7 +41,7 @@ def real_time_factor(engine) -> None:
 def first_sound(engine) -> None:
     """Seconds from a question about a new picture to the first sentence as sound; median of 20."""
     from mmchat import Message, SamplingOptions
-    from mmchat.models.voice import BackgroundReader
+    from mmchat.models.text_to_speech import BackgroundReader
 
     runs, words = [], []
     for index in range(20):
@@ -72,7 +72,7 @@ def first_sound(engine) -> None:
 def beside(engine) -> None:
     """How much reading aloud slows the tokens of the answer: pairs of runs with and without the voice."""
     from mmchat import Message, SamplingOptions
-    from mmchat.models.voice import BackgroundReader
+    from mmchat.models.text_to_speech import BackgroundReader
 
     options = SamplingOptions(temperature=0, max_new_tokens=160)
     question = [Message("user", "Write a story about a lighthouse in ten short sentences.")]
@@ -105,7 +105,7 @@ def beside(engine) -> None:
 
 def readback(engine) -> None:
     """Word error rate of Whisper on 40 sentences that the voice reads."""
-    from mmchat.models.voice import write_wav
+    from mmchat.models.text_to_speech import write_wav
     from mmchat.training.evaluation.metrics import word_error_rate
 
     entries = json.loads((ROOT / "tests" / "data" / "spoken.json").read_text(encoding="utf-8"))
@@ -125,7 +125,7 @@ def readback(engine) -> None:
 
 def hearing(_) -> None:
     """Time of each offline speech model on eleven seconds of real speech, its language detected or given."""
-    from mmchat.models.speech import SpeechRecognizer
+    from mmchat.models.speech_recognition import SpeechRecognizer
     from mmchat.presets import OFFLINE_SPEECH
 
     for name, preset in OFFLINE_SPEECH.items():

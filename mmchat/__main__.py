@@ -179,7 +179,7 @@ def ask(options: argparse.Namespace) -> int:
         print(piece, end="", flush=True)
     print()
     if options.speak:
-        from .models.voice import write_wav
+        from .models.text_to_speech import write_wav
 
         write_wav(options.speak, *engine.speak(answer))
     return 0
@@ -302,7 +302,7 @@ def _finished(path: Path, questions: list[tuple[int, str]]) -> int:
 
 
 def _answer_line(engine: LocalEngine, sampling: SamplingOptions, line: str, rewrite: bool) -> dict[str, Any]:
-    from .serving.batch import answer_one
+    from .serving.bulk import answer_one
 
     try:
         entry = json.loads(line)

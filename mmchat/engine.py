@@ -28,17 +28,17 @@ from .errors import BadInput, MmchatError
 from .fetching import expect
 from .inference.decoder import load_decoder
 from .inference.fair_lock import FairLock
-from .inference.generation import generate_texts, prefill, write_text
-from .inference.prefix_cache import PrefixCache, TokenKeys
+from .inference.generation import generate_text, generate_texts, prefill
+from .inference.prefix_cache import PrefixCache, TokenKeys, common_length
 from .media import decode_image, picture_digest
 from .models.chat_formats import chat_format_of
 from .models.image_encoder import load_image_encoder
 from .models.language_model import context_length, switch_adapter
 from .models.prompt import IMAGE_TOKEN_ID, EncodedConversation, encode
-from .models.speech import SpeechRecognizer, find_speech_model
 from .models.speech_mixin import SpeechMixin
+from .models.speech_recognition import SpeechRecognizer, find_speech_model
 from .models.tagger import Tag
-from .models.voice import Voice
+from .models.text_to_speech import Voice
 from .models.zero_shot import load_zero_shot
 from .presets import AUTO, DEFAULT_PRESET, Preset, get_preset
 
@@ -85,8 +85,8 @@ def load(
 class LocalEngine(SpeechMixin):
     """One set of models in memory.
 
-    Threads may share an engine. Concurrent replies are written in one batch, so a short answer does not wait for a long
-    one. Prefilling a slice of a prompt takes one turn, and so does a whole beam search.
+    Threads may share an engine. Concurrent replies are generated in one batch, so a short answer does not wait for a
+    long one. Each prefill slice holds the lock once; a beam search holds it to its end.
 
     Args:
         weights: a weights folder that training wrote; the preset's own weights if None.
@@ -144,7 +144,7 @@ class LocalEngine(SpeechMixin):
         return load_image_encoder(self.preset.image_encoder).to(self.device.type)
 
     def classes(self, image: Any, names: Sequence[str] = ()) -> list[Tag]:
-        """Names what the image encoder recognizes in a picture, likeliest first.
+        """Names what the image encoder recognizes in a picture, the most likely first.
 
         Without ``names`` these are the tags that the language model reads beside the picture.
 
@@ -164,10 +164,10 @@ class LocalEngine(SpeechMixin):
         with self._lock:
             classes, words = self.model.tagger(self.image_features(image))
         found = sorted([*classes, *words], key=lambda tag: tag.probability)
-        return list({tag.name: tag for tag in found}.values())[::-1]  # if both know a name, the likelier tag stays
+        return list({tag.name: tag for tag in found}.values())[::-1]  # if both know a name, the more likely tag stays
 
     def details(self, answer: str, images: Sequence[Any] = ()) -> dict[str, Any]:
-        """What a page tells about an answer: the model, the answer's tokens, and each picture's likeliest classes."""
+        """What a page tells about an answer: the model, the answer's tokens, and each picture's most likely classes."""
         with self._lock:
             tokens = len(self.tokenizer.encode(answer, add_special_tokens=False))
         classes = [[tag.name for tag in self.classes(image)[:SHOWN_CLASSES]] for image in images]
@@ -220,21 +220,21 @@ class LocalEngine(SpeechMixin):
             prompt = self.embed(encoded)[0]  # [length, hidden_size]
             yield from generate_texts(self.model.language_model, self.tokenizer, [prompt], options)
             return
-        tokens, ends = self._token_keys(encoded), _ends(encoded, self._shared_tokens)
-        prefix = self.prefix_cache.take(tokens, ends, with_adapter)
+        tokens, ends = self._token_keys(encoded), _prefill_boundaries(encoded, self._shared_tokens)
+        prefix = self.prefix_cache.lookup(tokens, ends, with_adapter)
         for start, end in pairwise([len(prefix.tokens), *(end for end in ends if end > len(prefix.tokens))]):
             for logits in prefill(self.decoder, self.embed(encoded, start, end), prefix.cache):
                 prefix.logits = logits
-                yield ""  # answers that are being written advance between slices
+                yield ""  # answers in progress advance between slices
             prefix.tokens = tokens[:end]
         self.prefix_cache.keep(prefix)
-        yield from write_text(self.decoder, self.tokenizer, prefix.logits, options, prefix.cache)
+        yield from generate_text(self.decoder, self.tokenizer, prefix.logits, options, prefix.cache)
 
     @cached_property
     def _shared_tokens(self) -> list[int]:
-        """What conversations begin with: the system text and the start of a question."""
+        """The common prefix of all conversations: the system text and the start of a question."""
         first, second = (self.encode([Message("user", text)]).token_ids for text in ("a", "b"))
-        return first[: next(index for index, pair in enumerate(zip(first, second, strict=False)) if len(set(pair)) > 1)]
+        return first[: common_length(first, second)]
 
     def _token_keys(self, encoded: EncodedConversation) -> TokenKeys:
         """Keys that compare conversations token by token; a picture counts by its content."""
@@ -328,8 +328,8 @@ class LocalEngine(SpeechMixin):
                 self._features.clear()
 
 
-def _ends(encoded: EncodedConversation, shared: Sequence[int]) -> list[int]:
-    """The ends of the pieces in which a conversation is prefilled: what all share, before each answer, and its end."""
+def _prefill_boundaries(encoded: EncodedConversation, shared: Sequence[int]) -> list[int]:
+    """Prefill boundaries: the end of the common prefix, the start of each earlier answer, the end of the prompt."""
     before = zip(encoded.is_answer, encoded.is_answer[1:], strict=False)
     starts = [index for index, (one, next_one) in enumerate(before, start=1) if next_one and not one]
     has_shared = len(shared) >= MIN_SHARED and encoded.token_ids[: len(shared)] == shared

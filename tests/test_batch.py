@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmchat import Message, SamplingOptions
-from mmchat.inference.batch import LOOKAHEAD
+from mmchat.inference.batch import MAX_UNREAD
 from mmchat.inference.decoder import TorchDecoder
 from mmchat.inference.generation import stream_token_ids
 from mmchat.inference.onnx_decoder import load_onnx_decoder
@@ -85,7 +85,7 @@ def test_an_answer_waits_for_its_reader(decoders):
         begun = [next(slow), next(slow)]
         assert list(fast) == alone
         (answer,) = decoder.batch._answers.values()
-        assert len(answer._unread) == LOOKAHEAD
+        assert len(answer._unread) == MAX_UNREAD
         assert begun + list(slow) == alone
 
 

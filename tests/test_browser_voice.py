@@ -184,7 +184,7 @@ def test_without_a_microphone_one_sentence_says_so(page):
 
 
 def test_a_long_recording_shows_progress_and_stops(page, tmp_path, monkeypatch):
-    monkeypatch.setattr("mmchat.models.speech.WINDOW", 12)  # seconds; the first part is finished sooner
+    monkeypatch.setattr("mmchat.models.speech_recognition.WINDOW", 12)  # seconds; the first part is finished sooner
     upload(page, write_wav(tmp_path / "long.wav", np.concatenate([read_audio(SPEECH)] * 4)))
     expect(page.locator("#heard")).to_contain_text(re.compile(r"\d+% heard: .*country"))
     stop(page).click()

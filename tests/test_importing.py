@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import gelu, layer_norm, linear
 
 from mmchat.checkpoints.importing import import_checkpoint
-from mmchat.checkpoints.projects import PROJECTS
+from mmchat.checkpoints.known_checkpoints import PROJECTS
 from mmchat.checkpoints.weights_folder import default_weights, load_model, preset_for_weights
 from mmchat.engine import LocalEngine
 from mmchat.errors import WeightsError

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from mmchat import BadInput, SamplingOptions
-from mmchat.serving import batch
-from mmchat.serving.batch import answer_pictures, list_pictures, write_csv, write_jsonl
+from mmchat.serving import bulk
+from mmchat.serving.bulk import answer_pictures, list_pictures, write_csv, write_jsonl
 from tests.conftest import ROOT
 
 SHORT = SamplingOptions(temperature=0, max_new_tokens=6)
@@ -89,9 +89,9 @@ def test_damaged_encrypted_and_lying_zips(tmp_path, monkeypatch):
     (tmp_path / "locked.zip").write_bytes(locked)
     with pytest.raises(BadInput, match="encrypted"):
         list_pictures([tmp_path / "locked.zip"])
-    monkeypatch.setattr(batch, "MAX_MEMBER", 10)
+    monkeypatch.setattr(bulk, "MAX_MEMBER", 10)
     with pytest.raises(BadInput, match="too large unpacked"):
-        batch.Picture("a.png", whole, "a.png").open()
+        bulk.Picture("a.png", whole, "a.png").open()
 
 
 def test_cells_are_not_formulas(tmp_path):

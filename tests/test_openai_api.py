@@ -13,11 +13,11 @@ import pytest
 
 from mmchat import BadInput, Message, SamplingOptions
 from mmchat.serving import page as ui
-from mmchat.serving.gate import Busy, Gate, QueuedEngine
 from mmchat.serving.openai_api import OpenAiApi
 from mmchat.serving.openai_request import until
 from mmchat.serving.rate_limit import RateLimit
 from mmchat.serving.remote import RemoteEngine
+from mmchat.serving.request_queue import Busy, Gate, QueuedEngine
 from mmchat.serving.routes import api_key, health
 from tests.conftest import ROOT
 from tests.test_docs import blocks

@@ -19,7 +19,7 @@ from gradio_client.exceptions import AppError
 
 from mmchat.conversation import Transcript
 from mmchat.errors import BadInput
-from mmchat.models import speech
+from mmchat.models import speech_recognition
 from mmchat.serving import page as ui
 from mmchat.serving import uploads
 from mmchat.serving.loading import PATIENCE, LoadingEngine
@@ -141,13 +141,13 @@ def test_a_late_transcript_does_not_overwrite_a_newer_request(engine, monkeypatc
 
 
 def test_stop_does_not_wait_for_what_is_being_heard(engine, monkeypatch):
-    page, visit, is_over, segment = ui.Page(engine), ui.Visit(), Event(), speech._segment
+    page, visit, is_over, segment = ui.Page(engine), ui.Visit(), Event(), speech_recognition._segment
 
     def held(*found):  # nothing is heard before the page is done
         assert is_over.wait(60)
         return segment(*found)
 
-    monkeypatch.setattr(speech, "_segment", held)
+    monkeypatch.setattr(speech_recognition, "_segment", held)
     pressed = Timer(0.5, visit.request)
     pressed.start()
     *_, (*_, asked, note, _) = VoicePage(page).add_voice(str(SPEECH), {"text": "", "files": []}, [], visit, "en")

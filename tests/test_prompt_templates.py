@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmchat import Message, SamplingOptions
-from mmchat.checkpoints.projects import PROJECTS
+from mmchat.checkpoints.known_checkpoints import PROJECTS
 from mmchat.checkpoints.weights_folder import load_model, preset_for_weights, save_weights
 from mmchat.engine import LocalEngine
 from mmchat.errors import WeightsError

@@ -15,8 +15,8 @@ import torch
 from mmchat.conversation import Transcript
 from mmchat.errors import BadInput, WeightsError
 from mmchat.media import read_audio
-from mmchat.models import speech
-from mmchat.models.speech import SpeechRecognizer, find_speech_model, without_loops
+from mmchat.models import speech_recognition
+from mmchat.models.speech_recognition import SpeechRecognizer, find_speech_model, without_loops
 from mmchat.presets import OFFLINE_SPEECH, SMOL, WHISPER_TINY_EN, HubRepository, SpeechPreset
 from tests.conftest import SPEECH
 
@@ -258,16 +258,16 @@ def test_an_english_model_says_that_it_hears_english_only(tiny_en):
 @pytest.mark.slow
 def test_a_long_recording_shows_its_finished_parts_and_stops_between_segments(engine, tmp_path, monkeypatch):
     whole = np.concatenate([read_audio(SPEECH)] * 4)[:, None]
-    heard, is_closed, segment = [], Event(), speech._segment
+    heard, has_left, segment = [], Event(), speech_recognition._segment
 
     def waiting(start, *others):  # a segment of the second part waits until nobody listens
         if start >= parts[0].segments[-1].end:
             heard.append(start)
-            is_closed.wait(60)
+            has_left.wait(60)
         return segment(start, *others)
 
     parts = []
-    monkeypatch.setattr(speech, "_segment", lambda *found: waiting(*found) if parts else segment(*found))
+    monkeypatch.setattr(speech_recognition, "_segment", lambda *found: waiting(*found) if parts else segment(*found))
     listening = engine.listen(write_wav(tmp_path / "minute.wav", whole, 16_000), "en")
     parts += [next(one for one in listening if one.text)]
     assert 0.4 < parts[0].progress < 1 and parts[0].text.count("your country") >= 4
@@ -275,7 +275,7 @@ def test_a_long_recording_shows_its_finished_parts_and_stops_between_segments(en
         assert next(listening) == parts[0]
     workers = [thread for thread in enumerate_threads() if thread.name.startswith("ThreadPoolExecutor")]
     listening.close()
-    is_closed.set()
+    has_left.set()
     for worker in workers:
         worker.join(60)
     assert len(heard) == 1

@@ -12,13 +12,13 @@ from mmchat.conversation import Message, SamplingOptions, Transcript
 from mmchat.errors import BadInput, MmchatError
 from mmchat.fetching import expect, megabytes_fetched, progress
 from mmchat.fetching.sources import WheelFolder, WheelMember
-from mmchat.serving.gate import Gate, QueuedEngine
 from mmchat.serving.loading import LoadingEngine
 from mmchat.serving.page import Page, Visit, branches, to_messages, turns
 from mmchat.serving.page.conversations import with_id
 from mmchat.serving.page.history import said, user_turn
 from mmchat.serving.page.settings import default_settings, read_settings
 from mmchat.serving.page.voice import VoicePage
+from mmchat.serving.request_queue import Gate, QueuedEngine
 from tests.raw import endpoints, served, upload
 
 FIRST, SECOND = [said("first")], [{**said("7 tokens"), "metadata": {"title": "Details"}}, said("second")]

@@ -11,7 +11,7 @@ import pytest
 
 from mmchat.errors import BadInput
 from mmchat.models.spoken_text import sentences
-from mmchat.models.voice import SAMPLE_RATE, BackgroundReader, Voice
+from mmchat.models.text_to_speech import SAMPLE_RATE, BackgroundReader, Voice
 from mmchat.training.evaluation.metrics import word_error_rate
 from tests.conftest import ROOT
 
@@ -184,7 +184,7 @@ def test_the_background_reader_reports_another_language_and_stops(voice):
 
 
 def _write(path, samples, rate):
-    from mmchat.models.voice import write_wav
+    from mmchat.models.text_to_speech import write_wav
 
     write_wav(path, samples, rate)
     with wave.open(str(path)) as source:

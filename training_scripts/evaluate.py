@@ -157,7 +157,7 @@ def evaluate_questions(options):
 
 
 def evaluate_speech(options):
-    from mmchat.models.speech import SpeechRecognizer
+    from mmchat.models.speech_recognition import SpeechRecognizer
     from mmchat.presets import get_preset
     from mmchat.training.evaluation.metrics import word_error_rate
     from mmchat.training.evaluation.recordings import read_recordings

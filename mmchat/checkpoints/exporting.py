@@ -70,9 +70,9 @@ def _check(model: VisionLanguageModel, preset: Preset) -> None:
     troubles = {
         f"features of the kind '{encoder.features}', where it takes patches": encoder.features != "patches",
         f"a projector of the kind '{config.kind}', where it takes 'llava'": config.kind != "llava",
-        "a hidden width other than the tokens' in the projector": config.intermediate_size != config.hidden_size,
-        "a marker token": config.end_of_image_token,
-        "a picture layout of their own": preset.prompt_template is not None,
+        "a projector whose intermediate and hidden sizes differ": config.intermediate_size != config.hidden_size,
+        "an end-of-image token": config.end_of_image_token,
+        "a prompt template of their own": preset.prompt_template is not None,
         "a bias in the output layer, as Phi-2 has": getattr(head, "bias", None) is not None,
     }
     found = [trouble for trouble, is_there in troubles.items() if is_there]

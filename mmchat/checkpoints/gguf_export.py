@@ -94,9 +94,9 @@ def _why_no_mmproj(model: VisionLanguageModel, preset: Preset) -> str:
     if encoder.class_token:
         return "llama.cpp drops CLIP's class token, which these weights read"
     if config.kind != "llava" or config.end_of_image_token:
-        return "llama.cpp knows projectors of the kind 'llava' without a marker token only"
+        return "llama.cpp knows projectors of the kind 'llava' without an end-of-image token only"
     if preset.prompt_template:
-        return "these weights bring a picture layout of their own"
+        return "these weights have a prompt template of their own"
     return ""
 
 

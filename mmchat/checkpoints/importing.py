@@ -22,7 +22,7 @@ from ..models.language_model import empty_language_model, load_language_model
 from ..models.projector import WithEndOfImage
 from ..models.vision_language_model import VisionLanguageModel
 from ..presets import HubRepository, Preset
-from .projects import PROJECTS, Project, StoredProjector
+from .known_checkpoints import PROJECTS, Project, StoredProjector
 from .published_adapter import LORA_FILE, import_adapter
 from .published_files import ImportReport
 from .published_projector import build_published, read_projector, recognize_projector
@@ -53,8 +53,8 @@ def import_checkpoint(
         folder: holds the adapter and the projector's files.
         out: the folder to write.
         projector_files: the projector's files, where they have other names than ``PROJECTOR_FILES``.
-        marker_token: the word that ends every picture, in the layouts that have one; its embedding becomes ours.
-        project: whose layout of pictures and questions the weights learned: a key of ``PROJECTS``, "none" for the
+        marker_token: the end-of-image token, if the checkpoint has one; its embedding becomes the projector's.
+        project: whose prompt template the weights learned: a key of ``PROJECTS``, "none" for the
             preset's own, or "auto" to tell it by the names of the projector's tensors.
         image_encoder: the repository or folder of the image encoder that the projector reads; where it is not told, it
             is the project's, else the preset's. Tensors do not tell: ViT-B/16 and B/32 are equally wide.
@@ -120,7 +120,7 @@ def _find_project(name: str, stored: StoredProjector, preset: Preset, report: Im
 def _as_trained(
     preset: Preset, project: Project | None, image_encoder: str | None, chosen: dict[str, Any], report: ImportReport
 ) -> Preset:
-    """The preset with the picture layout and the image encoder that the checkpoint was trained with."""
+    """The preset with the prompt template and the image encoder that the checkpoint was trained with."""
     own, settings = preset.image_encoder, {}
     source = HubRepository(image_encoder) if image_encoder else None
     if project:

@@ -20,7 +20,7 @@ from torch import nn
 from ..errors import WeightsError
 from ..models.projector import ProjectorConfig, build_projector
 from ..presets import Preset
-from .projects import STORED_PROJECTORS, StoredProjector
+from .known_checkpoints import STORED_PROJECTORS, StoredProjector
 from .published_files import ImportReport, read_tensors
 
 Tensors = dict[str, torch.Tensor]

@@ -142,7 +142,7 @@ def preset_trained(weights: Weights) -> Preset:
 
 
 def preset_for_weights(preset: Preset, weights: Weights) -> Preset:
-    """The preset with the picture layout and the image encoder that weights were trained with.
+    """The preset with the prompt template and the image encoder that weights were trained with.
 
     LLaVA models, and weights trained on one, bring everything but the speech model.
 
@@ -164,13 +164,13 @@ def preset_for_weights(preset: Preset, weights: Weights) -> Preset:
 
 
 def _teach_layout(layout: PromptTemplate, language_model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Adds the layout's own tokens to the tokenizer, and the token that ends an answer to those that stop the model."""
+    """Adds the template's special tokens to the tokenizer, and its answer end to the stop tokens."""
     if layout.added_tokens:
         added = {"additional_special_tokens": list(layout.added_tokens)}
         tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
     rows = language_model.get_input_embeddings().num_embeddings
     if any(token_id >= rows for token_id in tokenizer.convert_tokens_to_ids(list(layout.added_tokens))):
-        raise WeightsError(f"The layout in '{folder.name}' adds tokens, for which the language model has no room.")
+        raise WeightsError(f"The prompt template in '{folder.name}' adds too many tokens for the language model.")
     end = tokenizer.encode(layout.answer_end, add_special_tokens=False)
     if len(end) == 1 and end[0] not in language_model.generation_config.eos_token_id:
         language_model.generation_config.eos_token_id = [*language_model.generation_config.eos_token_id, end[0]]
@@ -185,7 +185,7 @@ def load_model(
     trainable: bool = False,
     any_encoder: bool = False,
 ) -> tuple[VisionLanguageModel, Any]:
-    """The multimodal model of a preset with the projector and adapter of a weights folder, and its tokenizer.
+    """The vision-language model of a preset with the projector and adapter of a weights folder, and its tokenizer.
 
     Args:
         any_encoder: the weights may have been made for another image encoder, whose features have the same shape: a
@@ -210,7 +210,7 @@ def load_model(
     if layout := layout_of(config, folder):
         _teach_layout(layout, language_model, tokenizer, folder)
     if projector_config.hidden_size != language_model.config.hidden_size:
-        raise WeightsError(f"The projector in '{folder.name}' makes tokens of another width than the model reads.")
+        raise WeightsError(f"The projector in '{folder.name}' has another hidden size than the language model.")
     if has_adapter:
         language_model = load_adapter(language_model, folder / ADAPTER_FOLDER, trainable=trainable)
     projector = projector.float().requires_grad_(trainable)

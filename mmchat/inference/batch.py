@@ -1,4 +1,4 @@
-"""Continuous batching: the answers that are being written at the same time advance in one pass.
+"""Continuous batching: all answers in progress advance in one pass.
 
 A pass reads every weight once, however many rows it has, so eight answers together cost little more than two. Answers
 join after their prompt is prefilled and leave between tokens (Yu et al. 2022, Orca, OSDI 22).
@@ -14,14 +14,14 @@ import torch
 
 from .sampling import Sampler
 
-LOOKAHEAD = 2  # an answer whose reader is slower than the others is at most this many tokens ahead of its reader
+MAX_UNREAD = 2  # maximum number of unread tokens per answer, so that a slow reader does not hold up work
 
 
 class Rows(Protocol):
-    """KV caches side by side, one per answer that is being written."""
+    """KV caches side by side, one per answer in progress. A row is a sequence."""
 
     def add(self, cache: Any) -> Any:
-        """Appends a row that begins as a copy of a prompt's cache, which stays as it is → the row, a dict key."""
+        """Adds a sequence whose KV cache starts as a copy of ``cache``, which is not modified → its hashable handle."""
 
     def remove(self, row: Any) -> None:
         """Removes a row."""
@@ -31,19 +31,19 @@ class Rows(Protocol):
 
 
 class Answer:
-    """An answer that is being written."""
+    """An answer in progress."""
 
     def __init__(self, sampler: Sampler, stop_ids: set[int], max_new_tokens: int):
         self._sampler, self._stop_ids, self._remaining = sampler, stop_ids, max_new_tokens
         self._unread: deque[int] = deque()  # tokens that its reader has not taken
         self.last = -1  # the newest token, which the model has not seen
-        self.is_complete = self.has_left = False
+        self.is_complete = self.is_closed = False
         self._error: Exception | None = None
 
     @property
     def can_grow(self) -> bool:
         """Whether the next pass may write a token."""
-        return not self.is_complete and len(self._unread) < LOOKAHEAD
+        return not self.is_complete and len(self._unread) < MAX_UNREAD
 
     def extend(self, logits: torch.Tensor) -> None:
         """Chooses the next token from logits, [vocabulary]. An error is kept for the answer's own reader."""
@@ -67,7 +67,7 @@ class Answer:
 
 
 class Batch:
-    """The answers that are being written with one decoder.
+    """The answers in progress on one decoder.
 
     There is no thread behind it. Whoever needs a token that is not there yet computes the next one of every answer,
     while it holds the engine's lock. Nothing is computed unless somebody asks for a token.
@@ -84,7 +84,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self._answers)
 
-    def write(self, answer: Answer, cache: Any, logits: torch.Tensor) -> Iterator[int]:
+    def generate(self, answer: Answer, cache: Any, logits: torch.Tensor) -> Iterator[int]:
         """Streams the tokens of an answer, without the stop token. Closing the iterator takes it out of the batch.
 
         Args:
@@ -100,13 +100,13 @@ class Batch:
                 self._advance()
                 yield from answer.take()
         finally:
-            answer.has_left = True
+            answer.is_closed = True
             if not self._is_running:  # garbage collection may close another answer's iterator in the middle of a pass
-                self._remove_left()
+                self._remove_closed()
 
     def _advance(self) -> None:
         """Computes the next token of every answer that is not too far ahead of its reader."""
-        self._remove_left()
+        self._remove_closed()
         token_ids = {row: answer.last for row, answer in self._answers.items() if answer.can_grow}
         self._is_running = True
         try:
@@ -115,7 +115,7 @@ class Batch:
         finally:
             self._is_running = False
 
-    def _remove_left(self) -> None:
-        for row in [row for row, answer in self._answers.items() if answer.has_left]:
+    def _remove_closed(self) -> None:
+        for row in [row for row, answer in self._answers.items() if answer.is_closed]:
             self._rows.remove(row)
             del self._answers[row]

@@ -1,7 +1,7 @@
 """Decoders: embeddings → logits, with a KV cache. On a CPU, ONNX Runtime is faster than PyTorch.
 
-A prompt is prefilled alone; answers are written in one batch. Each conversation has its own cache, which is made for
-the model with the adapter or without it.
+A prompt is prefilled alone; answers are generated in one batch. Each conversation has its own cache, made for the model
+with or without the adapter.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Decoder(Protocol):
     """Runs the language model on prompts one by one, then on the answers to all of them token by token."""
 
     model: nn.Module  # the language model, for its token embeddings and config
-    batch: Batch  # the answers that are being written
+    batch: Batch  # the answers in progress
 
     def new_cache(self, with_adapter: bool = True) -> Any:
         """An empty cache, with the adapter on or off; a model without an adapter ignores the flag."""
@@ -134,9 +134,9 @@ class _PaddedRows:
         is_token = torch.ones(1, cache.length, dtype=torch.long, device=added[0][0].device)
         if self._rows:
             columns = max(cache.length, self._is_token.shape[1])
-            is_token = torch.cat([_widen(mask, 1, columns) for mask in (self._is_token, is_token)])
+            is_token = torch.cat([_left_pad(mask, 1, columns) for mask in (self._is_token, is_token)])
             added = [
-                (_stack(keys, other_keys, columns), _stack(values, other_values, columns))
+                (_concatenate(keys, other_keys, columns), _concatenate(values, other_values, columns))
                 for (keys, values), (other_keys, other_values) in zip(self._layers, added, strict=True)
             ]
         self._is_token, self._layers = is_token, added
@@ -176,13 +176,13 @@ class _PaddedRows:
         return [(row, logits[index]) for index, row in enumerate(self._rows) if row in token_ids]
 
 
-def _stack(rows: torch.Tensor, added: torch.Tensor, columns: int) -> torch.Tensor:
-    """Keys or values of rows above those of others, [rows, heads, columns, head size]."""
-    return torch.cat([_widen(rows, 2, columns), _widen(added, 2, columns)])
+def _concatenate(rows: torch.Tensor, added: torch.Tensor, columns: int) -> torch.Tensor:
+    """Concatenates two batches of keys or values, left-padded to ``columns``: [rows, heads, columns, head size]."""
+    return torch.cat([_left_pad(rows, 2, columns), _left_pad(added, 2, columns)])
 
 
-def _widen(tensor: torch.Tensor, dim: int, length: int) -> torch.Tensor:
-    """Zeros before the tensor, up to a length."""
+def _left_pad(tensor: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    """Left-pads with zeros to ``length`` along ``dim``."""
     shape = list(tensor.shape)
     shape[dim] = length - shape[dim]
     return torch.cat([tensor.new_zeros(shape), tensor], dim=dim)

@@ -24,7 +24,7 @@ def stop_token_ids(model: nn.Module) -> set[int]:
 
 
 def prefill(decoder: Decoder, embeddings: torch.Tensor, cache: Cache) -> Iterator[torch.Tensor]:
-    """Prefills in slices, so that answers that are being written advance in between; yields the logits of each slice.
+    """Prefills in slices, so that answers in progress advance in between; yields the logits of each slice.
 
     Args:
         embeddings: [1, length, hidden_size].
@@ -48,10 +48,10 @@ def stream_text(
     """
     cache = decoder.new_cache() if cache is None else cache
     *_, logits = prefill(decoder, embeddings, cache)
-    yield from write_text(decoder, tokenizer, logits, options, cache)
+    yield from generate_text(decoder, tokenizer, logits, options, cache)
 
 
-def write_text(
+def generate_text(
     decoder: Decoder, tokenizer: Any, logits: torch.Tensor, options: SamplingOptions, cache: Cache
 ) -> Iterator[str]:
     """Streams the answer to a prefilled prompt in pieces of whole characters.
@@ -60,12 +60,12 @@ def write_text(
 
     Args:
         logits: of the prompt's last token, [1, vocabulary].
-        cache: of the prompt; it stays as it is.
+        cache: of the prompt; it is not modified.
     """
     from tokenizers.decoders import DecodeStream
 
     text = DecodeStream(skip_special_tokens=True)
-    with closing(write_token_ids(decoder, logits, options, stop_token_ids(decoder.model), cache)) as token_ids:
+    with closing(generate_token_ids(decoder, logits, options, stop_token_ids(decoder.model), cache)) as token_ids:
         for token_id in token_ids:
             piece = text.step(tokenizer.backend_tokenizer, token_id)
             if piece:
@@ -78,15 +78,15 @@ def stream_token_ids(
     """Prefills a prompt and streams token ids, without the stop token; see ``stream_text``."""
     cache = decoder.new_cache() if cache is None else cache
     *_, logits = prefill(decoder, embeddings, cache)
-    yield from write_token_ids(decoder, logits, options, stop_ids, cache)
+    yield from generate_token_ids(decoder, logits, options, stop_ids, cache)
 
 
-def write_token_ids(
+def generate_token_ids(
     decoder: Decoder, logits: torch.Tensor, options: SamplingOptions, stop_ids: set[int], cache: Cache
 ) -> Generator[int, None, None]:
     """Streams the token ids of the answer to a prefilled prompt, without the stop token."""
     answer = Answer(Sampler(options, logits.device), stop_ids, options.max_new_tokens)
-    yield from decoder.batch.write(answer, cache, logits[0])
+    yield from decoder.batch.generate(answer, cache, logits[0])
 
 
 @torch.inference_mode()

@@ -111,7 +111,7 @@ class _Graph:
         options.add_session_config_entry("session.force_spinning_stop", "1")  # frees the cores between tokens
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         past = [value for value in self.session.get_inputs() if value.name.startswith("past.")]
-        self.layout = {value.name: (value.shape[1], value.shape[3]) for value in past}  # heads and head size
+        self.cache_shapes = {value.name: (value.shape[1], value.shape[3]) for value in past}  # heads and head size
         self._model, self._path = model, path
         self._corrections: dict[bool, dict[str, Any]] = {}  # with the adapter -> graph inputs
 
@@ -151,7 +151,7 @@ class _KeyValues:
         self._graph, self.rows, self.capacity = graph, rows, capacity
         self.arrays = {
             name: _mapped_zeros((rows, heads, capacity, head_size))
-            for name, (heads, head_size) in (graph.layout.items() if rows * capacity else ())
+            for name, (heads, head_size) in (graph.cache_shapes.items() if rows * capacity else ())
         }
 
     @property
@@ -269,7 +269,7 @@ class OnnxRows:
 def _mapped_zeros(shape: tuple[int, ...]) -> np.ndarray:
     """Zeros in a memory mapping of their own, which the system gets back when the array is freed.
 
-    On the heap, allocations of many threads would fragment it, and the process would grow with every crowd.
+    On the heap, allocations of many threads would fragment it, and the process would grow with every peak of load.
     """
     return np.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=np.float32).reshape(shape)
 

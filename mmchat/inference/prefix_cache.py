@@ -47,11 +47,11 @@ class PrefixCache:
         """Bytes of all KV caches."""
         return sum(prefix.cache.size for prefix in self._prefixes)
 
-    def take(self, tokens: TokenKeys, ends: Sequence[int], with_adapter: bool) -> CachedPrefix:
+    def lookup(self, tokens: TokenKeys, ends: Sequence[int], with_adapter: bool) -> CachedPrefix:
         """The longest cached prefix of a conversation; an empty one if there is none.
 
-        A whole conversation is shared with others that ask the same: it has its logits, so nothing is left to prefill.
-        A prefix that goes on is taken out of the cache, and of one that goes on differently the beginning is copied.
+        An exact match is returned as is: its logits are cached, so nothing is prefilled. If the conversation extends a
+        cached prefix, that entry is removed and returned for reuse. If they diverge, the common part is copied.
 
         Args:
             ends: the ends of the pieces in which the conversation is prefilled; the last one is its length.
@@ -60,8 +60,8 @@ class PrefixCache:
         for prefix in candidates:
             if prefix.logits is not None and prefix.tokens == tokens:
                 return prefix
-        best = max(candidates, key=lambda prefix: _common(prefix.tokens, tokens), default=None)
-        common = _common(best.tokens, tokens) if best else 0
+        best = max(candidates, key=lambda prefix: common_length(prefix.tokens, tokens), default=None)
+        common = common_length(best.tokens, tokens) if best else 0
         length = max((end for end in ends[:-1] if end <= common), default=0)
         if not best or not length:
             return CachedPrefix(with_adapter, self.decoder.new_cache(with_adapter))
@@ -79,11 +79,11 @@ class PrefixCache:
             self.clear()
 
     def clear(self) -> None:
-        """Forgets every conversation."""
+        """Removes every entry."""
         self._prefixes.clear()
 
 
-def _common(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
+def common_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
     """Length of the common prefix of two sequences."""
     return next(
         (index for index, (one, other) in enumerate(zip(first, second, strict=False)) if one != other),

@@ -53,7 +53,7 @@ class Sampler:
             return torch.arange(len(probabilities), device=probabilities.device), probabilities
         token_ids = (probabilities >= (1 - self._top_p) / len(probabilities)).nonzero()[:, 0]  # [candidates]
         likeliest, order = probabilities[token_ids].sort(descending=True, stable=True)
-        before = likeliest.cumsum(dim=0) - likeliest  # [candidates], the probability of all likelier tokens
+        before = likeliest.cumsum(dim=0) - likeliest  # [candidates], the probability of all more likely tokens
         count = max(int((before < self._top_p).sum()), 1)
         return token_ids[order[:count]], likeliest[:count] / likeliest[:count].sum()
 

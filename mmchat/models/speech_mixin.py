@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ..conversation import Transcript
-from .speech import SpeechRecognizer
-from .voice import SpokenSentence, Voice
+from .speech_recognition import SpeechRecognizer
+from .text_to_speech import SpokenSentence, Voice
 
 
 class SpeechMixin:

@@ -20,9 +20,9 @@ from starlette.routing import Route
 
 from ..conversation import Engine
 from ..errors import BadInput, MmchatError
-from .gate import Busy, Gate
 from .openai_request import MAX_BODY, ChatRequest, read_request, until
 from .rate_limit import RateLimit
+from .request_queue import Busy, Gate
 
 logger = logging.getLogger(__name__)
 

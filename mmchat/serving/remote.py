@@ -14,9 +14,9 @@ from typing import Any
 from ..conversation import Message, SamplingOptions, rewrite_request, with_question
 from ..errors import BadInput, MmchatError
 from ..media import decode_image
-from ..models.speech import SpeechRecognizer
 from ..models.speech_mixin import SpeechMixin
-from ..models.voice import Voice
+from ..models.speech_recognition import SpeechRecognizer
+from ..models.text_to_speech import Voice
 from ..presets import SpeechPreset
 
 logger = logging.getLogger(__name__)

@@ -37,9 +37,9 @@ def serve(options: argparse.Namespace) -> int:
 
     from ..device import on_zero_gpu
     from . import page, routes
-    from .gate import Gate, QueuedEngine
     from .loading import LoadingEngine
     from .observing import Observation, log
+    from .request_queue import Gate, QueuedEngine
 
     gate = Gate(page.MAX_CONCURRENT, page.MAX_WAITING)
     observers: list[Callable[[Observation], None]] = []
@@ -120,7 +120,7 @@ def sign_in() -> tuple[str, str] | None:
 def load_engine(options: argparse.Namespace) -> Any:
     """Loads local models, or connects to a model server."""
     if options.server:
-        from ..models.speech import find_speech_model
+        from ..models.speech_recognition import find_speech_model
         from .remote import RemoteEngine
 
         speech = find_speech_model(options.speech) if options.speech else SMOL.speech

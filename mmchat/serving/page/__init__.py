@@ -4,7 +4,7 @@ layout.py         what is where on the page, and which event calls what
 turns.py          ask, retry, undo, stop: one turn of a conversation
 history.py        the page's conversation and the engine's messages, one made from the other
 branches.py       other answers to a question, and editing an earlier one
-details.py        what is told about an answer under its fold
+details.py        what the collapsible section tells about an answer
 conversations.py  the list of conversations in the visitor's browser; list.js, store.js and transfer.js keep them
 voice.py          the Voice tab, reading aloud, hands-free talk; voice.js plays and listens
 batch.py          the page "Batch"

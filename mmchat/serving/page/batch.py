@@ -13,7 +13,7 @@ import gradio as gr
 
 from ...conversation import SamplingOptions
 from ...errors import BadInput
-from ..batch import MAX_PICTURES, Picture, answer_pictures, list_pictures, write_csv, write_jsonl
+from ..bulk import MAX_PICTURES, Picture, answer_pictures, list_pictures, write_csv, write_jsonl
 from ..uploads import shown_error
 from .components import File, PictureFiles
 from .turns import Page, checked_question

@@ -14,8 +14,8 @@ from gradio.utils import get_upload_folder
 from ...conversation import MAX_QUESTION, Engine, Message, SamplingOptions, has_images
 from ...errors import BadInput
 from ..caching import CachedText
-from ..gate import Waiting
 from ..rate_limit import RateLimit
+from ..request_queue import Waiting
 from ..uploads import shown_error
 from . import branches
 from .conversations import id_of, with_id

@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 
 from ...errors import BadInput
-from ...models.voice import BackgroundReader, SpokenSentence, wav_bytes
+from ...models.text_to_speech import BackgroundReader, SpokenSentence, wav_bytes
 from ..uploads import is_uploaded, shown_error
 from .assets import asset
 from .history import Box, History, is_folded, parts_of, text_of, user_turn

@@ -1,4 +1,4 @@
-"""One line of questions for the page and the API: a few are answered at a time, the next ones wait in order."""
+"""A request queue for the page and the API: a few questions are answered at a time, the others wait in order."""
 
 from __future__ import annotations
 

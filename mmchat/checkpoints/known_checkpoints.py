@@ -1,6 +1,6 @@
-"""Projects whose checkpoints can be imported: the prompt layout of each, and the tensor names of its projector.
+"""Projects whose checkpoints can be imported: the prompt template of each, and the tensor names of its projector.
 
-Tensors define the projector, but not the image encoder or the prompt layout. Those come from each project's code.
+Tensors define the projector, but not the image encoder or the prompt template. Those come from each project's code.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class StoredProjector:
     project: str  # whose it is, a key of PROJECTS
     names: dict[str, str]  # what their names begin with -> what ours begin with
     first: str  # our name of the matrix that reads features
-    hidden: str | None  # of the one whose rows are the hidden width
+    hidden: str | None  # of the one whose rows are the intermediate size
     last: str  # of one that writes tokens
 
 
