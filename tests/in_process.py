@@ -61,12 +61,13 @@ def _status(run: Callable[[], Any]) -> int:
 
 @contextmanager
 def fresh_logging() -> Iterator[None]:
-    """Lets ``logging.basicConfig`` work as in a new process, and puts the handlers of pytest back."""
+    """Lets ``logging.basicConfig`` work as in a new process, and undoes what the command changes."""
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    handlers, level, disabled = root.handlers[:], root.level, root.manager.disable
     root.handlers.clear()
     try:
         yield
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
+        logging.disable(disabled)

@@ -251,7 +251,7 @@ def test_what_a_reply_is_sending_reaches_the_page_before_what_ends_it():
 def test_stop_keeps_the_answer_so_far_with_its_details():
     visit = Visit()
     engine = Engine()
-    engine.reply = lambda *_, **__: iter(["It ", "is ", "long."])
+    engine.reply = lambda *_, **__: (piece for piece in ("It ", "is ", "long."))
     page, shown = Page(engine), []
     for value in page.reply([question()], visit, visit.request()):
         shown.append(value)
