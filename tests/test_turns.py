@@ -248,7 +248,8 @@ def test_what_a_reply_is_sending_reaches_the_page_before_what_ends_it():
     assert order == ["sent", "undone"]
 
 
-def test_stop_keeps_the_answer_so_far_with_its_details():
+def test_stop_keeps_the_answer_so_far_with_its_details(monkeypatch):
+    monkeypatch.setattr(turns, "REDRAW_SECONDS", 0)
     visit = Visit()
     engine = Engine()
     engine.reply = lambda *_, **__: (piece for piece in ("It ", "is ", "long."))
