@@ -67,7 +67,7 @@ def build(
         feedback: where thumbs and better answers are stored; no thumbs if None.
     """
     page = Page(engine, limit, read_examples(examples))
-    with gr.Blocks(title="mmchat", fill_height=True, delete_cache=(KEEP_UPLOADS // 12, KEEP_UPLOADS)) as demo:
+    with gr.Blocks(title="mmchat", fill_height=True, delete_cache=(max(KEEP_UPLOADS // 12, 1), KEEP_UPLOADS)) as demo:
         parts = _place(page, has_thumbs=feedback is not None)
         _connect(demo, page, parts)
         if feedback:

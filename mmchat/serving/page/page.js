@@ -30,6 +30,9 @@ window.mmchat = (() => {
     input.dispatchEvent(new Event('change', {bubbles: true}));
     return true;
   };
+  document.addEventListener('click', event => { // else a browser does not tell that the same picture is chosen again
+    if (event.target.matches('input[type=file]')) event.target.value = '';
+  }, true);
   document.addEventListener('dragover', event => {
     if ([...event.dataTransfer.types].includes('Files')) event.preventDefault();
   });
