@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import wave
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,19 @@ FLAGS = [
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
 ]
+DESKTOP = {"width": 1280, "height": 900}
+FORGET = """() => new Promise(resolve => {
+    localStorage.clear();
+    const request = indexedDB.deleteDatabase('mmchat');
+    request.onsuccess = request.onerror = resolve; })"""
+# The last answer is whole: its details stand before it, no row says what is going on, and Stop is gone.
+WHOLE = """() => {
+    const rows = [...document.querySelectorAll('#chat .message-row')];
+    const answer = rows.slice(rows.findLastIndex(row => row.matches('.user-row')) + 1);
+    const isFolded = row => row.querySelector('.thought-group');
+    const titles = answer.filter(isFolded).map(row => row.innerText);
+    return answer.length && !isFolded(answer.at(-1)) && titles.some(title => title.includes('Details'))
+        && ![...document.querySelectorAll('#status button')].some(button => button.checkVisibility()); }"""
 PATIENCE = 60_000  # milliseconds; two cores may be busy
 
 
@@ -58,18 +72,28 @@ def browser(tmp_path_factory):
         chromium.close()
 
 
-@pytest.fixture
-def page(browser, address):
-    """A fresh visit. Fails if the page sends a request to another machine."""
-    context = browser.new_context(permissions=["microphone"], viewport={"width": 1280, "height": 900})
+@pytest.fixture(scope="module")
+def visitor(browser):
+    """The browser of one visitor: its cache is warm after the first visit."""
+    context = browser.new_context(permissions=["microphone"])
     context.set_default_timeout(PATIENCE)
-    page = context.new_page()
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def page(visitor, address):
+    """A first visit. Fails if the page sends a request to another machine."""
+    page = visitor.new_page()
+    page.set_viewport_size(DESKTOP)
     strangers = []
     page.on("request", lambda r: strangers.append(r.url) if not r.url.startswith((address, "data:", "blob:")) else None)
     page.goto(address)
     question(page).wait_for()
     yield page
-    context.close()
+    page.goto(f"{address}config")  # nothing saves any more
+    page.evaluate(FORGET)
+    page.close()
     assert strangers == []
 
 
@@ -83,14 +107,22 @@ def answers(page):
 
 
 def ask(page, text):
+    """Sends a question, and waits until it is in the conversation, or refused."""
+    shown = page.locator("#chat .user-row").count()
     question(page).fill(text)
     page.get_by_role("button", name="Send", exact=True).click()
+    page.wait_for_function(
+        "shown => document.querySelectorAll('#chat .user-row').length > shown || document.querySelector('.toast-body')",
+        arg=shown,
+    )
 
 
 def show(page, path):
-    """Adds a picture to the question, and waits for its thumbnail."""
+    """Adds a picture to the question with the button, and waits for its thumbnail."""
     count = thumbnails(page).count()
-    page.locator("#box input[type=file]").set_input_files(str(path))
+    with page.expect_file_chooser() as chooser:
+        page.locator("#box").get_by_test_id("upload-button").click()
+    chooser.value.set_files(str(path))
     expect(thumbnails(page)).to_have_count(count + 1)
 
 
@@ -99,11 +131,24 @@ def thumbnails(page):
 
 
 def finished(page):
-    """Waits until the last answer stops growing for three seconds."""
-    answers(page).last.wait_for()
-    text = None
-    while text != (text := answers(page).last.inner_text()) or not text:
-        page.wait_for_timeout(3_000)
+    """Waits until the last question is answered."""
+    page.wait_for_function(WHOLE)
+
+
+def is_still(page):
+    """Whether what was said stays as it is for half a second."""
+    said = answers(page).all_inner_texts()
+    page.wait_for_timeout(500)
+    return answers(page).all_inner_texts() == said
+
+
+def violations(page):
+    """Serious findings of axe-core: rule, and the elements."""
+    axe = pytest.importorskip("axe_playwright_python", reason="pip install axe-playwright-python: axe-core")
+    page.evaluate((files(axe) / "axe.min.js").read_text(encoding="utf-8"))
+    found = page.evaluate("async () => (await axe.run(document, {resultTypes: ['violations']})).violations")
+    serious = [rule for rule in found if rule["impact"] in ("serious", "critical")]
+    return [(rule["id"], [node["html"][:200] for node in rule["nodes"]]) for rule in serious]
 
 
 def expect(locator):
@@ -114,6 +159,7 @@ def expect(locator):
 
 
 def reload(page):
+    page.wait_for_timeout(300)  # a person is slower than a conversation is saved
     page.reload()
     question(page).wait_for()
 

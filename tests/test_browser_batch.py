@@ -17,7 +17,7 @@ from mmchat import Message
 from mmchat.serving.page import Page, Visit
 from mmchat.serving.page.batch import BatchPage
 from mmchat.serving.rate_limit import RateLimit
-from tests.browsing import expect, question
+from tests.browsing import expect, question, violations
 from tests.raw import endpoints, served, upload
 
 pytestmark = pytest.mark.browser
@@ -70,6 +70,22 @@ def test_pictures_and_a_zip_are_answered_and_downloaded(batch, pictures, tmp_pat
     assert all(row["answer"] and not row["error"] for row in rows)
     told = [json.loads(line) for line in download(batch, "JSONL").read_text(encoding="utf-8").splitlines()]
     assert [row["answer"] for row in told] == [row["answer"] for row in rows]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_no_serious_violation(page, address, pictures, theme):
+    for width, height in ((1280, 900), (390, 844)):
+        page.set_viewport_size({"width": width, "height": height})
+        page.goto(f"{address}batch?__theme={theme}")
+        page.get_by_label("Question about each picture").wait_for()
+        page.wait_for_timeout(500)
+        assert violations(page) == [], "empty"
+        give(page, pictures[:2])
+        expect(page.locator("#batch-note")).to_contain_text("2 of 2 answered")
+        expect(page.locator("#answers")).to_contain_text("green.png")
+        page.wait_for_timeout(500)
+        assert violations(page) == [], "answered"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_stop_keeps_what_is_there(batch, pictures, engine, monkeypatch):
