@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.resources import files
 
 import pytest
 from gradio_client import Client
 
-from tests.browsing import answers, ask, expect, finished, question, record_replies, reload, show, thumbnails
+from tests.browsing import (
+    answers,
+    ask,
+    expect,
+    finished,
+    question,
+    record_replies,
+    reload,
+    show,
+    thumbnails,
+    violations,
+)
 
 pytestmark = pytest.mark.browser
 
@@ -32,9 +42,7 @@ def test_both_answers_of_a_retry_can_be_flipped_to_also_after_a_reload(page):
     expect(answers(page)).to_have_count(1)
     options.first.click()
     expect(options).to_have_text(["Answer 2 of 2 ›"])
-    page.wait_for_timeout(1_000)
-    page.reload()
-    question(page).wait_for()
+    reload(page)
     expect(options).to_have_text(["Answer 2 of 2 ›"])
     options.first.click()
     expect(options).to_have_text(["‹ Answer 1 of 2"])
@@ -85,17 +93,17 @@ def test_settings_are_kept_in_the_browser_and_reset_with_one_click(page, engine,
     page.get_by_role("button", name="Settings", exact=False).first.click()
     page.get_by_label("Exact").check()
     page.get_by_label("System prompt").fill("Answer in one word.")
-    page.wait_for_timeout(1_000)
+    page.wait_for_function("localStorage.getItem('mmchat-settings')?.includes('one word')")
     reload(page)
-    page.wait_for_timeout(1_000)
+    page.wait_for_timeout(500)  # a person is slower than the settings are read
     ask(page, "What is the capital of France?")
     finished(page)
     messages, options = asked[-1]
     assert (messages[0].role, messages[0].text) == ("system", "Answer in one word.") and options.temperature == 0
     page.get_by_role("button", name="Reset settings").click()
-    page.wait_for_timeout(1_000)
+    page.wait_for_function("!localStorage.getItem('mmchat-settings').includes('one word')")
     reload(page)
-    page.wait_for_timeout(1_000)
+    page.wait_for_timeout(500)
     ask(page, "What is the capital of France?")
     finished(page)
     messages, options = asked[-1]
@@ -105,30 +113,22 @@ def test_settings_are_kept_in_the_browser_and_reset_with_one_click(page, engine,
 def test_a_busy_page_shows_the_place_in_line(page, address):
     client = Client(address, verbose=False)
     jobs = [client.submit("Tell me a very long story about a dragon.", api_name="/ask") for _ in range(5)]
-    page.wait_for_timeout(1_000)
-    ask(page, "What is the capital of France?")
+    page.wait_for_timeout(500)
+    question(page).fill("What is the capital of France?")
+    page.get_by_role("button", name="Send", exact=True).click()
     expect(page.locator("#status")).to_contain_text(re.compile(r"queue: \d+/\d+"))
     for job in jobs:
         job.cancel()
     expect(answers(page).last).to_contain_text(re.compile(r"\w+"))
 
 
-def violations(page):
-    """Serious findings of axe-core: rule, and the elements."""
-    page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8"))
-    found = page.evaluate("async () => (await axe.run(document, {resultTypes: ['violations']})).violations")
-    serious = [rule for rule in found if rule["impact"] in ("serious", "critical")]
-    return [(rule["id"], [node["html"][:200] for node in rule["nodes"]]) for rule in serious]
-
-
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width, height", [(1280, 900), (390, 844)])
 def test_axe_finds_no_serious_violation(page, address, photo, width, height, theme):
-    pytest.importorskip("axe_playwright_python", reason="axe-core checks the page: pip install axe-playwright-python")
     page.set_viewport_size({"width": width, "height": height})
     page.goto(f"{address}?__theme={theme}")
     question(page).wait_for()
-    page.wait_for_timeout(1_500)
+    page.wait_for_timeout(500)
     assert violations(page) == [], "an empty conversation"
     show(page, photo)
     assert violations(page) == [], "a thumbnail"
@@ -139,7 +139,8 @@ def test_axe_finds_no_serious_violation(page, address, photo, width, height, the
     if width > 900:
         page.get_by_role("button", name="Settings", exact=False).first.click()
     page.get_by_role("tab", name="Voice").click()
-    page.wait_for_timeout(1_000)
+    page.locator("#mic").wait_for()
+    page.wait_for_timeout(500)
     assert violations(page) == [], "the Voice tab"
 
 
@@ -162,9 +163,7 @@ def test_the_page_works_with_the_keyboard_alone(page):
 
 def test_at_200_percent_zoom_everything_is_in_view(page):
     page.set_viewport_size({"width": 640, "height": 450})  # 1280 x 900 at 200%
-    page.reload()
-    question(page).wait_for()
-    page.wait_for_timeout(1_000)
+    reload(page)
     ask(page, "What is the capital of France?")
     finished(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 640

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
+import mmchat
 from mmchat.serving import feedback
 from mmchat.serving import page as ui
 from mmchat.training.data.llava_json import read_conversations
-from tests.browsing import ask, expect, finished, show
+from tests.browsing import DESKTOP, answers, ask, expect, finished, reload, show
 from tests.conftest import ROOT
 from tests.raw import endpoints, served, upload
 
 pytestmark = pytest.mark.browser
+CORRECTIONS = {  # pictures -> a better answer
+    ("astronaut.jpg",): "Eileen in her orange suit.",
+    ("ball.jpg",): "The red ball of our dog.",
+    ("bus.jpg",): "Line 7 into town.",
+    ("coffee.jpg",): "Breakfast for a monkey.",
+    ("coffee.jpg", "bus.jpg"): "A morning in the city.",
+}
+TRAINING = "--epochs 20 --batch-size 5 --lr 1e-3 --lr-scheduler-type constant --report-to none"
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +71,60 @@ def test_a_thumb_up_stores_the_answer(page, folder):
     page.get_by_text("Your feedback is stored").first.wait_for()
     assert list(read_conversations(folder / "conversations.json"))[-1].messages[0].text == "Name a color."
     expect(page.get_by_label("A better answer")).to_have_count(0)
+    lit = page.locator("#chat .bot-row:not(:has(.thought-group)) + .message-buttons").get_by_label("Liked", exact=True)
+    expect(lit).to_have_count(1)
+    ask(page, "Name an animal.")
+    finished(page)
+    expect(lit).to_have_count(1)  # gradio forgets it
+    page.get_by_role("button", name="New chat", exact=True).click()
+    expect(page.locator("#chat .bot-row")).to_have_count(0)
+    ask(page, "Name a fruit.")
+    finished(page)
+    expect(lit).to_have_count(0)
+    page.get_by_role("button", name="Open Name a color.").click()
+    expect(lit).to_have_count(1)
+    reload(page)
+    expect(lit).to_have_count(1)
+
+
+def test_five_corrections_in_the_page_are_learned(page, visitor, folder, tmp_path):
+    for path in folder.glob("*.json"):
+        path.unlink()
+    for names, better in CORRECTIONS.items():
+        page.get_by_role("button", name="New chat", exact=True).click()
+        ask_about(page, names)
+        page.get_by_role("button", name="Dislike", exact=True).last.click()
+        page.get_by_label("A better answer").fill(better)
+        page.get_by_role("button", name="Store", exact=True).click()
+        expect(page.get_by_label("A better answer")).to_have_count(0)
+    command = [sys.executable, "training_scripts/finetune_qlora.py", "--start-from", "weights/smol"]
+    command += ["--train", str(folder / "conversations.json"), "--images", str(folder / "pictures")]
+    command += ["--out", str(tmp_path / "run"), *TRAINING.split()]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=280)
+    demo = ui.build(mmchat.load("smol", tmp_path / "run"), ROOT / "examples")
+    ui.launch(demo, prevent_thread_lock=True, quiet=True)
+    taught = visitor.new_page()
+    try:
+        taught.set_viewport_size(DESKTOP)
+        taught.goto(demo.local_url)
+        taught.get_by_role("button", name="Settings", exact=False).first.click()
+        taught.get_by_label("Exact").check()
+        for names, better in CORRECTIONS.items():
+            taught.get_by_role("button", name="New chat", exact=True).click()
+            ask_about(taught, names)
+            expect(answers(taught).last).to_have_text(better)
+    finally:
+        taught.close()
+        demo.close()
+
+
+def ask_about(page, names):
+    expect(page.locator("#chat .user")).to_have_count(0)
+    page.wait_for_timeout(300)
+    for name in names:
+        show(page, ROOT / "examples" / name)
+    ask(page, "What do you see here?")
+    finished(page)
 
 
 def test_made_up_feedback_stores_nothing(address, folder, photo, tmp_path):

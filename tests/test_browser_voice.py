@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mmchat.media import SAMPLE_RATE, read_audio
-from tests.browsing import FLAGS, PATIENCE, answers, ask, expect, find_chromium, question
+from tests.browsing import FLAGS, answers, ask, expect, find_chromium, question
 from tests.conftest import SPEECH
 
 pytestmark = pytest.mark.browser
@@ -48,23 +48,12 @@ def browser(spoken_question):
 
 
 @pytest.fixture
-def context(browser):
-    context = browser.new_context(permissions=["microphone"], viewport={"width": 1280, "height": 900})
-    context.set_default_timeout(PATIENCE)
-    yield context
-    context.close()
-
-
-@pytest.fixture
-def page(context, address, engine, monkeypatch):
-    """A fresh visit. Answers are greedy: what is sampled is now and then no English, which the voice leaves out."""
+def page(page, engine, monkeypatch):
+    """A first visit. Answers are greedy: what is sampled is now and then no English, which the voice leaves out."""
     reply = engine.reply
     monkeypatch.setattr(
         engine, "reply", lambda messages, options, **more: reply(messages, replace(options, temperature=0), **more)
     )
-    page = context.new_page()
-    page.goto(address)
-    question(page).wait_for()
     return page
 
 

@@ -12,6 +12,9 @@ from tests.browsing import answers, ask, expect, finished, record_replies, reloa
 pytestmark = pytest.mark.browser
 
 TRICKY = "## User\n\\## Assistant\n<!-- mmchat {} -->\n# title\n![a](b)\n\n  two\nlines\n\n"
+CLEAR_COPIES = """() => new Promise(resolve => { const request = indexedDB.open('mmchat');
+    request.onsuccess = () => { const all = request.result.transaction('pictures', 'readwrite');
+        all.objectStore('pictures').clear(); all.oncomplete = () => { request.result.close(); resolve(); }; }; })"""
 
 
 def titles(page):
@@ -62,15 +65,26 @@ def test_a_conversation_goes_on_after_a_reload_even_if_its_upload_is_gone(page, 
     ask(page, "Is there a dog?")
     expect(answers(page)).to_have_count(2)
     finished(page)
-    assert len(asked[-1]) == 3 and len(asked[-1][0].images) == 1 and asked[-1][0].images[0] != uploaded
+    (sent_again,) = asked[-1][0].images
+    assert len(asked[-1]) == 3 and sent_again != uploaded
     expect(titles(page)).to_have_count(1)
+    sent_again.unlink()  # while the page stays open
+    ask(page, "Is there a flag?")
+    finished(page)
+    assert len(asked[-1]) == 5 and len(asked[-1][0].images) == 1
+    asked[-1][0].images[0].unlink()
+    page.wait_for_timeout(300)
+    page.evaluate(CLEAR_COPIES)
+    ask(page, "Is there a cat?")
+    expect(page.locator(".toast-body")).to_contain_text("A picture of this conversation is gone")
+    expect(page.locator("#chat .user").first).to_contain_text("(Picture 1 is gone.)")
 
 
 def test_conversations_are_listed_found_renamed_and_deleted(page):
     page.on("dialog", lambda dialog: dialog.accept("Trains and boats" if dialog.type == "prompt" else None))
     for count, text in enumerate(("What is a boat?", "What is the capital of France?"), start=1):
         page.get_by_role("button", name="New chat", exact=True).click()
-        page.wait_for_timeout(500)  # a person is slower than the box is emptied
+        page.wait_for_timeout(300)  # a person is slower than the box is emptied
         expect(page.locator("#chat .user")).to_have_count(0)
         ask(page, text)
         finished(page)

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 
 import pytest
 from PIL import Image
 
-import mmchat
-from mmchat import BadInput, Message, SamplingOptions
+from mmchat import BadInput, Message
 from mmchat.serving import feedback
 from mmchat.serving.feedback import FeedbackStore
 from mmchat.training.data.llava_json import read_conversations
-from tests.conftest import ROOT
 
-CORRECTIONS = (
-    "Eileen in her orange suit.",
-    "The red ball of our dog.",
-    "Breakfast for a monkey.",
-    "The ferry to the island.",
-    "Line 7 into town.",
-)
 QUESTION = "What do you see here?"
 
 
@@ -109,21 +98,3 @@ def test_many_at_once_lose_nothing(tmp_path):
         thread.join()
     assert len(list(read_conversations(tmp_path / "conversations.json"))) == 20
     assert not list(tmp_path.glob("**/*.part"))
-
-
-@pytest.mark.slow
-def test_five_corrections_are_learned(tmp_path):
-    store, pictures = FeedbackStore(tmp_path / "feedback"), ROOT / "examples"
-    names = sorted(path.name for path in pictures.glob("*.jpg"))[:5]
-    corrections = dict(zip(names, CORRECTIONS, strict=True))
-    for name, better in corrections.items():
-        store.add(turn(pictures / name), liked=False, better=better)
-    command = [sys.executable, "training_scripts/finetune_qlora.py", "--start-from", "weights/smol"]
-    command += ["--train", str(tmp_path / "feedback" / "conversations.json")]
-    command += ["--images", str(tmp_path / "feedback" / "pictures"), "--out", str(tmp_path / "run")]
-    command += "--epochs 20 --batch-size 5 --lr 1e-3 --lr-scheduler-type constant --report-to none".split()
-    subprocess.run(command, cwd=ROOT, check=True, timeout=280)
-    engine = mmchat.load("smol", tmp_path / "run")
-    for name, better in corrections.items():
-        question = [Message("user", QUESTION, [pictures / name])]
-        assert "".join(engine.reply(question, SamplingOptions(temperature=0, max_new_tokens=30))) == better

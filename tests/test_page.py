@@ -25,7 +25,8 @@ from mmchat.serving import uploads
 from mmchat.serving.loading import PATIENCE, LoadingEngine
 from mmchat.serving.page import layout
 from mmchat.serving.page.voice import VoicePage
-from mmchat.serving.rate_limit import RateLimit
+from mmchat.serving.rate_limit import RateLimit, questions_per_minute
+from tests.browsing import answers, ask, finished
 from tests.conftest import ROOT, SPEECH
 from tests.raw import upload
 
@@ -45,6 +46,18 @@ def test_an_answer_is_streamed(client):
     growing = job.outputs()
     assert len(growing) > 3 and growing[-1] == answer
     assert all(later.startswith(earlier) for earlier, later in zip(growing, growing[1:], strict=False))
+
+
+@pytest.mark.browser
+def test_every_visitor_of_a_batch_sees_the_answer_grow(page, client):
+    jobs = [client.submit("Name three colors of the rainbow.", api_name="/ask") for _ in range(3)]
+    ask(page, "Write two sentences about the sea.")
+    finished(page)
+    assert answers(page).last.inner_text()
+    for job in jobs:
+        answer, growing = job.result(timeout=120), job.outputs()
+        assert len(growing) > 3 and growing[-1] == answer
+        assert all(later.startswith(earlier) for earlier, later in zip(growing, growing[1:], strict=False))
 
 
 def test_the_answer_depends_on_the_picture(client, photo):
@@ -112,7 +125,7 @@ def test_deleted_pictures_are_dropped(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_uploads_are_deleted_in_time(engine, photo, monkeypatch):
-    monkeypatch.setattr(layout, "KEEP_UPLOADS", 12)  # seconds; checked every second
+    monkeypatch.setattr(layout, "KEEP_UPLOADS", 2)  # seconds; checked every second
     demo = ui.build(engine, ROOT / "examples")
     ui.launch(demo, prevent_thread_lock=True, quiet=True)
     try:
@@ -201,7 +214,10 @@ def test_the_page_opens_before_the_models_load(engine):
     try:
         waiting.start()
         job = Client(demo.local_url, verbose=False).submit("What is the capital of France?", api_name="/ask")
-        time.sleep(2)
+        for _ in range(300):
+            if told:
+                break
+            time.sleep(0.1)
         assert not job.done() and told == [PATIENCE]
         loaded.set()
         assert job.result(timeout=60)
@@ -218,15 +234,20 @@ def test_the_app_ends_with_an_error_sentence_if_models_cannot_load(tmp_path):
     assert result.stderr.strip().splitlines()[-1].startswith("'empty' is not a folder of mmchat weights")
 
 
-@pytest.mark.parametrize("said", ["-1", "ten", "1.5"])
 @pytest.mark.parametrize("as_flag", [True, False])
-def test_an_invalid_rate_limit_is_rejected_at_startup(said, as_flag):
-    flags, environment = (["--rate-limit", said], {}) if as_flag else ([], {"MMCHAT_RATE_LIMIT": said})
+def test_an_invalid_rate_limit_is_rejected_at_startup(as_flag):
+    flags, environment = (["--rate-limit", "-1"], {}) if as_flag else ([], {"MMCHAT_RATE_LIMIT": "-1"})
     command = [sys.executable, "app.py", *flags]
     options = {"cwd": ROOT, "env": os.environ | environment, "timeout": 60}
     result = subprocess.run(command, capture_output=True, text=True, **options)
-    says = f"The rate limit must be a whole number of questions per minute, or 0 for no limit, not '{said}'.\n"
+    says = "The rate limit must be a whole number of questions per minute, or 0 for no limit, not '-1'.\n"
     assert (result.returncode, result.stderr) == (1, says)
+
+
+@pytest.mark.parametrize("said", ["ten", "1.5", ""])
+def test_an_invalid_rate_limit_gets_a_sentence(said):
+    with pytest.raises(BadInput, match="must be a whole number"):
+        questions_per_minute(said)
 
 
 @pytest.mark.slow
