@@ -1,7 +1,7 @@
 """mmchat.json: what a weights folder says about the models that its weights were trained for.
 
-It also holds the picture layout of weights that were trained in another one than ours, the image encoder that somebody
-chose in place of the preset's, and the name of the LLaVA model that weights were trained on.
+It also holds the prompt template of weights that were trained with another one than ours, the image encoder that was
+chosen in place of the preset's, and the name of the LLaVA model that the weights were trained on.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _identity(preset: Preset) -> dict:
 
 
 def _encoder_of_choice(preset: Preset) -> dict:
-    """Of an image encoder that somebody chose in place of the preset's own: all of it, so that chat finds it again."""
+    """All about an image encoder that was chosen in place of the preset's; empty for the preset's own."""
     encoder = preset.image_encoder
     if preset.language_model.is_llava and encoder.source == preset.language_model.source:
         return {}
@@ -86,7 +86,7 @@ def check_identity(config: dict, folder: Path, preset: Preset, any_encoder: bool
     """Refuses weights that were made for other models than a preset's.
 
     Args:
-        any_encoder: another image encoder is no reason.
+        any_encoder: accept weights of another image encoder.
 
     Raises:
         WeightsError: the sentence names what differs.
@@ -108,8 +108,8 @@ def llava_of(config: dict, folder: Path) -> HubRepository | None:
         raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' names no LLaVA model I know.") from error
 
 
-def layout_of(config: dict, folder: Path) -> PromptTemplate | None:
-    """The layout that weights bring; None where they were trained in their chat format's own."""
+def prompt_template_of(config: dict, folder: Path) -> PromptTemplate | None:
+    """The prompt template of the weights; None if they were trained with their chat format's own."""
     stored = config.get("picture_layout")
     if stored is None:
         return None
@@ -120,7 +120,7 @@ def layout_of(config: dict, folder: Path) -> PromptTemplate | None:
 
 
 def chosen_encoder_of(config: dict, folder: Path) -> ImageEncoderPreset | None:
-    """The image encoder that somebody chose; None where the weights read their preset's."""
+    """The image encoder that was chosen in training; None if it is the preset's."""
     chosen = config.get("image_encoder_preset")
     if not chosen:
         return None

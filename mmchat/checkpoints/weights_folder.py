@@ -45,8 +45,8 @@ from .weights_config import (
     check_identity,
     chosen_encoder_of,
     is_made_for,
-    layout_of,
     llava_of,
+    prompt_template_of,
     read_config,
     write_config,
 )
@@ -154,7 +154,7 @@ def preset_for_weights(preset: Preset, weights: Weights) -> Preset:
     config = read_config(Path(weights))
     if llava := llava_of(config, Path(weights)):
         preset = llava_preset(llava, preset)
-    preset = replace(preset, prompt_template=layout_of(config, Path(weights)))
+    preset = replace(preset, prompt_template=prompt_template_of(config, Path(weights)))
     if tuned := tuned_image_encoder(weights):
         return replace(preset, image_encoder=tuned)
     if named := EFFICIENTNETS.get(config.get("image_encoder")):
@@ -207,7 +207,7 @@ def load_model(
         raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' describes no projector I know.") from error
     _load_projector(projector, folder)
     language_model, tokenizer = load_language_model(preset.language_model, dtype, quantization)
-    if layout := layout_of(config, folder):
+    if layout := prompt_template_of(config, folder):
         _teach_layout(layout, language_model, tokenizer, folder)
     if projector_config.hidden_size != language_model.config.hidden_size:
         raise WeightsError(f"The projector in '{folder.name}' has another hidden size than the language model.")

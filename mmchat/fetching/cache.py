@@ -54,7 +54,7 @@ def is_converted(folder: Path) -> bool:
 
 
 def unfinished_folder(folder: Path) -> Path:
-    """Where the files of a folder of the cache are until they are complete."""
+    """The temporary folder that holds the files of a cache folder until they are complete."""
     return folder.with_name(f".{folder.name}.unfinished")
 
 

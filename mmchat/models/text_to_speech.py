@@ -99,7 +99,7 @@ class Voice:
         self.load()
         if not self.is_english(sentence):
             raise NO_VOICE
-        samples = self._model(sentence, seed=0)  # the noise of consonants; the same text always sounds the same
+        samples = self._model(sentence, seed=0)  # fixed: the same text always gives the same audio
         return SpokenSentence(sentence, np.concatenate([samples, np.zeros(int(PAUSE * SAMPLE_RATE), np.float32)]))
 
     def is_english(self, sentence: str) -> bool:
@@ -147,7 +147,7 @@ class Reader:
 
 
 class BackgroundReader:
-    """Reads one answer aloud in its own thread, so that the answer is written on meanwhile.
+    """Reads one answer aloud in a background thread while the rest of it is still being generated.
 
     Args:
         read_aloud: of an engine or a voice.
@@ -165,7 +165,7 @@ class BackgroundReader:
         self._pieces.put(piece)
 
     def finish(self) -> None:
-        """Says that the text is whole."""
+        """Signals the end of the text."""
         self._pieces.put(None)
 
     def ready(self) -> Iterator[SpokenSentence]:
@@ -183,14 +183,14 @@ class BackgroundReader:
             yield found
 
     def close(self) -> None:
-        """Stops reading after the sentence at hand."""
+        """Stops reading after the current sentence."""
         self._is_closed = True
         self.finish()
 
     def _take(self) -> SpokenSentence | None:
         found = self._spoken.get()
         if found is None:
-            self._spoken.put(None)  # the end stays the end
+            self._spoken.put(None)  # keep the sentinel for later calls
         if isinstance(found, BadInput):
             raise found
         return found

@@ -19,7 +19,7 @@ class Busy(MmchatError):
 
 
 class Waiting(str):
-    """An empty piece of an answer that has not begun: its question waits in line.
+    """An empty piece of text, sent while the question still waits in line.
 
     Attributes:
         place: questions before it, this one included; 1 is the next.
@@ -82,7 +82,7 @@ class Gate:
                 self._free += 1
 
     def places(self, ticket: Event) -> Iterator[int]:
-        """Waits for a question's turn, and tells its place in line now and then; 1 is the next."""
+        """Waits for a question's turn, and yields its place in line every LOOK_SECONDS; 1 is the next."""
         while not ticket.is_set():
             with self._lock:
                 place = self._line.index(ticket) + 1 if ticket in self._line else 0
@@ -92,7 +92,10 @@ class Gate:
 
     @contextmanager
     def turn(self) -> Iterator[Iterator[Waiting]]:
-        """Takes a turn, which begins when what it gives ends. The page's own queue limits how many wait here."""
+        """A place in the queue: iterate over the value until it ends, and it is this question's turn.
+
+        The page's own queue limits how many wait here.
+        """
         ticket = self.join(always=True)
         try:
             yield map(Waiting, self.places(ticket))

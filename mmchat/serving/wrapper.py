@@ -1,4 +1,4 @@
-"""The base of what stands between the page and an engine: caching, filtering, observing."""
+"""The base class of wrappers around an engine: caching, filtering, observing, queueing."""
 
 from __future__ import annotations
 

@@ -158,12 +158,12 @@ class Page:
             draft = ""
             with closing(grow(self.engine.reply(messages, options, notify=gr.Info))) as texts:
                 for draft in texts:
-                    yield [in_line(draft.place) if isinstance(draft, Waiting) else said(draft)]
+                    yield [as_turn(draft)]
             if rewrite:
                 folded = {**said(draft), "metadata": {"title": DRAFT}}
                 with closing(grow(self.engine.rewrite(messages[-1].text, draft, options))) as texts:
                     for text in texts:
-                        yield [folded, in_line(text.place) if isinstance(text, Waiting) else said(text)]
+                        yield [folded, as_turn(text)]
         except Exception as error:
             raise shown_error(error) from error
 
@@ -176,6 +176,11 @@ def asked(history: History, question: Turn) -> History:
 def cached(path: str) -> str:
     """A copy of an example's picture among the uploads, where the pictures of every conversation are."""
     return save_file_to_cache(path, get_upload_folder())
+
+
+def as_turn(text: str) -> Turn:
+    """An answer so far as a turn, or the row that says where its question waits in line."""
+    return in_line(text.place) if isinstance(text, Waiting) else said(text)
 
 
 def grow(pieces: Iterator[str]) -> Iterator[str]:
