@@ -63,7 +63,7 @@ def test_the_first_load_shows_its_megabytes_and_then_answers(page, loaded, tmp_p
     folder.mkdir()
     with (folder / "a_model.whl").open("wb") as sink:
         sink.truncate(120_000_000)
-    ask(page, "What is the capital of France?")
+    ask(page, "Name the capital of France.")
     expect(told(page)).to_contain_text("Loading the models")
     expect(told(page)).to_contain_text("120 of 270 MB")
     loaded.set()
@@ -74,7 +74,7 @@ def test_the_first_load_shows_its_megabytes_and_then_answers(page, loaded, tmp_p
 def test_who_waits_behind_programs_sees_the_place_in_line(page, loaded, gate):
     loaded.set()
     programs = [gate.join() for _ in range(ui.MAX_CONCURRENT + 1)]
-    ask(page, "What is the capital of France?")
+    ask(page, "Name the capital of France.")
     expect(told(page)).to_contain_text("Waiting in line")
     expect(told(page)).to_contain_text("place 2")
     gate.leave(programs.pop(0))
@@ -106,14 +106,14 @@ def test_what_is_held_back_is_said_politely_and_the_next_question_works(page, lo
     ask(page, "What the fuck?")
     finished(page)
     expect(answers(page).last).to_have_text(QUESTION_HELD)
-    ask(page, "What is the capital of France?")
+    ask(page, "Name the capital of France.")
     finished(page)
     expect(answers(page).last).to_contain_text("Paris")
 
 
 def test_what_visitors_did_is_counted_without_their_words(page, loaded, address):
     loaded.set()
-    ask(page, "What is the capital of France?")
+    ask(page, "Name the capital of France.")
     finished(page)
     counted = httpx.get(f"{address}metrics").text
     (line,) = [row for row in counted.splitlines() if row.startswith("mmchat_first_token_seconds_count")]

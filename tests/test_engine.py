@@ -52,11 +52,11 @@ def test_text_alone_is_answered_by_the_base_model(engine):
     folder = convert_once(f"{SMOL.language_model.name}-1", lambda _: pytest.fail("it is in the cache by now"))
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
     prompt = engine.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt"
+        [{"role": "user", "content": "Name the capital of France."}], add_generation_prompt=True, return_tensors="pt"
     )
     expected = base.generate(**prompt, max_new_tokens=16, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     options = SamplingOptions(temperature=0, max_new_tokens=16, repetition_penalty=1)
-    ours = answer(engine, Message("user", "What is the capital of France?"), options=options)
+    ours = answer(engine, Message("user", "Name the capital of France."), options=options)
     assert ours == engine.tokenizer.decode(expected, skip_special_tokens=True)
     assert "Paris" in ours
 

@@ -161,7 +161,7 @@ def test_smol_exports_its_text_side_and_adapter(tmp_path):
     exported = export_gguf(bundled("weights/smol"), tmp_path, SMOL, "q8_0")
     assert exported.adapter and not exported.mmproj and "no image encoder like efficientnet" in exported.notes[0]
     with llama_server(exported, with_adapter=False) as address:
-        assert "Paris" in said(address, "What is the capital of France?", count=20)
+        assert "Paris" in said(address, "Name the capital of France.", count=20)
 
 
 def test_a_text_model_that_llama_cpp_names_otherwise_is_refused(tiny, tmp_path):

@@ -36,7 +36,7 @@ def test_help_does_not_wait_for_torch():
 @pytest.mark.slow
 def test_ask_as_a_command():
     """In a subprocess: stdout holds the answer and nothing else."""
-    command = [sys.executable, "-m", "mmchat", "ask", "What is the capital of France?", "--temperature", "0"]
+    command = [sys.executable, "-m", "mmchat", "ask", "Name the capital of France.", "--temperature", "0"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout == "The capital of France is Paris.\n"
     assert "Traceback" not in result.stderr
@@ -54,10 +54,10 @@ def test_classes_lists_the_tags(photo, capsys):
 
 
 def test_a_draft_is_rewritten(engine, capsys, tmp_path):
-    assert run("ask", "What is the capital of France?", "--rewrite", "--temperature", 0, "--max-new-tokens", 20) == 0
+    assert run("ask", "Name the capital of France.", "--rewrite", "--temperature", 0, "--max-new-tokens", 20) == 0
     captured = capsys.readouterr()
     assert captured.err.startswith("Draft: The capital of France is Paris.") and captured.out.strip()
-    (tmp_path / "q.jsonl").write_text('{"image": null, "question": "What is the capital of France?"}\n')
+    (tmp_path / "q.jsonl").write_text('{"image": null, "question": "Name the capital of France."}\n')
     batch = ["batch", tmp_path / "q.jsonl", "--out", tmp_path / "a.jsonl", "--rewrite", "--temperature", 0]
     assert run(*batch, "--max-new-tokens", 20) == 0
     line = json.loads((tmp_path / "a.jsonl").read_text())
@@ -83,7 +83,7 @@ def test_a_question_in_another_language_is_translated(capsys):
 
 
 def test_the_answer_is_written_to_a_file_as_speech(engine, tmp_path, capsys):
-    assert run("ask", "What is the capital of France?", "--temperature", 0, "--speak", tmp_path / "out.wav") == 0
+    assert run("ask", "Name the capital of France.", "--temperature", 0, "--speak", tmp_path / "out.wav") == 0
     assert "Paris" in capsys.readouterr().out
     assert "paris" in engine.transcribe(tmp_path / "out.wav", "en").text.lower()
     assert run("ask", "Hi", "--max-new-tokens", 4, "--speak", tmp_path / "no" / "out.wav") == 1
@@ -112,7 +112,7 @@ class TestBatch:
     @pytest.fixture
     def questions(self, tmp_path, photo):
         lines = [
-            {"image": None, "question": "What is the capital of France?"},
+            {"image": None, "question": "Name the capital of France."},
             {"image": str(photo), "question": "Describe the image.", "id": 7},
             {"image": "nowhere.jpg", "question": "What is it?"},
             {"image": None, "question": "Is water wet? Answer yes or no."},
