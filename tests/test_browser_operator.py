@@ -85,6 +85,23 @@ def test_who_waits_behind_programs_sees_the_place_in_line(page, loaded, gate):
     expect(answers(page).last).to_contain_text("Paris")
 
 
+def test_a_batch_that_waits_behind_programs_shows_the_place_in_line(page, loaded, gate, address, photo):
+    loaded.set()
+    programs = [gate.join() for _ in range(ui.MAX_CONCURRENT + 1)]
+    page.goto(f"{address}batch")
+    page.locator("#batch input[type=file]").first.set_input_files([str(photo)])
+    expect(page.locator("#batch tr.file")).to_have_count(1)
+    page.get_by_label("Question about each picture").fill("What is this?")
+    page.get_by_role("button", name="Start", exact=True).click()
+    note = page.locator("#batch-note")
+    expect(note).to_contain_text("0 of 1 · waiting in line, place 2")
+    gate.leave(programs.pop(0))
+    expect(note).to_contain_text("0 of 1 · waiting in line, place 1")
+    for ticket in programs:
+        gate.leave(ticket)
+    expect(note).to_contain_text("1 of 1 answered")
+
+
 def test_the_same_exact_question_about_the_same_picture_comes_from_the_cache(page, loaded, photo):
     loaded.set()
     page.get_by_role("button", name="Settings", exact=False).first.click()

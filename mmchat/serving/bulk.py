@@ -16,6 +16,7 @@ from typing import IO, Any, BinaryIO
 from ..conversation import Engine, Message, SamplingOptions
 from ..errors import BadInput
 from ..media import open_image
+from .request_queue import Waiting
 
 MAX_PICTURES = 200
 MAX_MEMBER, MAX_TOTAL = 20 << 20, 500 << 20  # bytes, unpacked: of one file in a ZIP, and of all
@@ -141,16 +142,23 @@ def _limited(source: IO[bytes]) -> BinaryIO:
 
 def answer_pictures(
     engine: Engine, pictures: Iterable[Picture], question: str, options: SamplingOptions | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, Any] | Waiting]:
     """Answers one question about each picture, in order: ``{"image", "question", "answer"}``.
 
-    A picture that cannot be read gets ``"answer": None`` and an ``"error"``. Closing the iterator stops the work; what
-    it gave before stays.
+    While a picture waits in line at a ``QueuedEngine``, ``Waiting`` comes. A picture that cannot be read gets
+    ``"answer": None`` and an ``"error"``. Closing the iterator stops the work; what it gave before stays.
     """
     for picture in pictures:
         entry: dict[str, Any] = {"image": picture.name, "question": question}
+        answer = ""
         try:
-            yield {**entry, **answer_one(engine, picture.open(), question, options)}
+            messages = [Message("user", question, [picture.open()])]
+            with closing(engine.reply(messages, options)) as pieces:  # type: ignore[type-var]
+                for piece in pieces:
+                    if isinstance(piece, Waiting):
+                        yield piece
+                    answer += piece
+            yield {**entry, "answer": answer}
         except BadInput as error:
             yield {**entry, "answer": None, "error": str(error)}
 

@@ -13,6 +13,7 @@ settings.py       the visitor's settings
 visit.py          which request may write to the page
 components.py     inputs that take uploads only
 examples.py       the cards of an empty conversation
+front_end.py      sends gradio's own scripts and style sheets
 assets.py         reads the scripts and the style sheet
 page.css page.js  looks, and the little that must happen in the browser; buttons.js puts buttons on messages
 """

@@ -14,6 +14,7 @@ import gradio as gr
 from ...conversation import SamplingOptions
 from ...errors import BadInput
 from ..bulk import MAX_PICTURES, Picture, answer_pictures, list_pictures, write_csv, write_jsonl
+from ..request_queue import Waiting
 from ..uploads import shown_error
 from .components import File, PictureFiles
 from .turns import Page, checked_question
@@ -43,8 +44,8 @@ class BatchPage:
     ) -> Iterator[tuple[Any, ...]]:
         """Answers a question about each picture; yields the table, a note, and both downloads, which come last.
 
-        Stop ends it after the picture that is being looked at. Each picture counts as a question for the rate limit,
-        which the batch waits for.
+        Stop ends it after the picture that is being looked at, or at once while it waits in line. Each picture counts
+        as a question for the rate limit, which the batch waits for.
         """
         if not files:
             raise gr.Error("Please add pictures or a ZIP first.", print_exception=False)
@@ -58,10 +59,11 @@ class BatchPage:
         try:
             with closing(self._rows(pictures, question, visit, request)) as answered:
                 for row in answered:
-                    if row:
+                    place = f" · waiting in line, place {row.place}" if isinstance(row, Waiting) else ""
+                    if isinstance(row, dict):
                         rows.append(row)
                         progress((len(rows), len(pictures)), desc=row["image"], unit="pictures")
-                    yield _table(rows), f"{len(rows)} of {len(pictures)}", gr.skip(), gr.skip()
+                    yield _table(rows), f"{len(rows)} of {len(pictures)}{place}", gr.skip(), gr.skip()
                     if visit.latest != mine:
                         break
         except Exception as error:  # what is there can still be downloaded
@@ -78,8 +80,8 @@ class BatchPage:
 
     def _rows(
         self, pictures: list[Picture], question: str, visit: Visit, request: gr.Request | None
-    ) -> Iterator[dict[str, Any] | None]:
-        """An answer for each picture, and None while the rate limit does not let the next one through."""
+    ) -> Iterator[dict[str, Any] | Waiting | None]:
+        """An answer for each picture, its place while it waits in line, and None while it waits for the rate limit."""
         options = SamplingOptions(temperature=0)
         for picture in pictures:
             while not self._is_admitted(request):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from ...conversation import MAX_QUESTION, Engine
 from ..feedback import FeedbackStore
@@ -18,6 +19,7 @@ from .assets import asset
 from .batch import build_batch
 from .components import Conversation, QuestionBox
 from .examples import cards, read_examples
+from .front_end import FrontEnd
 from .settings import build_settings, default_settings
 from .thumbs import OPTIONS, Thumbs, ThumbsPage, build_thumbs, close, connect_thumbs
 from .turns import Page
@@ -202,8 +204,8 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
     chat.option_select(branches.flip, [chat, visit], chat, **quick).then(**keep)
     parts.buttons.edit(branches.edit, [chat, visit], [chat, box], js=revive, **quick)
     remember = {"fn": None, "js": "(...values) => mmchat.settings.write(values)", **quick}
-    for setting in parts.settings:
-        setting.change(inputs=parts.settings, **remember)
+    changes = [setting.change for setting in parts.settings]  # one event: a browser looks each up for each component
+    gr.on(changes, inputs=parts.settings, trigger_mode="always_last", **remember)
     parts.reset.click(default_settings, None, parts.settings, queue=False, **quick).then(
         inputs=parts.settings, **remember
     )
@@ -224,10 +226,11 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
 
 def _add_endpoint(page: Page) -> None:
     """The public API: ``ask(question, image, rewrite) -> answer``, streamed. Hidden components check uploads."""
-    with gr.Group(visible=False):
-        question, picture = gr.Textbox(label="question"), SafeImage(type="filepath", label="image")
-        rewrite, answer = gr.Checkbox(label="rewrite"), gr.Textbox(label="answer")
-        gr.Button().click(
+    with gr.Group(visible=False):  # each is hidden itself, too: a browser would fetch the scripts of the others
+        question = gr.Textbox(label="question", visible=False)
+        picture = SafeImage(type="filepath", label="image", visible=False)
+        rewrite, answer = gr.Checkbox(label="rewrite", visible=False), gr.Textbox(label="answer", visible=False)
+        gr.Button(visible=False).click(
             page.ask,
             [question, picture, rewrite],
             answer,
@@ -250,8 +253,13 @@ def look() -> gr.themes.Base:
     )
 
 
-def launch(demo: gr.Blocks, **options: Any):
-    """Serves the page. ``options`` are passed to gradio's launch, such as server_name and server_port."""
+def launch(demo: gr.Blocks, app_kwargs: dict[str, Any] | None = None, **options: Any):
+    """Serves the page.
+
+    Args:
+        app_kwargs: options of the web application, such as routes beside the page.
+        options: options of gradio's launch, such as server_name and server_port.
+    """
     script = "\n".join(asset(name) for name in ("page.js", "store.js", "thumbs.js", "transfer.js"))
     return demo.launch(
         theme=look(),
@@ -263,5 +271,6 @@ def launch(demo: gr.Blocks, **options: Any):
         run_history=False,
         ssr_mode=False,
         footer_links=[],
+        app_kwargs={**(app_kwargs or {}), "middleware": [Middleware(FrontEnd, demo=demo)]},
         **options,
     )
