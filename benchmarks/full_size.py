@@ -214,10 +214,10 @@ def use(stage: str, name: str) -> None:
 
     from mmchat.checkpoints.weights_folder import default_weights, load_model, preset_for_weights
     from mmchat.conversation import Message, SamplingOptions
-    from mmchat.inference.generation import generate_texts
+    from mmchat.inference.generation import generate_batch
     from mmchat.models.chat_formats import chat_format_of
     from mmchat.models.image_encoder import load_image_encoder
-    from mmchat.models.prompt import encode
+    from mmchat.models.prompt import tokenize_conversation
     from mmchat.presets import get_preset
 
     start = time.perf_counter()
@@ -233,7 +233,7 @@ def use(stage: str, name: str) -> None:
     messages = [Message("user", QUESTION, [picture])]
     if is_training:
         messages.append(Message("assistant", ANSWER))
-    encoded = encode(
+    encoded = tokenize_conversation(
         messages, tokenizer, chat_format_of(preset), model.tokens_per_image, add_generation_prompt=not is_training
     )
     token_ids = torch.tensor([encoded.token_ids])  # [1, length]
@@ -244,7 +244,7 @@ def use(stage: str, name: str) -> None:
         return
     with torch.inference_mode():
         prompt = model.splice(token_ids, features)[0]  # [length, hidden_size]
-    generate_texts(model.language_model, tokenizer, [prompt], SamplingOptions(max_new_tokens=8))
+    generate_batch(model.language_model, tokenizer, [prompt], SamplingOptions(max_new_tokens=8))
     print(f"{stage}: 8 tokens about {len(prompt)} in {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -258,7 +258,7 @@ def step(model, token_ids, is_answer, features, name: str) -> float:
 
     if not model.has_adapter:
         model.language_model = add_adapter(model.language_model, rank=16, alpha=32, dropout=0.0, base_name=name)
-    model.causal_language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.unwrapped_language_model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     labels = token_ids.masked_fill(~torch.tensor([is_answer]), IGNORE_INDEX)
     optimizer = torch.optim.AdamW(trained, lr=1e-4)

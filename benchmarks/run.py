@@ -105,7 +105,7 @@ def follow_up() -> Iterator[Row]:
 def _embeddings():
     from mmchat import Message
 
-    encoded = engine().encode([Message("user", PICTURE_QUESTION, [PHOTOS[0]])])
+    encoded = engine().tokenize([Message("user", PICTURE_QUESTION, [PHOTOS[0]])])
     return engine().embed(encoded)
 
 
@@ -184,7 +184,7 @@ def llama_cpp() -> Iterator[Row]:
 
     count, question = 64, "Tell me a long story."
     options = SamplingOptions(max_new_tokens=count, repetition_penalty=TEXT_PENALTY)
-    encoded = engine().encode([Message("user", question)])
+    encoded = engine().tokenize([Message("user", question)])
     embeddings = engine().embed(encoded)
 
     def ours() -> float:
@@ -440,7 +440,7 @@ def training() -> Iterator[Row]:
 
     def dataset(share: bool) -> ConversationDataset:
         return ConversationDataset(
-            captions, stored, tokenizer, engine().chat_format, model.tokens_per_image, share=share
+            captions, stored, tokenizer, engine().chat_format, model.tokens_per_image, pack=share
         )
 
     optimizer = torch.optim.AdamW(trained, lr=1e-4)

@@ -17,6 +17,7 @@ __all__ = [
     "AssetError",
     "BadInput",
     "Engine",
+    "LocalEngine",
     "Message",
     "MmchatError",
     "SamplingOptions",
@@ -29,7 +30,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it warns 
 
 # Imported on first use: torch takes seconds to import, and `--help` should not wait for it.
 _LAZY = {
-    "Engine": ("engine", "LocalEngine"),
+    "Engine": ("conversation", "Engine"),
+    "LocalEngine": ("engine", "LocalEngine"),
     "Message": ("conversation", "Message"),
     "SamplingOptions": ("conversation", "SamplingOptions"),
     "load": ("engine", "load"),

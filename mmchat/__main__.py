@@ -191,7 +191,7 @@ def _heard(engine: LocalEngine, options: argparse.Namespace) -> str:
     print(f"> {heard.text}", file=sys.stderr)
     if not options.translate and engine.answers_in and heard.language not in engine.answers_in:
         name = engine.languages.get(heard.language, heard.language)
-        print(f"The model that answers knows no {name}: add --translate to ask it in English.", file=sys.stderr)
+        print(f"The model that answers does not speak {name}: add --translate to ask it in English.", file=sys.stderr)
     return heard.text
 
 

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 ROLES = ("system", "user", "assistant")
 MAX_QUESTION = 4_000  # characters; neither the page nor the API takes a longer one
-DEFAULT_QUESTION = "Describe the image."  # for a picture without a question
+DEFAULT_QUESTION = "Describe the image."  # for an image without a question
 TEXT_PENALTY = 1.1  # repetition penalty of text-only conversations
 
 # The base model does not see the picture, so it must not add facts or answer the question again.
@@ -34,7 +34,7 @@ class Message:
     Attributes:
         role: "system", "user" or "assistant".
         text: what is said.
-        images: paths or decoded PIL pictures; the model reads them before the text.
+        images: paths or decoded PIL images; the model reads them before the text.
     """
 
     role: str
@@ -45,7 +45,7 @@ class Message:
         if self.role not in ROLES:
             raise ValueError(f"The role of a message must be one of {', '.join(ROLES)}, not '{self.role}'")
         if isinstance(self.images, (str, bytes, Path)):
-            raise ValueError("images must be a list; wrap a single picture in one: images=[picture]")
+            raise ValueError("images must be a list; wrap a single image in one: images=[image]")
         object.__setattr__(self, "images", tuple(self.images))
 
 
@@ -59,7 +59,7 @@ class SamplingOptions:
             2020, arXiv 1904.09751).
         max_new_tokens: maximum length of an answer.
         repetition_penalty: above 1, tokens already in the answer become less likely (Keskar et al. 2019,
-            arXiv 1909.05858). None lets the engine choose: 1 with pictures, whose descriptions rightly repeat "a" and
+            arXiv 1909.05858). None lets the engine choose: 1 with images, whose descriptions rightly repeat "a" and
             "in", and TEXT_PENALTY without, where a small model tends to loop.
         beams: above 1, beam search with that many beams. The answer then comes in one piece, and temperature and top_p
             are ignored.
@@ -102,13 +102,14 @@ class Transcript:
     text: str
     language: str  # Whisper's code of the spoken language, such as "en", also where the text is a translation
     segments: tuple[SpeechSegment, ...]
-    progress: float = 1.0  # share of the recording that was heard; below 1 while the rest is being transcribed
+    progress: float = 1.0  # share of the recording that has been transcribed; below 1 until it is complete
 
 
 class Engine(Protocol):
     """What the page, the terminal and the API talk to: local models, or a model server.
 
-    A reply is a generator. Closing it stops generation.
+    A reply is a generator. Closing it stops generation. An engine may also have ``details`` and ``count_tokens``, as
+    ``LocalEngine`` does; callers check whether it does.
     """
 
     @property
@@ -120,7 +121,7 @@ class Engine(Protocol):
 
     @property
     def languages(self) -> dict[str, str]:
-        """The languages that ``transcribe`` hears, code -> English name."""
+        """The languages that ``transcribe`` supports, code -> English name."""
 
     @property
     def answers_in(self) -> tuple[str, ...]:
@@ -151,12 +152,12 @@ class Engine(Protocol):
 
 
 def has_images(messages: Sequence[Message]) -> bool:
-    """Whether any message of the conversation shows a picture."""
+    """Whether any message of the conversation has an image."""
     return any(message.images for message in messages)
 
 
 def with_question(messages: Sequence[Message]) -> list[Message]:
-    """Checks that a conversation ends with a question; a picture without text gets DEFAULT_QUESTION.
+    """Checks that a conversation ends with a question; an image without text gets DEFAULT_QUESTION.
 
     Raises:
         BadInput: there is no question.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .checkpoints.weights_folder import default_weights, load_model, preset_for_weights, preset_trained
+from .checkpoints.weights_folder import default_weights, infer_preset, load_model, preset_for_weights
 from .conversation import (
     TEXT_PENALTY,
     Message,
@@ -28,13 +28,13 @@ from .errors import BadInput, MmchatError
 from .fetching import expect
 from .inference.decoder import load_decoder
 from .inference.fair_lock import FairLock
-from .inference.generation import generate_text, generate_texts, prefill
+from .inference.generation import generate_batch, generate_text, prefill
 from .inference.prefix_cache import PrefixCache, TokenKeys, common_length
 from .media import decode_image, picture_digest
 from .models.chat_formats import chat_format_of
 from .models.image_encoder import load_image_encoder
 from .models.language_model import context_length, switch_adapter
-from .models.prompt import IMAGE_TOKEN_ID, EncodedConversation, encode
+from .models.prompt import IMAGE_TOKEN_ID, TokenizedConversation, tokenize_conversation
 from .models.speech_mixin import SpeechMixin
 from .models.speech_recognition import SpeechRecognizer, find_speech_model
 from .models.tagger import Tag
@@ -72,7 +72,7 @@ def load(
     if preset != AUTO:
         chosen, reason = get_preset(preset), ""
     elif weights:
-        chosen, reason = preset_trained(weights), "the weights were trained for it"
+        chosen, reason = infer_preset(weights), "the weights were trained for it"
     else:
         chosen, reason = choose_preset()
     if reason:
@@ -86,7 +86,7 @@ class LocalEngine(SpeechMixin):
     """One set of models in memory.
 
     Threads may share an engine. Concurrent replies are generated in one batch, so a short answer does not wait for a
-    long one. Each prefill slice holds the lock once; a beam search holds it to its end.
+    long one. Each prefill chunk holds the lock once; a beam search holds it to its end.
 
     Args:
         weights: a weights folder that training wrote; the preset's own weights if None.
@@ -117,7 +117,7 @@ class LocalEngine(SpeechMixin):
         self.chat_format = chat_format_of(preset)
         self.context_length = context_length(self.model.language_model.config)  # tokens
         self.decoder = load_decoder(self.model.language_model)
-        self._features: OrderedDict[str, torch.Tensor] = OrderedDict()  # picture digest -> [features, image_dim]
+        self._features: OrderedDict[str, torch.Tensor] = OrderedDict()  # image digest -> [features, image_dim]
         self.prefix_cache = PrefixCache(self.decoder, CACHE_BUDGET[self.device.type])
         self._lock = FairLock()  # the adapter is on or off for the whole model, so only one reply computes at a time
         self.speech_recognizer = SpeechRecognizer(preset.speech)
@@ -144,21 +144,21 @@ class LocalEngine(SpeechMixin):
         return load_image_encoder(self.preset.image_encoder).to(self.device.type)
 
     def classes(self, image: Any, names: Sequence[str] = ()) -> list[Tag]:
-        """Names what the image encoder recognizes in a picture, the most likely first.
+        """Names what the image encoder recognizes in an image, the most likely first.
 
-        Without ``names`` these are the tags that the language model reads beside the picture.
+        Without ``names`` these are the tags that the language model reads with the image.
 
         Args:
-            image: a path or a decoded PIL picture.
+            image: a path or a decoded PIL image.
             names: classify among these names instead, zero-shot, with CLIP's text encoder.
 
         Raises:
-            BadInput: the picture cannot be read, or names are given and the image encoder is not CLIP.
+            BadInput: the image cannot be read, or names are given and the image encoder is not CLIP.
         """
         if names:
             classifier = load_zero_shot(tuple(names), self.preset.image_encoder)
             with self._lock:
-                return classifier(self.image_encoder.embed([decode_image(image)])[0])
+                return classifier(self.image_encoder.contrastive_embeddings([decode_image(image)])[0])
         if not self.model.tagger:
             return []
         with self._lock:
@@ -167,7 +167,7 @@ class LocalEngine(SpeechMixin):
         return list({tag.name: tag for tag in found}.values())[::-1]  # if both know a name, the more likely tag stays
 
     def details(self, answer: str, images: Sequence[Any] = ()) -> dict[str, Any]:
-        """What a page tells about an answer: the model, the answer's tokens, and each picture's most likely classes."""
+        """Facts about an answer: the model, the number of tokens, and the most likely classes of each image."""
         with self._lock:
             tokens = len(self.tokenizer.encode(answer, add_special_tokens=False))
         classes = [[tag.name for tag in self.classes(image)[:SHOWN_CLASSES]] for image in images]
@@ -181,16 +181,16 @@ class LocalEngine(SpeechMixin):
     ) -> Iterator[str]:
         """Streams the answer to a conversation. Closing the iterator stops generation.
 
-        The base model alone answers a conversation without pictures. With a picture anywhere in it, the adapter is on,
-        and picture tokens stand where the picture was shown.
+        The base model alone answers a conversation without images. With an image anywhere in it, the adapter is on, and
+        image tokens stand where the image was shown.
 
         Args:
-            messages: the conversation, ending with a user's question. A picture without text asks for a description.
+            messages: the conversation, ending with a user's question. An image without text asks for a description.
             options: sampling options; the defaults if None.
             notify: called with a sentence when the oldest turns are dropped to fit the context.
 
         Raises:
-            BadInput: there is no question, a picture cannot be read, or the question alone exceeds the context.
+            BadInput: there is no question, an image cannot be read, or the question alone exceeds the context.
         """
         options = options or SamplingOptions()
         messages = with_question(messages)
@@ -212,20 +212,20 @@ class LocalEngine(SpeechMixin):
                 pieces.close()
 
     def _generate(
-        self, encoded: EncodedConversation, options: SamplingOptions, with_adapter: bool
+        self, encoded: TokenizedConversation, options: SamplingOptions, with_adapter: bool
     ) -> Generator[str, None, None]:
         """Streams the answer to an encoded conversation, prefilling only what the prefix cache lacks."""
         if options.beams > 1:  # no streaming and no prefix cache
             switch_adapter(self.model.language_model, with_adapter)
             prompt = self.embed(encoded)[0]  # [length, hidden_size]
-            yield from generate_texts(self.model.language_model, self.tokenizer, [prompt], options)
+            yield from generate_batch(self.model.language_model, self.tokenizer, [prompt], options)
             return
         tokens, ends = self._token_keys(encoded), _prefill_boundaries(encoded, self._shared_tokens)
         prefix = self.prefix_cache.lookup(tokens, ends, with_adapter)
         for start, end in pairwise([len(prefix.tokens), *(end for end in ends if end > len(prefix.tokens))]):
             for logits in prefill(self.decoder, self.embed(encoded, start, end), prefix.cache):
                 prefix.logits = logits
-                yield ""  # answers in progress advance between slices
+                yield ""  # answers in progress advance between chunks
             prefix.tokens = tokens[:end]
         self.prefix_cache.keep(prefix)
         yield from generate_text(self.decoder, self.tokenizer, prefix.logits, options, prefix.cache)
@@ -233,19 +233,19 @@ class LocalEngine(SpeechMixin):
     @cached_property
     def _shared_tokens(self) -> list[int]:
         """The common prefix of all conversations: the system text and the start of a question."""
-        first, second = (self.encode([Message("user", text)]).token_ids for text in ("a", "b"))
+        first, second = (self.tokenize([Message("user", text)]).token_ids for text in ("a", "b"))
         return first[: common_length(first, second)]
 
-    def _token_keys(self, encoded: EncodedConversation) -> TokenKeys:
-        """Keys that compare conversations token by token; a picture counts by its content."""
+    def _token_keys(self, encoded: TokenizedConversation) -> TokenKeys:
+        """One key per token, to compare conversations; the key of an image token comes from the image's content."""
         count = self.model.tokens_per_image
-        pictures = iter([(digest, index) for digest in map(picture_digest, encoded.images) for index in range(count)])
-        return [next(pictures) if token_id == IMAGE_TOKEN_ID else token_id for token_id in encoded.token_ids]
+        images = iter([(digest, index) for digest in map(picture_digest, encoded.images) for index in range(count)])
+        return [next(images) if token_id == IMAGE_TOKEN_ID else token_id for token_id in encoded.token_ids]
 
     def count_tokens(self, messages: Sequence[Message], answer: str) -> tuple[int, int]:
-        """How many tokens a conversation takes, pictures included, and how many an answer to it."""
+        """The number of tokens in a conversation, images included, and in an answer to it."""
         with self._lock:
-            prompt = self.encode(with_question(messages))
+            prompt = self.tokenize(with_question(messages))
             return len(prompt.token_ids), len(self.tokenizer.encode(answer, add_special_tokens=False))
 
     def rewrite(self, question: str, draft: str, options: SamplingOptions | None = None) -> Iterator[str]:
@@ -257,14 +257,16 @@ class LocalEngine(SpeechMixin):
         """
         return self.reply([rewrite_request(question, draft)], options)
 
-    def _fit(self, messages: list[Message], max_new_tokens: int, notify: Callable[[str], None]) -> EncodedConversation:
+    def _fit(
+        self, messages: list[Message], max_new_tokens: int, notify: Callable[[str], None]
+    ) -> TokenizedConversation:
         """Tokenizes the conversation, dropping the oldest turns until it fits the model's context."""
         system = [message for message in messages[:1] if message.role == "system"]
         turns = dialogue_turns(messages[len(system) :])
         capacity = self.context_length - max_new_tokens  # tokens
         for dropped in range(len(turns)):
             kept = system + [message for turn in turns[dropped:] for message in turn]
-            encoded = self.encode(kept)
+            encoded = self.tokenize(kept)
             if len(encoded.token_ids) <= capacity:
                 if dropped:
                     notify(f"This conversation is too long for me: I left out the oldest {_count(dropped, 'turn')}.")
@@ -274,9 +276,9 @@ class LocalEngine(SpeechMixin):
             "beside the answer. Please shorten it."
         )
 
-    def encode(self, messages: Sequence[Message]) -> EncodedConversation:
+    def tokenize(self, messages: Sequence[Message]) -> TokenizedConversation:
         """Tokenizes a conversation up to the start of the answer."""
-        return encode(
+        return tokenize_conversation(
             messages,
             self.tokenizer,
             self.chat_format,
@@ -286,10 +288,10 @@ class LocalEngine(SpeechMixin):
         )
 
     @torch.inference_mode()
-    def embed(self, encoded: EncodedConversation, start: int = 0, end: int | None = None) -> torch.Tensor:
+    def embed(self, encoded: TokenizedConversation, start: int = 0, end: int | None = None) -> torch.Tensor:
         """Embeds the tokens from start to end, [1, end - start, hidden_size].
 
-        The range must not cut a picture in two.
+        The range must hold all tokens of an image or none.
         """
         token_ids = torch.tensor([encoded.token_ids[start:end]], device=self.model.device)
         first, last = (
@@ -300,13 +302,13 @@ class LocalEngine(SpeechMixin):
         return self.model.splice(token_ids, torch.stack(features) if features else None)
 
     def image_features(self, source: Any) -> torch.Tensor:
-        """The features of a picture, [features, image_dim]; cached by content.
+        """The features of an image, [features, image_dim]; cached by content.
 
         Args:
-            source: a path or a decoded PIL picture.
+            source: a path or a decoded PIL image.
 
         Raises:
-            BadInput: the picture cannot be read.
+            BadInput: the image cannot be read.
         """
         digest = picture_digest(source)
         if digest not in self._features:
@@ -320,7 +322,7 @@ class LocalEngine(SpeechMixin):
         """Clears the prefix cache, so the next turn of every conversation is prefilled from its start.
 
         Args:
-            pictures: clear the cached picture features, too.
+            pictures: clear the cached image features, too.
         """
         with self._lock:
             self.prefix_cache.clear()
@@ -328,7 +330,7 @@ class LocalEngine(SpeechMixin):
                 self._features.clear()
 
 
-def _prefill_boundaries(encoded: EncodedConversation, shared: Sequence[int]) -> list[int]:
+def _prefill_boundaries(encoded: TokenizedConversation, shared: Sequence[int]) -> list[int]:
     """Prefill boundaries: the end of the common prefix, the start of each earlier answer, the end of the prompt."""
     before = zip(encoded.is_answer, encoded.is_answer[1:], strict=False)
     starts = [index for index, (one, next_one) in enumerate(before, start=1) if next_one and not one]

@@ -25,7 +25,7 @@ def decode_image(source: Any) -> Image.Image:
     """Decodes a picture to RGB, see ``to_rgb``.
 
     Args:
-        source: a path, a file object, or a decoded PIL picture.
+        source: a path, a file object, or a decoded PIL image.
 
     Raises:
         BadInput: the picture cannot be read.
@@ -76,7 +76,7 @@ def picture_digest(source: Any) -> str:
     """Digest of a picture's content; a path may hold another picture tomorrow.
 
     Args:
-        source: a path or a decoded PIL picture.
+        source: a path or a decoded PIL image.
 
     Raises:
         BadInput: there is no such file.

@@ -91,7 +91,7 @@ class SpeechPreset:
     """A Whisper model in CTranslate2's format, or a .pt checkpoint of OpenAI's package."""
 
     source: tuple[WheelMember, ...] | WheelFolder | HubRepository | Path
-    language: str | None  # the only one that it hears; None: any of Whisper's, detected from the recording
+    language: str | None  # the only one that it supports; None: any of Whisper's, detected from the recording
     threads: int = 0  # CPU threads; 0: one per core
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mmchat import Message
 from mmchat.errors import BadInput
 from mmchat.models.chat_formats import CHAT_FORMATS
-from mmchat.models.prompt import IMAGE_TOKEN_ID, EncodedConversation
+from mmchat.models.prompt import IMAGE_TOKEN_ID, TokenizedConversation
 from mmchat.models.vision_language_model import IGNORE_INDEX
 from mmchat.presets import get_preset
 from mmchat.training.data.features import FeatureStore
@@ -158,7 +158,7 @@ class TestRows:
 
     def test_the_packed_loss_equals_the_loss_of_each_conversation_alone(self, tiny, model):
         model, tokenizer = model
-        shared, alone = self.dataset(tiny, tokenizer), self.dataset(tiny, tokenizer, share=False)
+        shared, alone = self.dataset(tiny, tokenizer), self.dataset(tiny, tokenizer, pack=False)
         assert len(shared) == 12 and len(alone) == 24 and any(row.is_branched for row in shared.rows)
         gradients = []
         for dataset in (shared, alone):
@@ -172,7 +172,7 @@ class TestRows:
     def test_the_loss_equals_that_of_transformers(self, tiny, model):
         """transformers shifts the labels itself, so this fails if labels are shifted twice or never."""
         model, tokenizer = model
-        batch = collate([self.dataset(tiny, tokenizer, share=False)[index] for index in range(6)])
+        batch = collate([self.dataset(tiny, tokenizer, pack=False)[index] for index in range(6)])
         ours = next_token_loss(*model(**batch))
         theirs = model.language_model(
             inputs_embeds=model.splice(batch["input_ids"], batch["image_features"]),
@@ -187,9 +187,9 @@ class TestRows:
         batch = collate([dataset[index] for index in range(4)])
         losses = []
         for attention in ("sdpa", "eager"):
-            model.causal_language_model.set_attn_implementation(attention)
+            model.unwrapped_language_model.set_attn_implementation(attention)
             losses.append(next_token_loss(*model(**batch)))
-        model.causal_language_model.set_attn_implementation("sdpa")
+        model.unwrapped_language_model.set_attn_implementation("sdpa")
         assert_close(*losses)
 
 
@@ -201,7 +201,7 @@ TOKENS = st.lists(st.integers(3, 5), min_size=1, max_size=6)
 def test_packed_sequences_contain_every_conversation(turns, max_length):
     """Following ``parent`` from the end of each branch gives back the conversations."""
     conversations = [
-        EncodedConversation(
+        TokenizedConversation(
             [1, IMAGE_TOKEN_ID, IMAGE_TOKEN_ID, *question, *answer],
             [False] * (3 + len(question)) + [True] * len(answer),
             ["a.jpg"],
@@ -229,7 +229,7 @@ def test_label_weights_follow_their_conversations():
     """Packing sorts the conversations; the answer tokens show which weight belongs to which."""
     weights = [3.0, -1.0, 2.0]
     conversations = [
-        EncodedConversation([1, 5, token_id, token_id], [False, False, True, True], []) for token_id in (30, 10, 20)
+        TokenizedConversation([1, 5, token_id, token_id], [False, False, True, True], []) for token_id in (30, 10, 20)
     ]
     (row,) = lay_out(conversations, 100, weights)
     batch = collate([{"row": row, "features": None}, {"row": lay_out(conversations[:1], 100)[0], "features": None}])
@@ -260,9 +260,9 @@ def test_long_conversations_are_truncated_and_empty_ones_dropped(tiny, caplog):
     _, tokenizer = build_model(Recipe(train=["-"], features="-", preset="phi3-patches"), get_preset("phi3-patches"))
     store = FeatureStore(tiny / "features-patches")
     conversations = list(read_conversations(tiny / "train.json"))
-    full = ConversationDataset(conversations, store, tokenizer, FORMAT, 4, share=False)
+    full = ConversationDataset(conversations, store, tokenizer, FORMAT, 4, pack=False)
     longest = max(len(row) for row in full.rows)
-    truncated = ConversationDataset(conversations, store, tokenizer, FORMAT, 4, share=False, max_length=longest - 1)
+    truncated = ConversationDataset(conversations, store, tokenizer, FORMAT, 4, pack=False, max_length=longest - 1)
     assert max(len(row) for row in truncated.rows) == longest - 1 and "were truncated" in caplog.text
     with pytest.raises(BadInput, match="within its first 6 tokens"):
         ConversationDataset(conversations, store, tokenizer, FORMAT, 4, max_length=6)

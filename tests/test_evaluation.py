@@ -14,7 +14,7 @@ from mmchat import SamplingOptions
 from mmchat.checkpoints.weights_folder import load_model
 from mmchat.errors import BadInput
 from mmchat.inference.decoder import TorchDecoder
-from mmchat.inference.generation import generate_texts, stream_text
+from mmchat.inference.generation import generate_batch, stream_text
 from mmchat.models.chat_formats import CHAT_FORMATS
 from mmchat.presets import get_preset
 from mmchat.training.data.features import FeatureStore
@@ -281,10 +281,10 @@ def test_batched_answers_equal_single_answers(tiny, trained, beams):
     items, store = read_items(tiny / "train.json")[:7], FeatureStore(tiny / "features-patches")
     options = SamplingOptions(temperature=0, repetition_penalty=1.0, max_new_tokens=20, beams=beams)
     with torch.inference_mode():
-        prompts = [evaluator._embed(evaluator._encode(item, store), store) for item in items]
-        together = generate_texts(model.language_model, tokenizer, prompts, options)
+        prompts = [evaluator._embed(evaluator._tokenize(item, store), store) for item in items]
+        together = generate_batch(model.language_model, tokenizer, prompts, options)
         for prompt, text in zip(prompts, together, strict=True):
-            (alone,) = generate_texts(model.language_model, tokenizer, [prompt], options)
+            (alone,) = generate_batch(model.language_model, tokenizer, [prompt], options)
             assert alone == text
             if beams == 1:
                 streamed = "".join(stream_text(TorchDecoder(model.language_model), tokenizer, prompt[None], options))

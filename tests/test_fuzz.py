@@ -22,7 +22,7 @@ from mmchat.errors import BadInput, WeightsError
 from mmchat.media import open_image, read_audio
 from mmchat.models.chat_formats import CHAT_FORMATS
 from mmchat.models.language_model import load_language_model
-from mmchat.models.prompt import IMAGE_TOKEN_ID, encode
+from mmchat.models.prompt import IMAGE_TOKEN_ID, tokenize_conversation
 from mmchat.presets import get_preset
 from mmchat.training.data.captions import read_captions
 from mmchat.training.data.llava_json import read_conversations
@@ -61,7 +61,9 @@ def tokenizer(tiny):
 )
 @given(messages=messages, name=st.sampled_from(sorted(CHAT_FORMATS)), add_generation_prompt=st.booleans())
 def test_any_conversation_is_encoded_consistently(tokenizer, messages, name, add_generation_prompt):
-    encoded = encode(messages, tokenizer, CHAT_FORMATS[name], 4, add_generation_prompt=add_generation_prompt)
+    encoded = tokenize_conversation(
+        messages, tokenizer, CHAT_FORMATS[name], 4, add_generation_prompt=add_generation_prompt
+    )
     assert len(encoded.token_ids) == len(encoded.is_answer)
     images = [image for message in messages for image in message.images]
     assert encoded.images == images and encoded.token_ids.count(IMAGE_TOKEN_ID) == 4 * len(images)
@@ -69,7 +71,7 @@ def test_any_conversation_is_encoded_consistently(tokenizer, messages, name, add
         answer for token_id, answer in zip(encoded.token_ids, encoded.is_answer, strict=True) if token_id < 0
     )
     # Typed text never becomes a special token: only the chat format adds special tokens.
-    plain = encode([Message(m.role, "x", m.images) for m in messages], tokenizer, CHAT_FORMATS[name], 4)
+    plain = tokenize_conversation([Message(m.role, "x", m.images) for m in messages], tokenizer, CHAT_FORMATS[name], 4)
     special = {tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
 
     def count(token_ids):

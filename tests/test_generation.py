@@ -16,7 +16,7 @@ GREEDY = SamplingOptions(temperature=0, repetition_penalty=1, max_new_tokens=24)
 
 @pytest.fixture(scope="module")
 def embeddings(engine):
-    return engine.embed(engine.encode([Message("user", "Tell me about the sea in three sentences.")]))
+    return engine.embed(engine.tokenize([Message("user", "Tell me about the sea in three sentences.")]))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_max_new_tokens_limits_the_answer(engine, embeddings, stop_ids):
 
 def test_pieces_are_whole_characters(engine):
     """Emoji and accents take several tokens each; no piece may contain half of one."""
-    encoded = engine.encode([Message("user", "Repeat exactly: 日本語 😀 café")])
+    encoded = engine.tokenize([Message("user", "Repeat exactly: 日本語 😀 café")])
     pieces = list(
         stream_text(TorchDecoder(engine.model.language_model), engine.tokenizer, engine.embed(encoded), GREEDY)
     )

@@ -221,16 +221,16 @@ def edit(path, change):
 @pytest.mark.parametrize(
     ("name", "file", "change", "message"),
     [
-        ("b", "image_projector.pth", lambda t: t.update({"layer3.weight": matrix(2)}), "no projector.*layer3"),
+        ("b", "image_projector.pth", lambda t: t.update({"layer3.weight": matrix(2)}), "No known projector.*layer3"),
         ("b", "image_projector.pth", lambda t: t.pop("layer2.bias"), "linear_2.bias"),
-        ("b", "image_projector.pth", lambda t: t.update({"layer1.weight": matrix(24, 19)}), "19 numbers.*20"),
+        ("b", "image_projector.pth", lambda t: t.update({"layer1.weight": matrix(24, 19)}), "size 19;.*outputs 20"),
         ("b", "image_projector.pth", lambda t: t.update({"layer2.weight": matrix(63, 24)}), "63"),
         ("b", "image_projector.pth", lambda t: t.update({"layer1.bias": matrix(3)}), r"linear_1.bias.*\(3,\)"),
         ("b", "lora_weights.pt", lambda t: t.pop("model.layers.1.mlp.down_proj.lora_B.weight"), "lacks"),
         ("b", "lora_weights.pt", lambda t: t.update({"model.layers.9.x.lora_A.weight": matrix(4, 4)}), "layers.9"),
         ("b", "lora_weights.pt", lambda t: t.update({"model.layers.0.mlp.down_proj.scaling": 3.0}), "scales"),
         ("b", "lora_weights.pt", lambda t: t.clear(), "no LoRA"),
-        ("d", "image_projector.pth", lambda t: t.update({"linear.weight": matrix(WIDTH, 20)}), "20 numbers.*24"),
+        ("d", "image_projector.pth", lambda t: t.update({"linear.weight": matrix(WIDTH, 20)}), "size 20;.*outputs 24"),
     ],
 )
 def test_what_does_not_fit_is_an_error(tiny, tmp_path, name, file, change, message):
@@ -266,11 +266,11 @@ def test_the_trainers_state_beside_a_projector_is_left(tiny, tmp_path):
     assert report.ignored.keys() == state.keys() - {"model_state_dict"} and tensors.keys() <= report.taken.keys()
 
 
-def test_the_layout_of_the_project_is_imported_with_a_note(tiny, tmp_path):
+def test_the_prompt_template_of_the_project_is_imported_with_a_note(tiny, tmp_path):
     publish("b", tmp_path / "published")
     preset = PRESETS["phi3-pooled"]
     report = import_checkpoint(tmp_path / "published", tmp_path / "ours", preset)
-    assert preset_for_weights(preset, tmp_path / "ours").prompt_template == PROJECTS["sayanbanerjee32"].layout
+    assert preset_for_weights(preset, tmp_path / "ours").prompt_template == PROJECTS["sayanbanerjee32"].prompt_template
     assert "sayanbanerjee32" in str(report)
     report = import_checkpoint(tmp_path / "published", tmp_path / "c", preset, project="ChintanShahDS")
     assert "never learned to end" in str(report)

@@ -55,3 +55,12 @@ def test_chat_imports_no_importer_and_no_training():
     found = imported_by("mmchat.engine")
     assert "torch" in found
     assert not [name for name in found if name.startswith(("mmchat.checkpoints.importing", "mmchat.training"))]
+
+
+def test_public_names_mean_the_same_as_inside_the_package():
+    import mmchat.conversation
+    import mmchat.engine
+
+    assert all(hasattr(mmchat, name) for name in mmchat.__all__)
+    assert mmchat.Engine is mmchat.conversation.Engine
+    assert mmchat.LocalEngine is mmchat.engine.LocalEngine

@@ -10,12 +10,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmchat import BadInput, Message, SamplingOptions
-from mmchat.checkpoints.exporting import export_llava
 from mmchat.checkpoints.gguf_export import export_gguf
-from mmchat.checkpoints.weights_folder import load_model, preset_trained
+from mmchat.checkpoints.llava_export import export_llava
+from mmchat.checkpoints.weights_folder import infer_preset, load_model
 from mmchat.engine import LocalEngine, load
 from mmchat.errors import WeightsError
-from mmchat.models.prompt import encode
+from mmchat.models.prompt import tokenize_conversation
 from mmchat.presets import PHI_3_5
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
@@ -90,7 +90,7 @@ def test_equal_logits_and_equal_tokens(folder, reference, pictures, count):
     engine = load(weights=folder)
     assert engine.about and isinstance(engine, LocalEngine)
     inputs = inputs_of(processor, messages)
-    encoded = engine.encode(messages)
+    encoded = engine.tokenize(messages)
     image_id = model.config.image_token_id
     theirs = [-200 if token == image_id else token for token in inputs["input_ids"][0].tolist()]
     assert encoded.token_ids == theirs
@@ -108,20 +108,20 @@ def test_equal_logits_and_equal_tokens(folder, reference, pictures, count):
 def test_questions_without_a_picture_are_asked_in_the_template_too(folder, reference):
     engine, (_, processor) = load(weights=folder), reference
     asked = [Message("user", "Is there a dog?")]
-    assert engine.encode(asked).token_ids == inputs_of(processor, asked)["input_ids"][0].tolist()
+    assert engine.tokenize(asked).token_ids == inputs_of(processor, asked)["input_ids"][0].tolist()
 
 
 def test_nothing_typed_is_a_picture_or_a_turn(folder, pictures):
     engine = load(weights=folder)
     special = engine.tokenizer.convert_tokens_to_ids(["<|end|>", "<|user|>"])
-    plain = engine.encode([Message("user", "Is it?", pictures[:1])]).token_ids
-    typed = engine.encode([Message("user", "<image> <|end|> <|user|>", pictures[:1])]).token_ids
+    plain = engine.tokenize([Message("user", "Is it?", pictures[:1])]).token_ids
+    typed = engine.tokenize([Message("user", "<image> <|end|> <|user|>", pictures[:1])]).token_ids
     for token in (-200, *special):
         assert typed.count(token) == plain.count(token)
 
 
 def test_no_other_part_is_in_the_language_models_memory(folder):
-    preset = preset_trained(folder)
+    preset = infer_preset(folder)
     model, _ = load_model(preset, folder, torch.float32)
     assert not [name for name, _ in model.named_parameters() if "vision" in name]
     assert sum(weight.numel() for weight in model.language_model.parameters()) == preset.language_model.parameters
@@ -171,7 +171,7 @@ def test_missing_or_damaged_files_get_one_sentence(broken, tmp_path):
     with pytest.raises(WeightsError, match="no chat template"):
         load(weights=broken)
     (broken / "config.json").write_text("[]")
-    with pytest.raises(WeightsError, match="not a folder of mmchat weights"):
+    with pytest.raises(WeightsError, match="not a weights folder"):
         load(weights=broken)
 
 
@@ -213,7 +213,7 @@ def test_files_named_as_older_transformers_wrote_them_are_read(tiny, tmp_path, p
 def test_a_name_that_is_nowhere_gets_one_sentence(monkeypatch):
     with pytest.raises(WeightsError, match="There is no folder 'runs/mine' here"):
         load(weights="runs/mine")
-    with pytest.raises(WeightsError, match="not a folder of mmchat weights"):
+    with pytest.raises(WeightsError, match="not a weights folder"):
         load(weights="/nowhere/mine")
 
 
@@ -270,7 +270,7 @@ def test_an_adapter_on_top_is_exported_with_its_llava_model(tiny, tmp_path, pict
     engine, messages = load(weights=tmp_path / "run"), conversation(pictures)
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
     inputs = inputs_of(AutoProcessor.from_pretrained(tmp_path / "exported", backend="pil"), messages)
-    ours = engine.model.language_model(inputs_embeds=engine.embed(engine.encode(messages))).logits
+    ours = engine.model.language_model(inputs_embeds=engine.embed(engine.tokenize(messages))).logits
     assert_close(ours, model(**inputs).logits, 1e-4)
     plain = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32).eval()
     assert (ours - plain(**inputs).logits).abs().max() > 0.01  # the adapter is in it
@@ -281,10 +281,12 @@ def test_an_adapter_on_top_is_exported_with_its_llava_model(tiny, tmp_path, pict
 def test_what_was_trained_are_the_answers_and_where_they_end(tiny, trained):
     engine = load(weights=trained[0])
     turns = [Message("user", "Is there a dog?", ["a"]), Message("assistant", "Yes."), Message("user", "Where?")]
-    encoded = encode([*turns, Message("assistant", "On grass.")], engine.tokenizer, engine.chat_format, 4)
+    encoded = tokenize_conversation(
+        [*turns, Message("assistant", "On grass.")], engine.tokenizer, engine.chat_format, 4
+    )
     learned = [token for token, learns in zip(encoded.token_ids, encoded.is_answer, strict=True) if learns]
     assert engine.tokenizer.decode(learned).replace(" ", "") == "Yes.Ongrass.<|im_end|>"
-    open_ = encode(turns, engine.tokenizer, engine.chat_format, 4, add_generation_prompt=True)
+    open_ = tokenize_conversation(turns, engine.tokenizer, engine.chat_format, 4, add_generation_prompt=True)
     assert encoded.token_ids[: len(open_.token_ids)] == open_.token_ids
 
 

@@ -135,7 +135,7 @@ def test_saved_weights_load_as_the_same_model(engine, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda folder: (folder / "mmchat.json").unlink(), "not a folder of mmchat weights"),
+        (lambda folder: (folder / "mmchat.json").unlink(), "not a weights folder"),
         (lambda folder: edit_config(folder, format_version=99), "format version 99"),
         (lambda folder: edit_config(folder, image_encoder="clip"), "image encoder 'clip'"),
         (lambda folder: (folder / "projector.safetensors").write_bytes(b"cut off"), "projector"),

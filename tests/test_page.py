@@ -231,7 +231,7 @@ def test_the_app_ends_with_an_error_sentence_if_models_cannot_load(tmp_path):
     command = [sys.executable, "app.py", "--preset", "smol", "--weights", str(tmp_path / "empty")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith("'empty' is not a folder of mmchat weights")
+    assert result.stderr.strip().splitlines()[-1].startswith("'empty' is not a weights folder")
 
 
 @pytest.mark.parametrize("as_flag", [True, False])

@@ -15,12 +15,12 @@ from mmchat.device import Device, choose_preset, choose_quantization
 from mmchat.engine import LocalEngine
 from mmchat.errors import BadInput
 from mmchat.inference.decoder import TorchDecoder
-from mmchat.inference.generation import _beam_settings, generate_texts, stream_text
+from mmchat.inference.generation import _beam_settings, generate_batch, stream_text
 from mmchat.models.chat_formats import CHAT_FORMATS
 from mmchat.models.image_encoder import find_image_encoder, load_image_encoder
 from mmchat.models.language_model import add_adapter, context_length, load_language_model
 from mmchat.models.projector import ProjectorConfig, build_projector
-from mmchat.models.prompt import IMAGE_TOKEN_ID, encode
+from mmchat.models.prompt import IMAGE_TOKEN_ID, tokenize_conversation
 from mmchat.models.vision_language_model import VisionLanguageModel
 from mmchat.presets import LLAVA_PHI_3, PHI_2, PHI_3_5, PRESETS, SMOL, HubRepository
 from mmchat.training.recipe import Recipe
@@ -56,7 +56,9 @@ def test_phi_3_5_prompts_follow_its_chat_template(phi_3_tokenizer):
         *CONVERSATION[1:2],
     ]
     for count, is_open in ((2, True), (3, False)):
-        ours = encode(messages[:count], phi_3_tokenizer, CHAT_FORMATS["phi-3"], 3, add_generation_prompt=is_open)
+        ours = tokenize_conversation(
+            messages[:count], phi_3_tokenizer, CHAT_FORMATS["phi-3"], 3, add_generation_prompt=is_open
+        )
         theirs = phi_3_tokenizer.apply_chat_template(
             [{"role": message.role, "content": message.text} for message in messages[:count]],
             add_generation_prompt=is_open,
@@ -66,7 +68,7 @@ def test_phi_3_5_prompts_follow_its_chat_template(phi_3_tokenizer):
 
 
 def test_phi_3_5_labels_are_answers_and_their_stop_tokens(phi_3_tokenizer):
-    encoded = encode(CONVERSATION, phi_3_tokenizer, CHAT_FORMATS["phi-3"], 3)
+    encoded = tokenize_conversation(CONVERSATION, phi_3_tokenizer, CHAT_FORMATS["phi-3"], 3)
     control = phi_3_tokenizer.convert_tokens_to_ids
     user, assistant, end = control("<|user|>"), control("<|assistant|>"), control("<|end|>")
 
@@ -93,7 +95,7 @@ def test_phi_3_5_labels_are_answers_and_their_stop_tokens(phi_3_tokenizer):
 
 def test_phi_2_prompts_follow_its_model_card(tiny):
     _, tokenizer = load_language_model(PRESETS["phi-pooled"].language_model, torch.float32)
-    encoded = encode(CONVERSATION, tokenizer, CHAT_FORMATS["phi-2"], 1)
+    encoded = tokenize_conversation(CONVERSATION, tokenizer, CHAT_FORMATS["phi-2"], 1)
     shown = tokenizer.decode([token for token in encoded.token_ids if token != IMAGE_TOKEN_ID])
     assert shown == (
         "Instruct: What is there?\nOutput: A brown dog.<|endoftext|>\nInstruct: Is there a cat? <|end|>\n"
@@ -116,10 +118,10 @@ def test_every_stop_token_ends_an_answer_and_padding_is_not_one(tiny, name):
     for stop in stops:
         head.bias.data.zero_()
         head.bias.data[stop] = 1
-        assert generate_texts(model, tokenizer, [torch.randn(3, 64)], SamplingOptions(max_new_tokens=4)) == [""]
+        assert generate_batch(model, tokenizer, [torch.randn(3, 64)], SamplingOptions(max_new_tokens=4)) == [""]
     head.bias.data.zero_()
     head.bias.data[tokenizer.convert_tokens_to_ids("a")] = 1  # never a stop token: no row is cut
-    texts = generate_texts(
+    texts = generate_batch(
         model, tokenizer, [torch.randn(3, 64), torch.randn(2, 64)], SamplingOptions(max_new_tokens=4)
     )
     assert texts == ["aaaa", "aaaa"]
@@ -276,7 +278,9 @@ def test_rewriting_uses_the_base_model_alone(tiny, trained):
     rewritten = "".join(engine.rewrite("Is there a dog?", "dog yes", options))
     base, tokenizer = load_language_model(preset.language_model, torch.float32)
     asked = Message("user", REWRITE.format(question="Is there a dog?", draft="dog yes"))
-    encoded = encode([asked], tokenizer, CHAT_FORMATS[preset.language_model.chat_format], 1, add_generation_prompt=True)
+    encoded = tokenize_conversation(
+        [asked], tokenizer, CHAT_FORMATS[preset.language_model.chat_format], 1, add_generation_prompt=True
+    )
     embeddings = base.get_input_embeddings()(torch.tensor([encoded.token_ids]))
     assert rewritten == "".join(stream_text(TorchDecoder(base), tokenizer, embeddings, options))
     adapted = "".join(stream_text(TorchDecoder(engine.model.language_model), tokenizer, embeddings, options))

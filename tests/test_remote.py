@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from mmchat import BadInput, Message, MmchatError, SamplingOptions
-from mmchat.checkpoints.exporting import export_llava
+from mmchat.checkpoints.llava_export import export_llava
 from mmchat.engine import LocalEngine
 from mmchat.presets import PRESETS
 from mmchat.serving.remote import RemoteEngine, _to_openai

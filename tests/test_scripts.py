@@ -64,7 +64,7 @@ def test_flags_override_the_file_and_the_file_overrides_the_defaults(tmp_path):
         ("trian: a.json", "has unknown settings: trian"),
         ("compile: 3", "compile must be true or false, not '3'"),
         ("rank: many", "rank: 'many' is not a valid int"),
-        ("- a\n- b", "not a list of settings"),
+        ("- a\n- b", "must be a YAML mapping"),
         ("a: [", "is not YAML"),
     ],
 )
@@ -77,13 +77,17 @@ def test_bad_recipes_are_errors(tmp_path, content, says):
 def test_old_names_of_settings_are_read_with_a_warning(tmp_path, caplog):
     caplog.set_level("INFO")
     old = "train: a.json\nfeatures: f\naccumulate: 3\nkeep: 5\ndecay: linear\nquantization: int8\nmarker: true\n"
-    (tmp_path / "old.yaml").write_text(old + "own_tokens: 0.5\nown_tokens_cycle: 7\nown_answers: 4\nhidden_width: 9\n")
+    (tmp_path / "old.yaml").write_text(
+        old + "own_tokens: 0.5\nown_tokens_cycle: 7\nown_answers: 4\nhidden_width: 9\n" + "share_rows: false\n"
+    )
     recipe = parse_recipe("x", ["--recipe", str(tmp_path / "old.yaml"), "--own-answers", "2", "--decay", "constant"])
     assert (recipe.gradient_accumulation_steps, recipe.save_total_limit, recipe.quantization) == (3, 5, "cpu-int8")
     assert (recipe.scheduled_sampling, recipe.scheduled_sampling_cycle, recipe.end_of_image_token) == (0.5, 7, True)
     assert (recipe.scst_samples, recipe.lr_scheduler_type, recipe.intermediate_size) == (2, "constant", 9)
+    assert not recipe.pack_conversations
     assert "old.yaml: 'keep' is now called 'save_total_limit'" in caplog.text
-    assert parse_recipe("x", ["--train", "a", "--features", "f", "--quantization", "int8"]).quantization == "cpu-int8"
+    recipe = parse_recipe("x", ["--train", "a", "--features", "f", "--quantization", "int8", "--no-share-rows"])
+    assert recipe.quantization == "cpu-int8" and not recipe.pack_conversations
 
 
 @pytest.mark.parametrize(

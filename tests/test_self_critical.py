@@ -13,7 +13,7 @@ from mmchat.conversation import Message
 from mmchat.errors import BadInput
 from mmchat.models.chat_formats import CHAT_FORMATS
 from mmchat.models.language_model import load_language_model
-from mmchat.models.prompt import encode
+from mmchat.models.prompt import tokenize_conversation
 from mmchat.presets import get_preset
 from mmchat.training.data.llava_json import entry_of, write_conversations
 from mmchat.training.data.packing import lay_out
@@ -52,7 +52,7 @@ def encoded(tokenizer, *turns: tuple[str, str]):
         for number, (question, answer) in enumerate(turns)
         for message in (Message("user", question, images=() if number else ("a.png",)), Message("assistant", answer))
     ]
-    return encode(messages, tokenizer, CHAT_FORMATS["phi-3"], 4)
+    return tokenize_conversation(messages, tokenizer, CHAT_FORMATS["phi-3"], 4)
 
 
 def test_a_question_with_three_answers_is_open_and_leaves_the_sequence(tiny):
@@ -146,7 +146,7 @@ def test_samples_follow_the_model_distribution(tiny, model_and_tokenizer):
     prompts = []
     for words in ("Describe the image.", "What is in this picture? Describe the image."):  # two lengths
         message = [Message("user", words, images=("0.png",))]
-        prompts.append(encode(message, tokenizer, CHAT_FORMATS["phi-3"], 4, add_generation_prompt=True))
+        prompts.append(tokenize_conversation(message, tokenizer, CHAT_FORMATS["phi-3"], 4, add_generation_prompt=True))
     questions = [OpenQuestion(prompt.token_ids, [[1, 1]], prompt.images) for prompt in prompts]
     shown = torch.stack([features["0.png"]] * 2).float()
     torch.manual_seed(0)

@@ -12,8 +12,8 @@ from mmchat.checkpoints.weights_folder import load_model, save_weights
 from mmchat.conversation import Message
 from mmchat.errors import BadInput, WeightsError
 from mmchat.models.chat_formats import CHAT_FORMATS
-from mmchat.models.prompt import IMAGE_TOKEN_ID, encode
-from mmchat.models.tagger import TAGGER_FILE, Tag, Tagger, encoder_text, load_tagger, tag_text
+from mmchat.models.prompt import IMAGE_TOKEN_ID, tokenize_conversation
+from mmchat.models.tagger import TAGGER_FILE, Tag, Tagger, fingerprint_text, load_tagger, tag_text
 from mmchat.presets import EFFICIENTNET_LITE0, EFFICIENTNET_LITE2
 from mmchat.training.averaging import average_weights
 from mmchat.training.data.labels import Labeled
@@ -147,7 +147,7 @@ def test_a_tagger_without_a_recorded_encoder_is_checked_by_size(tmp_path):
 def test_weights_with_a_tagger_of_another_encoder_are_rejected(engine, tmp_path):
     encoder = engine.preset.image_encoder
     save_weights(engine.model, tmp_path, engine.preset)
-    other = encoder_text(replace(encoder, resolution=256))
+    other = fingerprint_text(replace(encoder, resolution=256))
     Tagger(["terrier"], ["dog"], encoder.image_dim, other).save(tmp_path)
     with pytest.raises(WeightsError, match="at 256 pixels.*at 288 pixels"):
         load_model(engine.preset, tmp_path, torch.float32)
@@ -164,7 +164,9 @@ def test_training_with_another_encoder_drops_the_tagger(engine, tmp_path):
 def test_tags_stand_between_the_picture_and_the_question(engine):
     tokenizer, chat_format = engine.tokenizer, CHAT_FORMATS["smollm2"]
     message = Message("user", "What is this?", ["a", "b"])
-    encoded = encode([message], tokenizer, chat_format, 2, image_text={"a": "Tags: cup 9; ", "b": ""}.get)
+    encoded = tokenize_conversation(
+        [message], tokenizer, chat_format, 2, image_text={"a": "Tags: cup 9; ", "b": ""}.get
+    )
     shown = tokenizer.decode([0 if token == IMAGE_TOKEN_ID else token for token in encoded.token_ids])
     picture = tokenizer.decode([0, 0])
     assert (
@@ -190,7 +192,7 @@ def test_conversations_about_a_picture_share_its_tags(engine):
 def test_the_engine_and_the_prompt_show_the_tags(engine, photo):
     tags = engine.classes(photo.with_name("coffee.jpg"))
     assert tags[0].probability >= tags[-1].probability and "espresso" in [tag.name for tag in tags]
-    encoded = engine.encode([Message("user", "What is this?", [photo.with_name("coffee.jpg")])])
+    encoded = engine.tokenize([Message("user", "What is this?", [photo.with_name("coffee.jpg")])])
     assert "espresso" in engine.tokenizer.decode([token for token in encoded.token_ids if token >= 0])
     with pytest.raises(BadInput, match="There is no picture"):
         engine.classes("nowhere.jpg")

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -531,9 +532,16 @@ def test_averaged_weights_lie_between_two_runs(tiny, tmp_path):
         assert_close(tensor, 0.75 * one[name] + 0.25 * other[name])
     load_model(get_preset("phi3-patches"), tmp_path / "between", torch.float32)
     train(recipe(tiny, tmp_path / "narrow", rank=2))
-    with pytest.raises(WeightsError, match="the shapes differ"):
+    with pytest.raises(WeightsError, match="names or shapes of the tensors differ"):
         average_weights(first, tmp_path / "narrow" / "checkpoint-6", 0.5, tmp_path / "x")
     with pytest.raises(WeightsError, match="no projector"):
         average_weights(first, tiny, 0.5, tmp_path / "x")
+    for name, content in (("damaged", b"{"), ("missing", None)):
+        shutil.copytree(first, tmp_path / name)
+        (tmp_path / name / "projector.safetensors").unlink()
+        if content:
+            (tmp_path / name / "projector.safetensors").write_bytes(content)
+        with pytest.raises(WeightsError, match=f"projector.safetensors in '{name}' is missing or damaged"):
+            average_weights(tmp_path / name, second, 0.5, tmp_path / "x")
     with pytest.raises(BadInput, match="between 0 and 1"):
         average_weights(first, second, 2, tmp_path / "x")

@@ -70,7 +70,7 @@ def test_probabilities_equal_those_of_transformers(clip, small_picture, features
 
     encoder = load_image_encoder(find_image_encoder(HubRepository(str(clip)), features))
     images = [small_picture, small_picture.rotate(90)]
-    found = load_zero_shot(NAMES, encoder.preset).probabilities(encoder.embed(images))
+    found = load_zero_shot(NAMES, encoder.preset).probabilities(encoder.contrastive_embeddings(images))
     texts = [PROMPT.format(name) for name in NAMES]
     tokens = AutoTokenizer.from_pretrained(clip)(
         texts, padding=True, truncation=True, max_length=40, return_tensors="pt"
@@ -84,7 +84,7 @@ def test_probabilities_equal_those_of_transformers(clip, small_picture, features
 
 def test_batching_names_does_not_change_probabilities(clip, small_picture, monkeypatch):
     encoder = load_image_encoder(find_image_encoder(HubRepository(str(clip))))
-    embedding = encoder.embed([small_picture])
+    embedding = encoder.contrastive_embeddings([small_picture])
     together = load_zero_shot(NAMES, encoder.preset).probabilities(embedding)
     monkeypatch.setattr("mmchat.models.zero_shot.BATCH_SIZE", 1)
     load_zero_shot.cache_clear()

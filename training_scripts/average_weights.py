@@ -18,7 +18,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", help="the weights folder or checkpoint that the second started from")
     parser.add_argument("second", help="the weights folder or checkpoint of the later run")
-    parser.add_argument("--share", type=float, default=0.5, help="weight of the second, 0 to 1 (default: 0.5)")
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=0.5,
+        help="interpolation coefficient: 0 gives the first, 1 the second (default: 0.5)",
+    )
     parser.add_argument("--out", required=True, help="the folder to write")
     options = parser.parse_args()
 

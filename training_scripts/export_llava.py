@@ -30,7 +30,7 @@ def main():
 
     import torch
 
-    from mmchat.checkpoints.exporting import export_llava
+    from mmchat.checkpoints.llava_export import export_llava
     from mmchat.errors import MmchatError
     from mmchat.presets import get_preset
 

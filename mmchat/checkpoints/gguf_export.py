@@ -19,8 +19,8 @@ from ..models.chat_formats import chat_format_of
 from ..models.language_model import context_length
 from ..models.vision_language_model import VisionLanguageModel
 from ..presets import ImageEncoderPreset, Preset
-from .exporting import vision_of
 from .gguf_tokenizer import add_tokenizer, gguf_template
+from .llava_export import vision_of
 from .weights_folder import load_model, preset_for_weights
 
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "phi3": "PHI3"}  # transformers' model type -> gguf's name
@@ -59,9 +59,10 @@ def export_gguf(
             "written for llama.cpp. export_llava.py exports them for transformers and vLLM."
         )
     model, tokenizer = load_model(preset, weights, torch.float32)
-    if model.causal_language_model.config.model_type not in ARCHITECTURES:
+    model_type = model.unwrapped_language_model.config.model_type
+    if model_type not in ARCHITECTURES:
         raise BadInput(
-            f"A text model of the type '{model.causal_language_model.config.model_type}' cannot be exported to GGUF; "
+            f"A text model of the type '{model_type}' cannot be exported to GGUF; "
             f"these can: {', '.join(ARCHITECTURES)}."
         )
     folder = Path(out)
@@ -70,7 +71,7 @@ def export_gguf(
     adapter = model.has_adapter and not merge
     if model.has_adapter and merge:
         model.language_model = model.language_model.merge_and_unload()
-    _write_text(model.causal_language_model, tokenizer, preset, folder / "model.gguf", kind)
+    _write_text(model.unwrapped_language_model, tokenizer, preset, folder / "model.gguf", kind)
     if adapter:
         _write_adapter(model, folder / "adapter.gguf")
     if not reason:
@@ -205,14 +206,14 @@ def _finish(writer: Any) -> None:
 def _write_adapter(model: VisionLanguageModel, path: Path) -> None:
     import gguf
 
-    config = model.causal_language_model.config
+    config = model.unwrapped_language_model.config
     (settings,) = model.language_model.peft_config.values()
     writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type].lower())
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(settings.lora_alpha))
     names = _names(config)
-    for name, tensor in model.causal_language_model.state_dict().items():
+    for name, tensor in model.unwrapped_language_model.state_dict().items():
         if ".lora_" not in name:
             continue
         layer, _, part = name.partition(".lora_")  # part: "A.default.weight"
@@ -229,9 +230,9 @@ def _write_mmproj(model: VisionLanguageModel, encoder: ImageEncoderPreset, path:
     from transformers import AutoImageProcessor, CLIPVisionModel, SiglipVisionModel
 
     folder, described = vision_of(encoder)
-    tower_class = CLIPVisionModel if described.model_type.startswith("clip") else SiglipVisionModel
-    tower = tower_class.from_pretrained(folder, dtype=torch.float32)
-    config, processor = tower.config, AutoImageProcessor.from_pretrained(folder, backend="pil")
+    model_class = CLIPVisionModel if described.model_type.startswith("clip") else SiglipVisionModel
+    network = model_class.from_pretrained(folder, dtype=torch.float32)
+    config, processor = network.config, AutoImageProcessor.from_pretrained(folder, backend="pil")
     assert isinstance(encoder.layer, int)
     depth = encoder.layer % (config.num_hidden_layers + 1)  # the layers whose output the projector reads
     writer = gguf.GGUFWriter(path, "clip")
@@ -252,7 +253,7 @@ def _write_mmproj(model: VisionLanguageModel, encoder: ImageEncoderPreset, path:
     writer.add_array("clip.vision.feature_layer", [depth])
     kind = "f32" if kind == "f32" else "f16"
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, config.num_hidden_layers)
-    for name, tensor in tower.state_dict().items():
+    for name, tensor in network.state_dict().items():
         name = name if name.startswith("vision_model.") else f"vision_model.{name}"
         if any(part in name for part in ("post_layernorm", "position_ids", ".head.")) or _layer(name) >= depth:
             continue  # what comes after the chosen layer

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import BadInput
 from ..models.chat_formats import ChatFormat
-from .exporting import chat_template
+from .llava_export import chat_template
 
 
 def gguf_template(chat_format: ChatFormat, tokenizer: Any) -> str:

@@ -81,7 +81,7 @@ def import_checkpoint(
     report.kind = config.kind
     if config.hidden_size != language_model.config.hidden_size:
         raise WeightsError(
-            f"The projector makes tokens of {config.hidden_size} numbers; {preset.language_model.name} reads "
+            f"The projector outputs embeddings of size {config.hidden_size}; {preset.language_model.name} expects "
             f"{language_model.config.hidden_size}."
         )
     if marker_token := marker_token or (known and known.marker_token):
@@ -97,7 +97,7 @@ def import_checkpoint(
 def _find_project(name: str, stored: StoredProjector, preset: Preset, report: ImportReport) -> Project | None:
     """The project that a checkpoint comes from; None if it is to be asked as the preset is."""
     if name not in (AUTO, NO_PROJECT, *PROJECTS):
-        raise WeightsError(f"I know no project '{name}'. I know {', '.join([*PROJECTS, NO_PROJECT])}.")
+        raise WeightsError(f"There is no project '{name}'. The projects are {', '.join([*PROJECTS, NO_PROJECT])}.")
     project = PROJECTS.get(stored.project if name == AUTO else name)
     chat_format = preset.language_model.chat_format
     if project and project.chat_format != chat_format:
@@ -124,7 +124,7 @@ def _as_trained(
     own, settings = preset.image_encoder, {}
     source = HubRepository(image_encoder) if image_encoder else None
     if project:
-        preset = replace(preset, prompt_template=project.layout)
+        preset = replace(preset, prompt_template=project.prompt_template)
         source = source or project.image_encoder
         settings = {
             "features": project.image_features,

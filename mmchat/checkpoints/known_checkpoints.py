@@ -16,7 +16,7 @@ class Project:
     """What a checkpoint does not say about itself."""
 
     chat_format: str  # of its language model, a key of chat_formats.CHAT_FORMATS
-    layout: PromptTemplate
+    prompt_template: PromptTemplate
     image_encoder: HubRepository | None = None  # None: the preset's
     image_features: str = "patches"
     image_layer: int = -1
@@ -29,7 +29,7 @@ PROJECTS = {
     # add_eos_token=True changes nothing here: its chat template writes the end of text behind <|end|> itself.
     "sayanbanerjee32": Project(
         chat_format="phi-3",
-        layout=PromptTemplate(
+        prompt_template=PromptTemplate(
             picture_first=True,
             system="<|system|>\nYou are a helpful assistant.<|end|>\n",
             turn_start="<|user|>\n",
@@ -43,7 +43,7 @@ PROJECTS = {
     ),
     "ChintanShahDS": Project(
         chat_format="phi-3",
-        layout=PromptTemplate(
+        prompt_template=PromptTemplate(
             system="<|system|>\nYou are a helpful assistant good at answering questions based on the given context."
             "<|end|>\n",
             turn_start="<|user|>\n",
@@ -59,14 +59,14 @@ PROJECTS = {
     # The picture, the word "comment", and the question with a token of its own behind a space.
     "vandana1302238": Project(
         chat_format="phi-2",
-        layout=PromptTemplate(turn_end=" [QA]", answer_end="<|endoftext|>", added_tokens=("[QA]",)),
+        prompt_template=PromptTemplate(turn_end=" [QA]", answer_end="<|endoftext|>", added_tokens=("[QA]",)),
         marker_token="comment",
     ),
     # Its training scripts drop the class token; its last notebook and its inference keep it.
     # In training, the space before an answer belongs to its first word; its own inference ends the prompt with one.
     "walnashgit": Project(
         chat_format="phi-2",
-        layout=PromptTemplate(
+        prompt_template=PromptTemplate(
             before_question="\nHuman### ", after_question="\nAI### ", answer_end="<|endoftext|>", picture_first=True
         ),
         image_layer=-4,
@@ -74,13 +74,13 @@ PROJECTS = {
     ),
     "vasujoshi111": Project(
         chat_format="phi-2",
-        layout=PromptTemplate(turn_start="<iQ>", turn_end="</iQ>", answer_end="<|endoftext|>"),
+        prompt_template=PromptTemplate(turn_start="<iQ>", turn_end="</iQ>", answer_end="<|endoftext|>"),
         image_encoder=HubRepository("openai/clip-vit-base-patch16", "57c216476eefef5ab752ec549e440a49ae4ae5f3"),
     ),
     # Its conversations keep the <image> of LLaVA-Instruct as text.
     "RInkalshah93": Project(
         chat_format="phi-3",
-        layout=PromptTemplate(
+        prompt_template=PromptTemplate(
             picture_first=True,
             turn_start="<|user|>",
             before_question="<image>\n",

@@ -25,7 +25,7 @@ from .published_files import ImportReport, read_tensors
 
 Tensors = dict[str, torch.Tensor]
 TRAINED = "model_state_dict"  # in files that hold the trainer's state, too
-SNAPSHOT_PREFIX = "initial_weights"  # copies that the second layout keeps to see how far it has moved
+SNAPSHOT_PREFIX = "initial_weights"  # copies that the second kind keeps to see how far it has moved
 
 
 def read_projector(files: Sequence[Path], report: ImportReport) -> Tensors:
@@ -56,7 +56,7 @@ def recognize_projector(tensors: Tensors) -> tuple[StoredProjector, dict[str, st
         if renamed.keys() == tensors.keys() and used == stored.names.keys():
             return stored, renamed
     known = "; ".join(f"{stored.kind}: {', '.join(stored.names)}" for stored in STORED_PROJECTORS)
-    raise WeightsError(f"I know no projector with the tensors {', '.join(sorted(tensors))}. Known are {known}.")
+    raise WeightsError(f"No known projector has the tensors {', '.join(sorted(tensors))}. Known projectors: {known}.")
 
 
 def build_published(stored: StoredProjector, tensors: Tensors, preset: Preset) -> tuple[nn.Module, ProjectorConfig]:
@@ -84,8 +84,8 @@ def _shape_of(stored: StoredProjector, tensors: Tensors, preset: Preset) -> Proj
             raise WeightsError(f"The projector lacks '{name}', which a projector of the kind {stored.kind} has.")
     if tensors[stored.first].shape[1] != encoder.image_dim:
         raise WeightsError(
-            f"The projector reads features of {tensors[stored.first].shape[1]} numbers; {encoder.name} as "
-            f"'{preset.name}' uses it gives {encoder.image_dim}."
+            f"The projector expects features of size {tensors[stored.first].shape[1]}; {encoder.name}, as "
+            f"'{preset.name}' uses it, outputs {encoder.image_dim}."
         )
     return ProjectorConfig(
         kind=stored.kind,

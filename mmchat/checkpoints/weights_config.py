@@ -7,7 +7,7 @@ chosen in place of the preset's, and the name of the LLaVA model that the weight
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from ..errors import WeightsError
@@ -18,6 +18,7 @@ from ..presets import PRESETS, ImageEncoderPreset, Preset
 
 CONFIG_FILE = "mmchat.json"
 FORMAT_VERSION = 2
+TEMPLATE_KEY = "picture_layout"  # the first name of a prompt template; kept, so that older versions read new folders
 
 
 def _identity(preset: Preset) -> dict:
@@ -52,7 +53,7 @@ def write_config(folder: Path, preset: Preset, projector: ProjectorConfig, has_a
         "adapter": has_adapter,
     }
     if preset.prompt_template:
-        config["picture_layout"] = asdict(preset.prompt_template)
+        config[TEMPLATE_KEY] = asdict(preset.prompt_template)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -65,11 +66,9 @@ def read_config(folder: Path) -> dict:
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
     except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"'{folder.name}' is not a folder of mmchat weights: it has no readable {CONFIG_FILE}."
-        ) from error
+        raise WeightsError(f"'{folder.name}' is not a weights folder: it has no readable {CONFIG_FILE}.") from error
     if not isinstance(config, dict):
-        raise WeightsError(f"'{folder.name}' is not a folder of mmchat weights: its {CONFIG_FILE} holds no settings.")
+        raise WeightsError(f"'{folder.name}' is not a weights folder: its {CONFIG_FILE} holds no settings.")
     if config.get("format_version") != FORMAT_VERSION:
         raise WeightsError(
             f"'{folder.name}' has format version {config.get('format_version')}; this mmchat reads {FORMAT_VERSION}."
@@ -105,18 +104,25 @@ def llava_of(config: dict, folder: Path) -> HubRepository | None:
     try:
         return HubRepository(**stored) if stored else None
     except TypeError as error:
-        raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' names no LLaVA model I know.") from error
+        raise WeightsError(
+            f"The entry 'llava' in the {CONFIG_FILE} of '{folder.name}' does not name a LLaVA model."
+        ) from error
 
 
 def prompt_template_of(config: dict, folder: Path) -> PromptTemplate | None:
     """The prompt template of the weights; None if they were trained with their chat format's own."""
-    stored = config.get("picture_layout")
+    stored = config.get(TEMPLATE_KEY)
     if stored is None:
         return None
+    name = f"The prompt template in the {CONFIG_FILE} of '{folder.name}'"
+    if not isinstance(stored, dict):
+        raise WeightsError(f"{name} must be a mapping of field names to values.")
+    if unknown := sorted(stored.keys() - {field.name for field in fields(PromptTemplate)}):
+        raise WeightsError(f"{name} has unknown fields: {', '.join(unknown)}.")
     try:
         return PromptTemplate(**stored)
     except TypeError as error:
-        raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' describes no picture layout I know.") from error
+        raise WeightsError(f"{name} has a field of the wrong type. {error}") from error
 
 
 def chosen_encoder_of(config: dict, folder: Path) -> ImageEncoderPreset | None:
@@ -125,9 +131,11 @@ def chosen_encoder_of(config: dict, folder: Path) -> ImageEncoderPreset | None:
     if not chosen:
         return None
     try:
-        fields = {**chosen, "source": HubRepository(**chosen["source"])}
-        if "width" in fields:
-            fields["image_dim"] = fields.pop("width")  # its name in older folders
-        return ImageEncoderPreset(**fields)
+        settings = {**chosen, "source": HubRepository(**chosen["source"])}
+        if "width" in settings:
+            settings["image_dim"] = settings.pop("width")  # its name in older folders
+        return ImageEncoderPreset(**settings)
     except (KeyError, TypeError) as error:
-        raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' names no image encoder I know.") from error
+        raise WeightsError(
+            f"The entry 'image_encoder_preset' in the {CONFIG_FILE} of '{folder.name}' describes no image encoder."
+        ) from error

@@ -112,7 +112,7 @@ def default_weights(preset: Preset) -> Path | HubRepository:
     if preset.language_model.is_llava:
         return preset.weights
     if isinstance(preset.weights, HubRepository):
-        from .importing import import_published  # needed here only: chat imports no importer
+        from .importing import import_published  # imported lazily: only presets with published weights need it
 
         return import_published(preset.weights, preset)
     if not preset.weights.is_dir():
@@ -123,11 +123,11 @@ def default_weights(preset: Preset) -> Path | HubRepository:
     return preset.weights
 
 
-def preset_trained(weights: Weights) -> Preset:
+def infer_preset(weights: Weights) -> Preset:
     """The preset that weights were trained for; a LLaVA model makes its own.
 
     Raises:
-        WeightsError: the folder is no weights folder, or was made for no preset there is.
+        WeightsError: the folder is not a weights folder, or no known preset matches it.
     """
     if llava := find_llava(weights):
         return llava_preset(llava)
@@ -147,7 +147,7 @@ def preset_for_weights(preset: Preset, weights: Weights) -> Preset:
     LLaVA models, and weights trained on one, bring everything but the speech model.
 
     Raises:
-        WeightsError: the folder is no weights folder, or was made for another language model.
+        WeightsError: the folder is not a weights folder, or was made for another language model.
     """
     if llava := find_llava(weights):
         return llava_preset(llava, preset)
@@ -163,15 +163,15 @@ def preset_for_weights(preset: Preset, weights: Weights) -> Preset:
     return replace(preset, image_encoder=chosen) if chosen else preset
 
 
-def _teach_layout(layout: PromptTemplate, language_model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def _apply_prompt_template(template: PromptTemplate, language_model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Adds the template's special tokens to the tokenizer, and its answer end to the stop tokens."""
-    if layout.added_tokens:
-        added = {"additional_special_tokens": list(layout.added_tokens)}
+    if template.added_tokens:
+        added = {"additional_special_tokens": list(template.added_tokens)}
         tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
     rows = language_model.get_input_embeddings().num_embeddings
-    if any(token_id >= rows for token_id in tokenizer.convert_tokens_to_ids(list(layout.added_tokens))):
+    if any(token_id >= rows for token_id in tokenizer.convert_tokens_to_ids(list(template.added_tokens))):
         raise WeightsError(f"The prompt template in '{folder.name}' adds too many tokens for the language model.")
-    end = tokenizer.encode(layout.answer_end, add_special_tokens=False)
+    end = tokenizer.encode(template.answer_end, add_special_tokens=False)
     if len(end) == 1 and end[0] not in language_model.generation_config.eos_token_id:
         language_model.generation_config.eos_token_id = [*language_model.generation_config.eos_token_id, end[0]]
 
@@ -192,7 +192,7 @@ def load_model(
             start to go on from with the preset's. Their tagger, which reads the other's features, is left out then.
 
     Raises:
-        WeightsError: the folder is no weights folder, or was made for other models.
+        WeightsError: the folder is not a weights folder, or was made for other models.
         AssetError: the base model could not be fetched.
     """
     if llava := find_llava(weights):
@@ -204,11 +204,13 @@ def load_model(
         projector_config = ProjectorConfig.from_json(config["projector"])
         projector, has_adapter = build_projector(projector_config), config["adapter"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"The {CONFIG_FILE} in '{folder.name}' describes no projector I know.") from error
+        raise WeightsError(
+            f"The {CONFIG_FILE} in '{folder.name}' does not describe a projector that this mmchat can build."
+        ) from error
     _load_projector(projector, folder)
     language_model, tokenizer = load_language_model(preset.language_model, dtype, quantization)
-    if layout := prompt_template_of(config, folder):
-        _teach_layout(layout, language_model, tokenizer, folder)
+    if template := prompt_template_of(config, folder):
+        _apply_prompt_template(template, language_model, tokenizer, folder)
     if projector_config.hidden_size != language_model.config.hidden_size:
         raise WeightsError(f"The projector in '{folder.name}' has another hidden size than the language model.")
     if has_adapter:

@@ -1,7 +1,7 @@
 """Continuous batching: all answers in progress advance in one pass.
 
-A pass reads every weight once, however many rows it has, so eight answers together cost little more than two. Answers
-join after their prompt is prefilled and leave between tokens (Yu et al. 2022, Orca, OSDI 22).
+A pass reads every weight once, however many rows it has, so answers generated together take less time than one after
+the other. They join after their prompt is prefilled and leave between tokens (Yu et al. 2022, Orca, OSDI 22).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from .batch import Answer
 from .decoder import Cache, Decoder
 from .sampling import Sampler
 
-PREFILL_SLICE = 128  # tokens
+PREFILL_CHUNK = 128  # tokens
 
 
 def stop_token_ids(model: nn.Module) -> set[int]:
@@ -24,16 +24,16 @@ def stop_token_ids(model: nn.Module) -> set[int]:
 
 
 def prefill(decoder: Decoder, embeddings: torch.Tensor, cache: Cache) -> Iterator[torch.Tensor]:
-    """Prefills in slices, so that answers in progress advance in between; yields the logits of each slice.
+    """Chunked prefill, so that answers in progress advance in between; yields the logits of each chunk.
 
     Args:
         embeddings: [1, length, hidden_size].
 
     Yields:
-        Logits of the slice's last token, [1, vocabulary].
+        Logits of the chunk's last token, [1, vocabulary].
     """
-    for part in embeddings.split(PREFILL_SLICE, dim=1):
-        yield decoder.prefill(part, cache)
+    for chunk in embeddings.split(PREFILL_CHUNK, dim=1):
+        yield decoder.prefill(chunk, cache)
 
 
 def stream_text(
@@ -43,7 +43,7 @@ def stream_text(
 
     Args:
         embeddings: [1, length, hidden_size], the prompt, or the part of it that the cache lacks.
-        options: ``beams`` is ignored; see ``generate_texts``.
+        options: ``beams`` is ignored; see ``generate_batch``.
         cache: is extended by the prompt; a new one, with the adapter, if None.
     """
     cache = decoder.new_cache() if cache is None else cache
@@ -90,7 +90,7 @@ def generate_token_ids(
 
 
 @torch.inference_mode()
-def generate_texts(
+def generate_batch(
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[torch.Tensor],
@@ -99,7 +99,7 @@ def generate_texts(
     prefixes: Sequence[Hashable] = (),
     prefix_length: int = 0,
 ) -> list[str]:
-    """Answers a batch of prompts by greedy or beam search. Batching does not change the answers.
+    """Answers to a batch of prompts, by greedy or beam search. Batching does not change the answers.
 
     Args:
         prompts: [length, hidden_size] each; lengths may differ.

@@ -1,8 +1,9 @@
 """Prefix cache: keys and values kept between turns, so a follow-up question prefills only its new tokens.
 
-A conversation is always prefilled in the same pieces: the first is what all conversations share, the system text; the
-others end where an answer begins. Cached keys and values are therefore bitwise equal to recomputed ones, and the cache
-never changes an answer. An answer is prefilled as part of the next piece.
+A conversation is always prefilled up to the same boundaries: the end of the prefix that all conversations share, the
+start of each answer, and the end of the prompt. A cached prefix ends at one of them, so its keys and values are bitwise
+equal to recomputed ones, and the cache never changes an answer. Those of a generated answer are not kept: the next turn
+prefills it along with the next question.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 
 from .decoder import Cache, Decoder
 
-TokenKeys = list[Hashable]  # a token's id, or (digest of a picture, index of its token)
+TokenKeys = list[Hashable]  # a token's id, or (digest of an image, index of its token)
 
 
 @dataclass
@@ -54,7 +55,7 @@ class PrefixCache:
         cached prefix, that entry is removed and returned for reuse. If they diverge, the common part is copied.
 
         Args:
-            ends: the ends of the pieces in which the conversation is prefilled; the last one is its length.
+            ends: the boundaries up to which the conversation is prefilled; the last one is its length.
         """
         candidates = [prefix for prefix in self._prefixes if prefix.with_adapter == with_adapter]
         for prefix in candidates:

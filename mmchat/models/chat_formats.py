@@ -19,8 +19,8 @@ class PromptTemplate:
 
     It is stored with the weights, and serves conversations with an image. A turn reads ``turn_start``, images,
     ``before_question``, question, ``after_question``, ``turn_end``, ``answer_start``, answer, ``answer_end``. The
-    question is tokenized together with the text around it. Everything else is control text, in which special tokens
-    count.
+    question is tokenized together with the text around it. Everything else is control text; special tokens are
+    recognized only there.
     """
 
     picture_first: bool = False  # images precede everything else in their turn, even ``system``

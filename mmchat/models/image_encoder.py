@@ -19,7 +19,7 @@ from ..fetching import fetch
 from ..fetching.sources import HubRepository
 from ..presets import EFFICIENTNETS, ImageEncoderPreset, tuned_image_encoder
 from .efficientnet import EfficientNet
-from .llava_folder import TOWER_NAMES, is_llava_folder, load_part, open_llava
+from .llava_folder import IMAGE_ENCODER_NAMES, is_llava_folder, load_part, open_llava
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def _load_tuned(network: EfficientNet, path: Path) -> None:
 
 
 class Clip(ImageEncoder):
-    """The vision tower of a contrastive model.
+    """The image encoder of a contrastive model.
 
     CLIP (Radford et al. 2021, arXiv 2103.00020) or SigLIP (Zhai et al. 2023, arXiv 2303.15343).
     """
@@ -145,7 +145,7 @@ class Clip(ImageEncoder):
         super().__init__(preset)
         folder = fetch(preset.source)
         if is_llava_folder(folder):
-            is_siglip, self.network = llava_tower(folder, preset.name)
+            is_siglip, self.network = llava_image_encoder(folder, preset.name)
         else:
             is_siglip = AutoConfig.from_pretrained(folder).model_type.startswith("siglip")
             model_class = SiglipVisionModel if is_siglip else CLIPVisionModelWithProjection
@@ -168,7 +168,7 @@ class Clip(ImageEncoder):
         return patches[:, 1:] if drops_first else patches  # [batch, feature_count, image_dim]
 
     @torch.inference_mode()
-    def embed(self, images: list[Image.Image]) -> torch.Tensor:
+    def contrastive_embeddings(self, images: list[Image.Image]) -> torch.Tensor:
         """CLIP's image embeddings, [len(images), projection], comparable with its text embeddings.
 
         They do not depend on the preset's features.
@@ -176,7 +176,7 @@ class Clip(ImageEncoder):
         return self.network(self._batch(images)).image_embeds
 
 
-def llava_tower(folder: Path, name: str) -> tuple[bool, nn.Module]:
+def llava_image_encoder(folder: Path, name: str) -> tuple[bool, nn.Module]:
     """Whether a LLaVA model's image encoder is SigLIP, and the encoder."""
     from transformers import CLIPVisionModel, SiglipVisionModel
 
@@ -184,7 +184,7 @@ def llava_tower(folder: Path, name: str) -> tuple[bool, nn.Module]:
     config = llava.config.vision_config
     is_siglip = config.model_type.startswith("siglip")
     model_class = SiglipVisionModel if is_siglip else CLIPVisionModel
-    return is_siglip, load_part(llava, model_class, config, TOWER_NAMES, "image encoder", dtype=torch.float32)
+    return is_siglip, load_part(llava, model_class, config, IMAGE_ENCODER_NAMES, "image encoder", dtype=torch.float32)
 
 
 def load_image_encoder(preset: ImageEncoderPreset) -> ImageEncoder:

@@ -142,7 +142,7 @@ def escape_special_tokens(text: str, special: Iterable[str]) -> str:
     return text
 
 
-def encode_rendered(
+def tokenize_rendered(
     template: ChatTemplate,
     messages: Sequence[Message],
     tokenizer: Any,

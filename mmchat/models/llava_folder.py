@@ -1,4 +1,4 @@
-"""A standard LLaVA folder as three models: language model, vision tower and projector.
+"""A standard LLaVA folder as three models: language model, image encoder (LLaVA: vision tower) and projector.
 
 ``LlavaForConditionalGeneration`` of transformers keeps all three in the same files. Each is read from them by the names
 of its tensors, so nothing is converted on disk and nothing is in memory twice.
@@ -19,7 +19,7 @@ from .jinja_template import IMAGE_TOKEN, ChatTemplate, read_template
 
 MODEL_TYPE = "llava"
 TEXT_MODELS = ("llama", "mistral", "phi3", "qwen2")
-TOWERS = ("clip_vision_model", "siglip_vision_model")
+IMAGE_ENCODERS = ("clip_vision_model", "siglip_vision_model")
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -29,7 +29,7 @@ LANGUAGE_MODEL_NAMES = {
     r"^language_model\.lm_head\.": "lm_head.",
     r"^model\.language_model\.": "model.",
 }
-TOWER_NAMES = {r"^(model\.)?vision_tower\.(vision_model\.)?": ""}
+IMAGE_ENCODER_NAMES = {r"^(model\.)?vision_tower\.(vision_model\.)?": ""}
 PROJECTOR_PREFIXES = ("multi_modal_projector.", "model.multi_modal_projector.")
 
 
@@ -47,7 +47,7 @@ class LlavaFolder:
 
     @property
     def layers(self) -> int | tuple[int, ...]:
-        """The vision tower's layer that the features come from, or several whose features are joined."""
+        """The layer of the image encoder that the features come from, or several whose features are joined."""
         found = self.config.vision_feature_layer
         return found if isinstance(found, int) else tuple(found)
 
@@ -122,25 +122,25 @@ def open_llava(folder: Path, name: str = "") -> LlavaFolder:
     try:
         raw = json.loads((folder / "config.json").read_text())
         text = raw.get("text_config", {}).get("model_type", "llama")
-        tower = raw.get("vision_config", {}).get("model_type", "clip_vision_model")
+        encoder = raw.get("vision_config", {}).get("model_type", "clip_vision_model")
     except (OSError, ValueError, AttributeError) as error:
         raise WeightsError(f"The config.json of '{name}' is missing or damaged.") from error
     if text not in TEXT_MODELS:
-        raise WeightsError(f"'{name}' has a text model of the type '{text}'; I know {', '.join(TEXT_MODELS)}.")
-    if tower not in TOWERS:
-        raise WeightsError(f"'{name}' has an image encoder of the type '{tower}'; I know CLIP and SigLIP.")
+        raise WeightsError(f"'{name}' has a text model of the type '{text}'; supported are {', '.join(TEXT_MODELS)}.")
+    if encoder not in IMAGE_ENCODERS:
+        raise WeightsError(f"'{name}' has an image encoder of the type '{encoder}'; CLIP and SigLIP are supported.")
     activation = raw.get("projector_hidden_act", "gelu")
     if activation not in ACTIVATIONS:
-        raise WeightsError(f"The projector of '{name}' has the activation '{activation}', which I do not know.")
+        raise WeightsError(f"The projector of '{name}' has the activation '{activation}', which is not supported.")
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers' checks raise several types
-        raise WeightsError(f"The config.json of '{name}' describes no LLaVA model that transformers reads.") from error
-    tower_layers = config.vision_config.num_hidden_layers
+        raise WeightsError(f"transformers cannot read the config.json of '{name}' as a LLaVA model.") from error
+    layer_count = config.vision_config.num_hidden_layers
     layers = config.vision_feature_layer
     for layer in [layers] if isinstance(layers, int) else layers:
-        if not -tower_layers <= layer + 1 <= tower_layers + 1:
-            raise WeightsError(f"The image encoder of '{name}' has {tower_layers} layers; there is no layer {layer}.")
+        if not -layer_count <= layer + 1 <= layer_count + 1:
+            raise WeightsError(f"The image encoder of '{name}' has {layer_count} layers; there is no layer {layer}.")
     if config.tie_word_embeddings:
         config.text_config.tie_word_embeddings = True
     return LlavaFolder(folder, name, config)

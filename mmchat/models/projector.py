@@ -1,4 +1,4 @@
-"""Image features → tokens of the language model."""
+"""Projector: image features → input embeddings of the language model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ProjectorConfig:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> ProjectorConfig:
-        """The config in a weights folder; folders of any age are read.
+        """The config in a weights folder; configs written by older versions are accepted.
 
         Raises:
             TypeError, ValueError: it is not a mapping, or a field is missing or unknown.

@@ -2,8 +2,8 @@
 
 A conversation becomes a sequence of segments: control text of the chat format, what people wrote, and images. Each
 segment is tokenized on its own, so the label mask is exact, and nothing a person types can open or close a turn:
-special tokens count in control text only. If the weights include a Jinja template, jinja_template.py renders that
-instead.
+special tokens are recognized only in control text. If the weights include a Jinja template, jinja_template.py renders
+that instead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from ..conversation import Message, has_images
 from .chat_formats import ChatFormat, PromptTemplate
-from .jinja_template import ChatTemplate, encode_rendered
+from .jinja_template import ChatTemplate, tokenize_rendered
 
 IMAGE_TOKEN_ID = -200  # a placeholder in the token ids, one for each image token
 
@@ -25,12 +25,12 @@ class Segment:
 
     text: str = ""
     image: Any = None
-    is_control: bool = False  # the format's own text, in which special tokens count
+    is_control: bool = False  # the format's own text; special tokens are recognized only here
     is_answer: bool = False  # the model learns to generate it
 
 
 @dataclass(frozen=True)
-class EncodedConversation:
+class TokenizedConversation:
     """A conversation as the model reads it."""
 
     token_ids: list[int]
@@ -97,7 +97,7 @@ def _template_segments(
             system = ""
 
 
-def encode(
+def tokenize_conversation(
     messages: Sequence[Message],
     tokenizer: Any,
     chat_format: ChatFormat,
@@ -105,7 +105,7 @@ def encode(
     *,
     image_text: Callable[[Any], str] = no_text,
     add_generation_prompt: bool = False,
-) -> EncodedConversation:
+) -> TokenizedConversation:
     """Tokenizes a conversation.
 
     Args:
@@ -133,7 +133,7 @@ def encode(
             )
         token_ids += piece_ids
         is_answer += [piece.is_answer] * len(piece_ids)
-    return EncodedConversation(token_ids, is_answer, [piece.image for piece in pieces if piece.image is not None])
+    return TokenizedConversation(token_ids, is_answer, [piece.image for piece in pieces if piece.image is not None])
 
 
 def _encode_template(
@@ -143,13 +143,13 @@ def _encode_template(
     tokens_per_image: int,
     image_text: Callable[[Any], str],
     add_generation_prompt: bool,
-) -> EncodedConversation:
+) -> TokenizedConversation:
     """Tokenizes a conversation with the Jinja template of the weights. The text about an image opens its message."""
     with_tags = [
         replace(message, text="\n".join([*filter(None, map(image_text, message.images)), message.text]))
         for message in messages
     ]
-    token_ids, is_answer = encode_rendered(
+    token_ids, is_answer = tokenize_rendered(
         template, with_tags, tokenizer, tokens_per_image, IMAGE_TOKEN_ID, add_generation_prompt
     )
-    return EncodedConversation(token_ids, is_answer, [image for message in messages for image in message.images])
+    return TokenizedConversation(token_ids, is_answer, [image for message in messages for image in message.images])

@@ -13,14 +13,14 @@ from .text_to_speech import SpokenSentence, Voice
 
 
 class SpeechMixin:
-    """What engines share: they hear with ``speech_recognizer`` and speak with ``voice``, both on this machine."""
+    """Speech, which engines share: ``speech_recognizer`` and ``voice``, both on this machine."""
 
     speech_recognizer: SpeechRecognizer
     voice: Voice
 
     @property
     def languages(self) -> dict[str, str]:
-        """The languages that ``transcribe`` hears, code -> English name."""
+        """The languages that ``transcribe`` supports, code -> English name."""
         return self.speech_recognizer.languages
 
     def transcribe(self, path: str | Path, language: str | None = None, task: str = "transcribe") -> Transcript:
@@ -31,7 +31,7 @@ class SpeechMixin:
             task: "transcribe" writes what is said; "translate" writes it in English.
 
         Raises:
-            BadInput: the recording cannot be read or has no speech in it, or the model does not hear the language.
+            BadInput: the recording cannot be read or has no speech in it, or the model does not support the language.
         """
         return self.speech_recognizer.transcribe(path, language, task)
 

@@ -27,6 +27,8 @@ REPOSITORIES = {
     "turbo": "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
     "distil-large-v3.5": "distil-whisper/distil-large-v3.5-ct2",
 }
+CANTONESE = "yue"  # came with large-v3; the vocabularies of smaller and older models lack it
+CANTONESE_MODELS = ("large-v3", "turbo")  # in the names of the models that know it
 TASKS = ("transcribe", "translate")  # Whisper's own; it translates into English only
 WINDOW = 30  # seconds; Whisper's input length
 ENGLISH_PRIOR = 3  # another language must be this many times as probable, so that an accent does not count as one
@@ -64,8 +66,12 @@ class SpeechRecognizer:
     @property
     def languages(self) -> dict[str, str]:
         """The languages that the model recognizes, code -> English name, such as {"de": "German"}."""
-        known = whisper_languages()
-        return {self.preset.language: known[self.preset.language]} if self.preset.language else known
+        known = dict(whisper_languages())
+        if self.preset.language:
+            return {self.preset.language: known[self.preset.language]}
+        if not any(name in getattr(self.preset.source, "name", "") for name in CANTONESE_MODELS):
+            del known[CANTONESE]
+        return known
 
     def transcribe(self, path: str | Path, language: str | None = None, task: str = "transcribe") -> Transcript:
         """Transcribes a recording, see ``listen``."""
@@ -86,7 +92,7 @@ class SpeechRecognizer:
             time; the last one is complete.
 
         Raises:
-            BadInput: the recording cannot be read, is too long, or has no speech in it; the model does not know the
+            BadInput: the recording cannot be read, is too long, or has no speech in it; the model does not support the
                 language.
         """
         language = self._checked(language, task)
@@ -111,15 +117,16 @@ class SpeechRecognizer:
         if not language:
             return self.preset.language
         code = language_code(language)
-        if self.preset.language and code != self.preset.language:
-            only = whisper_languages()[self.preset.language]
-            raise BadInput(f"This speech model hears {only} only. Choose another, such as --speech base.")
+        if code not in self.languages:
+            other = "turbo" if code == CANTONESE else "base"
+            title = whisper_languages()[code]
+            raise BadInput(f"This speech model does not support {title}. Choose another, such as --speech {other}.")
         return code
 
 
 @cache
 def whisper_languages() -> dict[str, str]:
-    """Whisper's languages, code -> English name, in the order of the hours it was trained on."""
+    """The languages of all Whisper models, code -> English name, in the order of the hours of training data."""
     from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
     return {code: name.title() for code, name in LANGUAGES.items()}

@@ -41,7 +41,7 @@ class Tagger(nn.Module):
         classes: ImageNet's 1,000 class names; exactly one applies (softmax).
         words: words of captions and labels; any number apply (sigmoid).
         image_dim: size of one feature vector.
-        fitted_to: the ``encoder_text`` of the encoder whose features it reads; empty if unknown.
+        fitted_to: the ``fingerprint_text`` of the encoder whose features it reads; empty if unknown.
     """
 
     def __init__(self, classes: list[str], words: list[str], image_dim: int, fitted_to: str = ""):
@@ -103,7 +103,7 @@ def load_tagger(folder: str | Path, encoder: ImageEncoderPreset) -> Tagger | Non
     return tagger
 
 
-def encoder_text(encoder: ImageEncoderPreset) -> str:
+def fingerprint_text(encoder: ImageEncoderPreset) -> str:
     """An image encoder and its features as text; a tagger fits only the encoder with the same text."""
     return f"{encoder.title}, {encoder.feature_kind}"
 
@@ -111,13 +111,13 @@ def encoder_text(encoder: ImageEncoderPreset) -> str:
 def _check_fits(tagger: Tagger, encoder: ImageEncoderPreset, folder: str) -> None:
     image_dim = tagger.class_weight.shape[1]
     if tagger.fitted_to:
-        fits, fitted_to = tagger.fitted_to == encoder_text(encoder), tagger.fitted_to
+        fits, fitted_to = tagger.fitted_to == fingerprint_text(encoder), tagger.fitted_to
     else:  # older files do not record it
         fits, fitted_to = image_dim == encoder.image_dim, f"features of size {image_dim}"
     if not fits:
         raise WeightsError(
             f"The tagger in '{folder}' was fitted to {fitted_to}, but the image encoder here is "
-            f"{encoder_text(encoder)}. Fit another one with fit_tagger.py."
+            f"{fingerprint_text(encoder)}. Fit another one with fit_tagger.py."
         )
 
 

@@ -95,7 +95,7 @@ class VisionLanguageModel(nn.Module):
             parent: [batch, length], the position of the token that precedes each one; the left neighbor if None.
             image_features: [images, features, image_dim], or None.
         """
-        decoder = self.causal_language_model.get_decoder()
+        decoder = self.unwrapped_language_model.get_decoder()
         hidden = decoder(
             inputs_embeds=self.splice(input_ids, image_features),
             attention_mask=self._as_attention_mask(attention_mask),
@@ -105,18 +105,18 @@ class VisionLanguageModel(nn.Module):
         if parent is None:
             parent = torch.arange(-1, labels.shape[1] - 1, device=labels.device).expand_as(labels)
         row, column = (labels != IGNORE_INDEX).nonzero(as_tuple=True)  # [labels] each
-        logits = self.causal_language_model.get_output_embeddings()(hidden[row, parent[row, column]])
+        logits = self.unwrapped_language_model.get_output_embeddings()(hidden[row, parent[row, column]])
         return logits, labels[row, column]
 
     @property
-    def causal_language_model(self) -> nn.Module:
+    def unwrapped_language_model(self) -> nn.Module:
         """The language model with its adapter layers, without PEFT's wrapper."""
         model = self.language_model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def _as_attention_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
         """A 4D mask in the form that the attention kernel takes: boolean for sdpa, additive for the others."""
-        if attention_mask.dim() == 2 or self.causal_language_model.config._attn_implementation == "sdpa":
+        if attention_mask.dim() == 2 or self.unwrapped_language_model.config._attn_implementation == "sdpa":
             return attention_mask
-        dtype = self.causal_language_model.dtype
+        dtype = self.unwrapped_language_model.dtype
         return torch.zeros_like(attention_mask, dtype=dtype).masked_fill(~attention_mask, torch.finfo(dtype).min)

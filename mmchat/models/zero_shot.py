@@ -40,7 +40,7 @@ class ZeroShotClassifier:
         """Probabilities [images, names]; each row sums to 1.
 
         Args:
-            embeddings: [images, projection], from ``Clip.embed``.
+            embeddings: [images, projection], from ``Clip.contrastive_embeddings``.
         """
         directions = torch.nn.functional.normalize(embeddings.to(self.weight), dim=1)
         return (directions @ self.weight.T).softmax(dim=1)

@@ -25,7 +25,7 @@ MAX_SIDE = 1024  # pixels; pictures are scaled down before sending, since models
 
 
 class RemoteEngine(SpeechMixin):
-    """Answers through a model server. Speech is heard and spoken locally.
+    """Answers through a model server. Speech recognition and the voice run locally.
 
     Args:
         address: base URL of the server's API, such as http://localhost:8000/v1.

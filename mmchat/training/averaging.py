@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..checkpoints.weights_config import CONFIG_FILE
@@ -21,19 +23,19 @@ def average_weights(first: str | Path, second: str | Path, share: float, out: st
     The result is often better than either end.
 
     Args:
-        share: the weight of ``second``: 0 writes ``first``, 1 writes ``second``.
+        share: the interpolation coefficient: 0 writes ``first``, 1 writes ``second``.
 
     Raises:
         BadInput: ``share`` is not between 0 and 1.
-        WeightsError: a folder holds no weights, or the shapes of the two differ.
+        WeightsError: a file is missing or damaged, or the tensors of the two differ.
     """
     if not 0 <= share <= 1:
         raise BadInput("The share must be between 0 and 1.")
     first, second, out = Path(first), Path(second), Path(out)
     names = [PROJECTOR_FILE, f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}"]
-    averaged = {name: _average(first / name, second / name, share) for name in names if (second / name).is_file()}
+    averaged = {name: _average(first, second, name, share) for name in names if (second / name).is_file()}
     if PROJECTOR_FILE not in averaged:
-        raise WeightsError(f"'{second.name}' is not a folder of mmchat weights: it has no {PROJECTOR_FILE}.")
+        raise WeightsError(f"'{second.name}' is not a weights folder: it has no {PROJECTOR_FILE}.")
     for name, tensors in averaged.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, out / name)
@@ -42,11 +44,15 @@ def average_weights(first: str | Path, second: str | Path, share: float, out: st
             shutil.copy(second / name, out / name)
 
 
-def _average(first: Path, second: Path, share: float) -> dict:
+def _average(first: Path, second: Path, name: str, share: float) -> dict[str, torch.Tensor]:
+    one, other = _read(first, name), _read(second, name)
+    if {key: tensor.shape for key, tensor in one.items()} != {key: tensor.shape for key, tensor in other.items()}:
+        raise WeightsError(f"{name} of the two folders cannot be averaged: the names or shapes of the tensors differ.")
+    return {key: one[key].float().lerp(tensor.float(), share).to(tensor.dtype) for key, tensor in other.items()}
+
+
+def _read(folder: Path, name: str) -> dict[str, torch.Tensor]:
     try:
-        one, other = load_file(first), load_file(second)
-        if one.keys() != other.keys():
-            raise ValueError("different tensors")
-        return {name: one[name].float().lerp(tensor.float(), share).to(tensor.dtype) for name, tensor in other.items()}
-    except (OSError, RuntimeError, ValueError) as error:
-        raise WeightsError(f"{first.name} of the two folders cannot be averaged: the shapes differ.") from error
+        return load_file(folder / name)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{name} in '{folder.name}' is missing or damaged.") from error

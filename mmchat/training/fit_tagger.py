@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import BadInput
-from ..models.tagger import Tag, Tagger, encoder_text, pooled, tag_text
+from ..models.tagger import Tag, Tagger, fingerprint_text, pooled, tag_text
 from ..presets import ImageEncoderPreset
 from .data.labels import Labeled
 from .data.packing import Features
@@ -187,7 +187,7 @@ def fit_tagger(
 
     def tagger_of(chosen: torch.Tensor) -> Tagger:
         layer = fit_words(x[chosen], targets[chosen], weights[chosen], seed)
-        tagger = Tagger(classes, vocabulary.words, encoder.image_dim, encoder_text(encoder))
+        tagger = Tagger(classes, vocabulary.words, encoder.image_dim, fingerprint_text(encoder))
         layers = (*head, layer.weight.detach(), layer.bias.detach())
         tagger.load_state_dict(dict(zip(tagger.state_dict(), layers, strict=True)))
         return tagger

@@ -32,6 +32,7 @@ OLD_NAMES = {  # old name of a setting → today's; recipes and flags accept bot
     "own_answers": "scst_samples",
     "own_tokens": "scheduled_sampling",
     "own_tokens_cycle": "scheduled_sampling_cycle",
+    "share_rows": "pack_conversations",
 }
 OLD_VALUES = {"quantization": {"int8": CPU_INT8}}
 DATA, MODEL, SCHEDULE, RUN = "data", "model", "schedule", "run"
@@ -54,7 +55,7 @@ class Recipe:
     features: str | None = setting(None, DATA, "the folder that embed_images.py wrote")
     images: str | None = setting(None, DATA, "instead of --features: a folder of pictures to encode at every step")
     max_length: int = setting(1024, DATA, "maximum tokens in a sequence; longer conversations are truncated")
-    share_rows: bool = setting(True, DATA, "pack all conversations about a picture into one sequence")
+    pack_conversations: bool = setting(True, DATA, "pack all conversations about a picture into one sequence")
 
     preset: str = setting(SMOL.name, MODEL, "the models to train")
     image_encoder: str | None = setting(
@@ -109,7 +110,9 @@ class Recipe:
         "cosine", SCHEDULE, "learning rate schedule after the warmup", ("cosine", "linear", "constant")
     )
     weight_decay: float = setting(0.0, SCHEDULE, "weight decay of AdamW")
-    label_smoothing: float = setting(0.0, SCHEDULE, "probability that the loss spreads over all other tokens")
+    label_smoothing: float = setting(
+        0.0, SCHEDULE, "share of the target probability that is spread evenly over all tokens, the true one included"
+    )
     max_grad_norm: float = setting(1.0, SCHEDULE, "clip the gradient to this norm")
     precision: str = setting("fp32", SCHEDULE, "precision of the training computation", ("fp32", "bf16", "fp16"))
     gradient_checkpointing: bool = setting(False, SCHEDULE, "recompute activations in the backward pass to save memory")
@@ -216,7 +219,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise BadInput(f"{path.name} is not YAML: {error}.") from error
     if not isinstance(content, dict):
-        raise BadInput(f"{path.name} is not a list of settings, each as 'name: value'.")
+        raise BadInput(f"{path.name} must be a YAML mapping of setting names to values.")
     for old in OLD_NAMES.keys() & content.keys():
         logger.warning("%s: '%s' is now called '%s'", path.name, old, OLD_NAMES[old])
         content.setdefault(OLD_NAMES[old], content.pop(old))

@@ -65,7 +65,7 @@ def train(recipe: Recipe) -> None:
             chat_format_of(preset),
             model.tokens_per_image,
             max_length=recipe.max_length,
-            share=recipe.share_rows,
+            pack=recipe.pack_conversations,
             image_text=tags,
         )
 
@@ -186,7 +186,7 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[VisionLanguageModel, An
         )
     if recipe.quantization == CPU_INT8:
         if choose_device().type == "cpu":
-            use_faster_multiplication(model.causal_language_model.get_decoder(), Path(recipe.out))
+            use_faster_multiplication(model.unwrapped_language_model.get_decoder(), Path(recipe.out))
         else:
             logger.warning("cpu-int8 works on CPUs only: the base model stays in full precision")
     for weight in model.parameters():  # trainable weights are float32, whatever the precision of the base
@@ -196,9 +196,9 @@ def build_model(recipe: Recipe, preset: Preset) -> tuple[VisionLanguageModel, An
     if not recipe.lr:
         model.language_model.requires_grad_(False)
     if recipe.gradient_checkpointing:
-        model.causal_language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.unwrapped_language_model.gradient_checkpointing_enable({"use_reentrant": False})
     if recipe.compile:  # layer by layer: all layers share one compilation
-        for layer in model.causal_language_model.get_decoder().layers:
+        for layer in model.unwrapped_language_model.get_decoder().layers:
             layer.compile(dynamic=True)
     return model.train(), tokenizer
 

@@ -17,14 +17,16 @@ from torch import nn
 
 from ..errors import BadInput
 from ..inference.generation import stop_token_ids
-from ..models.prompt import IMAGE_TOKEN_ID, EncodedConversation
+from ..models.prompt import IMAGE_TOKEN_ID, TokenizedConversation
 from ..models.vision_language_model import IGNORE_INDEX, VisionLanguageModel
 from .data.packing import ConversationDataset, PackedSequence, collate, lay_out
 from .data.questions import PEOPLE, PEOPLE_WORDS
 from .evaluation.metrics import words
 from .trainer import VisionLanguageTrainer
 
-INVENTED_PEOPLE = -0.5  # the reward for people that no reference mentions: most captions to learn from are about people
+INVENTED_PEOPLE = (
+    -0.5
+)  # added to the reward of a text with people that no reference mentions: most training captions have some
 MIN_LIMIT = 24  # tokens; a sample may be at least this long, even if its references are single words
 MIN_ANSWERS = 3  # a question with at least this many different answers is open
 _PEOPLE = {*PEOPLE, *PEOPLE.values(), *PEOPLE_WORDS}
@@ -170,7 +172,7 @@ def sample_answers(
     with torch.compiler.set_stance("force_eager"):  # every step has a new length and would compile again
         sampled = _sample(model, model.splice(token_ids, features), is_token, count, max_new_tokens)
     model.train(is_training)
-    stop_ids = stop_token_ids(model.causal_language_model)
+    stop_ids = stop_token_ids(model.unwrapped_language_model)
     answers = [_up_to_stop(row, stop_ids) for row in sampled.tolist()]
     return [answers[start : start + count] for start in range(0, len(answers), count)]
 
@@ -181,7 +183,7 @@ def _sample(
     """Samples until every sequence has a stop token: [questions × count, tokens]."""
     from transformers import DynamicCache
 
-    language_model = model.causal_language_model
+    language_model = model.unwrapped_language_model
     stop_ids = torch.tensor(sorted(stop_token_ids(language_model)), device=embeddings.device)
     cache = DynamicCache(config=language_model.config)
     options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
@@ -234,7 +236,7 @@ class SelfCriticalTrainer(VisionLanguageTrainer):
     def __init__(
         self, *, tokenizer: Any, model: VisionLanguageModel, train_dataset: ConversationDataset, **options: Any
     ):
-        stop_ids = stop_token_ids(model.causal_language_model)
+        stop_ids = stop_token_ids(model.unwrapped_language_model)
         rows, found = [], []
         for row in train_dataset.rows:
             remaining, questions = take_open_questions(row, stop_ids)
@@ -293,9 +295,9 @@ class SelfCriticalTrainer(VisionLanguageTrainer):
         super().log(logs, start_time)
 
 
-def _answered(question: OpenQuestion, answer: list[int]) -> EncodedConversation:
+def _answered(question: OpenQuestion, answer: list[int]) -> TokenizedConversation:
     is_answer = [False] * len(question.token_ids) + [True] * len(answer)
-    return EncodedConversation(question.token_ids + answer, is_answer, question.images)
+    return TokenizedConversation(question.token_ids + answer, is_answer, question.images)
 
 
 def _collate_with_rows(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def shard_base(model: VisionLanguageModel) -> None:
     if state.num_processes == 1:
         raise BadInput("--shard needs several processes: start the script with 'accelerate launch'.")
     mesh = init_device_mesh(state.device.type, (state.num_processes,))
-    for layer in model.causal_language_model.get_decoder().layers:
+    for layer in model.unwrapped_language_model.get_decoder().layers:
         trained = {weight for weight in layer.parameters() if weight.requires_grad}
         fully_shard(layer, mesh=mesh, ignored_params=trained)
     sharded = {name: weight for name, weight in model.named_parameters() if isinstance(weight, DTensor)}

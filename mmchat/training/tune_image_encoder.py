@@ -49,7 +49,7 @@ def words_and_pairs(caption: str) -> set[str]:
 
 
 class PicturesWithWords(Dataset):
-    """Random crops and mirror images of pictures, each with the fraction of its captions that use each word.
+    """Random crops and flips of images, each with the fraction of its captions that use each word.
 
     Args:
         pictures: ``{"image": file name, "captions": [text, …]}``.

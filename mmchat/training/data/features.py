@@ -30,7 +30,7 @@ MIRRORED = "mirrored/"  # prefix of a picture's name: flipped left to right
 SUFFIXES = {".jpg", ".jpeg", ".tif"} | {f".{name.lower()}" for name in FORMATS}
 
 
-def encoder_identity(preset: ImageEncoderPreset) -> dict[str, Any]:
+def encoder_fingerprint(preset: ImageEncoderPreset) -> dict[str, Any]:
     """What features depend on: the encoder, the revision of its weights, and the kind of features."""
     return {
         "name": preset.name,
@@ -79,7 +79,7 @@ class FeatureStore:
 
     def check(self, preset: ImageEncoderPreset) -> None:
         """Raises BadInput if the features come from another encoder, revision or kind of features."""
-        for key, expected in encoder_identity(preset).items():
+        for key, expected in encoder_fingerprint(preset).items():
             if self.encoder.get(key) != expected:
                 raise BadInput(
                     f"The features in '{self.folder.name}' were made with {key} '{self.encoder.get(key)}', but "
@@ -276,7 +276,7 @@ def _start_manifest(folder: Path, preset: ImageEncoderPreset) -> dict:
     if not (folder / MANIFEST).exists():
         return {
             "format_version": FORMAT_VERSION,
-            "encoder": encoder_identity(preset),
+            "encoder": encoder_fingerprint(preset),
             "shards": [],
             "unreadable": {},
         }

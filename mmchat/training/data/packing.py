@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ...errors import BadInput
 from ...models.chat_formats import ChatFormat
-from ...models.prompt import IMAGE_TOKEN_ID, EncodedConversation, encode, no_text
+from ...models.prompt import IMAGE_TOKEN_ID, TokenizedConversation, no_text, tokenize_conversation
 from ...models.vision_language_model import IGNORE_INDEX
 from .llava_json import Conversation
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Features(Protocol):
-    """Image features by picture name: a ``FeatureStore`` or a ``PictureFolder``."""
+    """Image features by file name: a ``FeatureStore`` or a ``PictureFolder``."""
 
     def __contains__(self, name: str) -> bool: ...
 
@@ -75,7 +75,7 @@ class PackedSequence:
 
 
 def lay_out(
-    conversations: Sequence[EncodedConversation], max_length: int, weights: Sequence[float] | None = None
+    conversations: Sequence[TokenizedConversation], max_length: int, weights: Sequence[float] | None = None
 ) -> list[PackedSequence]:
     """Packs conversations about the same pictures into sequences of at most ``max_length`` tokens.
 
@@ -87,7 +87,7 @@ def lay_out(
     """
     rows: list[PackedSequence] = []
     path: list[int] = []  # indices of the tokens of the last conversation, root first
-    last: EncodedConversation | None = None
+    last: TokenizedConversation | None = None
     weighted = zip(conversations, weights or [1.0] * len(conversations), strict=True)
     for conversation, weight in sorted(weighted, key=lambda pair: pair[0].token_ids):
         shared = _shared_length(last, conversation) if last else 0
@@ -113,7 +113,7 @@ def lay_out(
     return rows
 
 
-def _shared_length(first: EncodedConversation, second: EncodedConversation) -> int:
+def _shared_length(first: TokenizedConversation, second: TokenizedConversation) -> int:
     """Length of the common prefix of two conversations, up to the first answer token."""
     pairs = zip(first.token_ids, second.token_ids, first.is_answer, second.is_answer, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1] and not (pair[2] or pair[3]), pairs))
@@ -127,7 +127,7 @@ class ConversationDataset(Dataset):
         features: the features of every picture.
         tokens_per_image: projector tokens per picture.
         max_length: maximum tokens in a sequence; longer conversations are truncated.
-        share: pack conversations about the same pictures into one sequence.
+        pack: put conversations about the same pictures into one sequence.
         image_text: returns the text that follows a picture in the prompt, such as its tags.
 
     Raises:
@@ -143,21 +143,23 @@ class ConversationDataset(Dataset):
         tokens_per_image: int,
         *,
         max_length: int = 1024,
-        share: bool = True,
+        pack: bool = True,
         image_text: Callable[[str], str] = no_text,
     ):
         self.features = features
-        groups: dict[Any, list[EncodedConversation]] = {}
+        groups: dict[Any, list[TokenizedConversation]] = {}
         self.count = truncated = 0
         for index, conversation in enumerate(conversations):
             for name in conversation.images:
                 if name not in features:
                     raise BadInput(f"Conversation {conversation.id} shows '{name}', which has no features.")
-            encoded = encode(conversation.messages, tokenizer, chat_format, tokens_per_image, image_text=image_text)
+            encoded = tokenize_conversation(
+                conversation.messages, tokenizer, chat_format, tokens_per_image, image_text=image_text
+            )
             if len(encoded.token_ids) > max_length:
                 encoded, truncated = _truncate(encoded, max_length), truncated + 1
             if any(encoded.is_answer):
-                groups.setdefault(conversation.images if share and conversation.images else index, []).append(encoded)
+                groups.setdefault(conversation.images if pack and conversation.images else index, []).append(encoded)
                 self.count += 1
         if truncated:
             logger.warning("%d conversations were truncated to %d tokens", truncated, max_length)
@@ -180,10 +182,10 @@ class ConversationDataset(Dataset):
         return {"row": row, "features": torch.stack(features) if features else None}
 
 
-def _truncate(encoded: EncodedConversation, length: int) -> EncodedConversation:
+def _truncate(encoded: TokenizedConversation, length: int) -> TokenizedConversation:
     if IMAGE_TOKEN_ID in encoded.token_ids[length:]:
-        return EncodedConversation([], [], [])  # the cut would leave part of a picture
-    return EncodedConversation(encoded.token_ids[:length], encoded.is_answer[:length], encoded.images)
+        return TokenizedConversation([], [], [])  # the cut would leave part of a picture
+    return TokenizedConversation(encoded.token_ids[:length], encoded.is_answer[:length], encoded.images)
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

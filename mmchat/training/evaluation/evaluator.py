@@ -17,9 +17,9 @@ from PIL import Image
 
 from ...conversation import Message, SamplingOptions
 from ...errors import BadInput
-from ...inference.generation import generate_texts
+from ...inference.generation import generate_batch
 from ...models.chat_formats import ChatFormat
-from ...models.prompt import IMAGE_TOKEN_ID, EncodedConversation, encode
+from ...models.prompt import IMAGE_TOKEN_ID, TokenizedConversation, tokenize_conversation
 from ...models.vision_language_model import VisionLanguageModel
 from ..data.llava_json import Conversation, conversation_of, stream_entries
 from ..data.packing import ConversationDataset, Features, PackedSequence, collate
@@ -189,7 +189,7 @@ class Evaluator:
         return result
 
     def _answers(self, items: Sequence[Item], features: Features, options: SamplingOptions) -> list[str]:
-        encoded = [self._encode(item, features) for item in items]
+        encoded = [self._tokenize(item, features) for item in items]
         keys = [_Key.of(prompt, features) for prompt in encoded]
         prompts = dict(zip(keys, encoded, strict=True))
         result = {}
@@ -198,7 +198,7 @@ class Evaluator:
             prefixes = [key.prefix for key in batch]
             shared = {"prefixes": prefixes, "prefix_length": len(prefixes[0][0])}
             shared = shared if prefixes[0][0] and len(set(prefixes)) < len(batch) else {}
-            texts = generate_texts(self.model.language_model, self.tokenizer, embeddings, options, **shared)
+            texts = generate_batch(self.model.language_model, self.tokenizer, embeddings, options, **shared)
             result.update(zip(batch, texts, strict=True))
         return [result[key] for key in keys]
 
@@ -239,8 +239,8 @@ class Evaluator:
         loss, count = torch.tensor(losses, dtype=torch.float64).numpy(), torch.tensor(counts).numpy()
         return bootstrap(len(loss), lambda sample: exp(loss[sample].sum() / count[sample].sum()))
 
-    def _encode(self, item: Item, features: Features) -> EncodedConversation:
-        return encode(
+    def _tokenize(self, item: Item, features: Features) -> TokenizedConversation:
+        return tokenize_conversation(
             item.question,
             self.tokenizer,
             self.chat_format,
@@ -253,7 +253,7 @@ class Evaluator:
         """Picture name → its tag text, which follows the features that replace the picture."""
         return cache(lambda name: self.model.tags(features[name]))
 
-    def _embed(self, prompt: EncodedConversation, features: Features) -> torch.Tensor:
+    def _embed(self, prompt: TokenizedConversation, features: Features) -> torch.Tensor:
         """The input embeddings of a prompt, [length, hidden_size]."""
         device = self.model.device
         found = [features[name].to(device).float() for name in prompt.images]
@@ -298,7 +298,7 @@ class _Key:
     suffix: tuple[int, ...]  # the tokens after it
 
     @classmethod
-    def of(cls, prompt: EncodedConversation, features: Features) -> _Key:
+    def of(cls, prompt: TokenizedConversation, features: Features) -> _Key:
         token_ids = tuple(prompt.token_ids)
         end = max((index + 1 for index, token_id in enumerate(token_ids) if token_id == IMAGE_TOKEN_ID), default=0)
         shown = getattr(features, "shown", str)  # shuffled and blank features replace pictures

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from mmchat import BadInput, Message, SamplingOptions
-from mmchat.checkpoints.exporting import chat_template, export_llava
+from mmchat.checkpoints.llava_export import chat_template, export_llava
 from mmchat.checkpoints.weights_folder import load_model
 from mmchat.engine import LocalEngine
 from mmchat.models.chat_formats import CHAT_FORMATS
-from mmchat.models.prompt import IMAGE_TOKEN_ID, encode
+from mmchat.models.prompt import IMAGE_TOKEN_ID, tokenize_conversation
 from mmchat.presets import PRESETS, HubRepository
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
@@ -63,7 +63,7 @@ def test_the_same_greedy_tokens(tiny, exported):
         inputs = processor.apply_chat_template(
             asked(picture), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-        ours = encode(
+        ours = tokenize_conversation(
             [Message("user", QUESTION, [picture])], engine.tokenizer, engine.chat_format, 4, add_generation_prompt=True
         ).token_ids
         image_id = model.config.image_token_id
@@ -84,7 +84,7 @@ def test_merging_changes_logits_by_rounding_only(tiny, exported):
     ours, _ = load_model(preset, weights, torch.float32)
     merged = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).model.language_model
     embeddings = torch.randn(2, 9, 64)
-    expected = ours.causal_language_model.get_decoder()(inputs_embeds=embeddings).last_hidden_state
+    expected = ours.unwrapped_language_model.get_decoder()(inputs_embeds=embeddings).last_hidden_state
     assert_close(merged(inputs_embeds=embeddings).last_hidden_state, expected)
 
 
@@ -122,7 +122,7 @@ def test_no_file_names_a_folder_of_this_machine(tiny, exported):
 def test_longrope_stays_below_its_long_factors():
     from transformers import Phi3Config, Phi3ForCausalLM
 
-    from mmchat.checkpoints.exporting import _keep_short_factors
+    from mmchat.checkpoints.llava_export import _keep_short_factors
 
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     config = Phi3Config(
@@ -170,7 +170,10 @@ def test_the_template_says_what_the_prompt_builder_says(exported, name):
         add_generation_prompt=True,
         return_dict=True,
     )
-    assert theirs["input_ids"] == encode(messages, tokenizer, chat_format, 1, add_generation_prompt=True).token_ids
+    assert (
+        theirs["input_ids"]
+        == tokenize_conversation(messages, tokenizer, chat_format, 1, add_generation_prompt=True).token_ids
+    )
 
 
 @pytest.mark.slow

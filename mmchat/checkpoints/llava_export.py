@@ -12,7 +12,7 @@ from ..conversation import ROLES
 from ..errors import BadInput
 from ..fetching import fetch
 from ..models.chat_formats import CHAT_FORMATS, ChatFormat
-from ..models.image_encoder import llava_tower
+from ..models.image_encoder import llava_image_encoder
 from ..models.language_model import context_length
 from ..models.llava_folder import is_llava_folder, open_llava
 from ..models.vision_language_model import VisionLanguageModel
@@ -49,7 +49,7 @@ def export_llava(weights: str | Path, out: str | Path, preset: Preset, dtype: to
     _check(model, preset)
     if model.has_adapter:
         model.language_model = model.language_model.merge_and_unload()
-    language_model = model.causal_language_model
+    language_model = model.unwrapped_language_model
     image_token = preset.chat_template.image_token if preset.chat_template else IMAGE_TOKEN
     if image_token not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
@@ -66,7 +66,7 @@ def export_llava(weights: str | Path, out: str | Path, preset: Preset, dtype: to
 
 def _check(model: VisionLanguageModel, preset: Preset) -> None:
     config, encoder = model.projector_config, preset.image_encoder
-    head = model.causal_language_model.get_output_embeddings()
+    head = model.unwrapped_language_model.get_output_embeddings()
     troubles = {
         f"features of the kind '{encoder.features}', where it takes patches": encoder.features != "patches",
         f"a projector of the kind '{config.kind}', where it takes 'llava'": config.kind != "llava",
@@ -84,13 +84,13 @@ def _assemble(model: VisionLanguageModel, preset: Preset, image_token_id: int) -
     """The LLaVA model around our parts, none of which is copied."""
     from transformers import LlavaForConditionalGeneration
 
-    language_model = model.causal_language_model
+    language_model = model.unwrapped_language_model
     config = _config(preset, image_token_id, language_model.config)
     for part in (config, config.text_config, config.vision_config):
         part.name_or_path = ""  # a folder of this machine
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(config)
-    llava.model.vision_tower = _tower(preset.image_encoder, type(llava.model.vision_tower))
+    llava.model.vision_tower = _image_encoder(preset.image_encoder, type(llava.model.vision_tower))
     llava.model.multi_modal_projector.load_state_dict(model.projector.state_dict(), assign=True)
     llava.model.language_model = language_model.get_decoder()
     llava.lm_head = language_model.get_output_embeddings()
@@ -116,12 +116,12 @@ def _config(preset: Preset, image_token_id: int, text_config: Any) -> Any:
     )
 
 
-def _tower(encoder: ImageEncoderPreset, tower_class: Any) -> nn.Module:
+def _image_encoder(encoder: ImageEncoderPreset, model_class: Any) -> nn.Module:
     """An image encoder without what a contrastive model or a LLaVA model has beside it, in 32 bits."""
     folder = fetch(encoder.source)
     if is_llava_folder(folder):
-        return llava_tower(folder, encoder.name)[1]
-    return tower_class.from_pretrained(folder, dtype=torch.float32)
+        return llava_image_encoder(folder, encoder.name)[1]
+    return model_class.from_pretrained(folder, dtype=torch.float32)
 
 
 def _named_for_engines(llava: nn.Module) -> dict[str, torch.Tensor]:
