@@ -528,7 +528,7 @@ def precomputing() -> Iterator[Row]:
 
 
 def quality(captions: str, photos: str, limit: int) -> Iterator[Row]:
-    """Greedy captions with packed 4-bit weights, against fp32 PyTorch."""
+    """Greedy captions with 8-bit inputs, against fp32 PyTorch."""
     from mmchat import Message, SamplingOptions
     from mmchat.inference.decoder import TorchDecoder
     from mmchat.inference.prefix_cache import PrefixCache

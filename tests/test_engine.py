@@ -14,7 +14,7 @@ from mmchat.errors import MmchatError
 from mmchat.inference.decoder import TorchDecoder
 from mmchat.inference.prefix_cache import CachedPrefix, PrefixCache
 from mmchat.models.prompt import IMAGE_TOKEN_ID
-from tests.close import assert_close
+from tests.close import BITS_8, assert_close, certain_answer
 
 GREEDY = SamplingOptions(temperature=0, max_new_tokens=16)
 
@@ -56,8 +56,8 @@ def test_text_alone_is_answered_by_the_base_model(engine):
     )
     expected = base.generate(**prompt, max_new_tokens=16, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     options = SamplingOptions(temperature=0, max_new_tokens=16, repetition_penalty=1)
-    ours = answer(engine, Message("user", "Name the capital of France."), options=options)
-    assert ours == engine.tokenizer.decode(expected, skip_special_tokens=True)
+    ours, _ = certain_answer(engine, [Message("user", "Name the capital of France.")], options, 0.03)  # 8 bits
+    assert engine.tokenizer.decode(expected, skip_special_tokens=True).startswith(ours)
     assert "Paris" in ours
 
 
@@ -229,7 +229,7 @@ def test_a_closed_reply_releases_the_engine(engine):
 def test_concurrent_replies_are_independent(engine, photo):
     """One with the adapter, one without: each gets the same answer as alone."""
     questions = [Message("user", "Describe the image.", images=[photo]), Message("user", "What is the sun?")] * 2
-    alone = [answer(engine, question) for question in questions]
+    alone = [certain_answer(engine, [question], GREEDY, BITS_8)[0] for question in questions]
     together: list = [None] * len(questions)
 
     def run(index):
@@ -240,7 +240,7 @@ def test_concurrent_replies_are_independent(engine, photo):
         thread.start()
     for thread in threads:
         thread.join()
-    assert together == alone
+    assert all(text.startswith(certain) for text, certain in zip(together, alone, strict=True)), (together, alone)
 
 
 @pytest.mark.slow
@@ -251,12 +251,14 @@ def test_a_short_answer_does_not_wait_for_a_long_one(engine, photo, monkeypatch,
         monkeypatch.setattr(engine, "decoder", exact)
         monkeypatch.setattr(engine, "prefix_cache", PrefixCache(exact, 2e8))
     picture = Message("user", "Describe the image.", images=[photo])
-    alone = answer(engine, picture)
+    alone, _ = certain_answer(engine, [picture], GREEDY, BITS_8)
     long = engine.reply([Message("user", "Tell me a long story.")], SamplingOptions(temperature=0, max_new_tokens=40))
     beginning = [next(long) for _ in range(5)]
-    assert answer(engine, picture) == alone  # in the same thread: no lock is held between pieces
+    beside = answer(engine, picture)  # in the same thread: no lock is held between pieces
+    assert beside.startswith(alone)
     story = "".join([*beginning, *long])
-    assert story == answer(engine, Message("user", "Tell me a long story."), options=replace(GREEDY, max_new_tokens=40))
+    options = replace(GREEDY, max_new_tokens=40)
+    assert story.startswith(certain_answer(engine, [Message("user", "Tell me a long story.")], options, BITS_8)[0])
 
 
 @pytest.mark.slow

@@ -1,9 +1,10 @@
-"""A Llama decoder on ONNX Runtime with 4-bit weights, for the CPU.
+"""A Llama decoder on ONNX Runtime with 4-bit weights and 8-bit inputs, for the CPU.
 
 Decoding reads every weight once per token, so it is bound by memory bandwidth: smaller weights are faster. PyTorch also
 spends as long on launching its many small operations as on computing. In a GGUF file of type Q4_1, a block of 32
-weights has 16 levels (embeddings: 256). Packing keeps these levels, so it is lossless and the logits equal PyTorch's.
-The fp32 weights stay memory-mapped on disk.
+weights has 16 levels (embeddings: 256). Packing keeps these levels, so the weights are lossless up to fp32 rounding.
+Like llama.cpp, the decoder rounds the inputs of a product to 8 bits, but for outlier channels, so its logits are close
+to PyTorch's, not equal. The fp32 weights stay memory-mapped on disk.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +46,9 @@ def load_onnx_decoder(model: nn.Module) -> OnnxDecoder | None:
     if os.environ.get("MMCHAT_DECODER") == "torch" or not _is_supported(base):
         return None
     try:
-        # "7" is the version of build_decoder: raise it when its output changes
-        folder = convert_once(f"decoder-7-{_digest(base)}", lambda target: build_decoder(base, target))
+        # "11" is the version of build_decoder: raise it when its output changes
+        with model.disable_adapter() if hasattr(model, "get_base_model") else nullcontext():
+            folder = convert_once(f"decoder-11-{_digest(base)}", lambda target: build_decoder(base, target))
         decoder = OnnxDecoder(folder / "decoder.onnx", model)
     except Exception as error:  # onnxruntime raises many types; PyTorch is the fallback for all of them
         logger.warning("ONNX Runtime cannot run this model; decoding with PyTorch, which is slower: %s", error)
@@ -131,7 +134,7 @@ class _Graph:
         for part in PARTS:
             inputs, ranks = self._corrections[any_adapter][f"correction.0.{part}.down"].shape()
             switch = np.ones((len(adapters), 1, ranks), dtype=np.float32)
-            switch[np.logical_not(adapters), :, inputs // BLOCK :] = 0
+            switch[np.logical_not(adapters), :, 2 * (inputs // BLOCK) :] = 0
             binding.bind_cpu_input(f"switch.{part}", switch)
 
     def run(self, binding: Any, embeddings: np.ndarray, lengths: list[int]) -> np.ndarray:
@@ -281,25 +284,26 @@ def _capacity_for(length: int) -> int:
 
 @torch.inference_mode()
 def _correction_inputs(model: nn.Module, path: Path, with_adapter: bool) -> Iterator[tuple[str, Any]]:
-    """Zero-point correction and LoRA weights of each part as a (down, up) pair, [inputs, rank] and [rank, outputs]."""
+    """Block sums, outlier channels and LoRA of each part as a (down, up) pair, [inputs, rank] and [rank, outputs]."""
     from onnxruntime import OrtValue
     from safetensors.torch import load_file
 
-    blocks = load_file(path)
+    correction = load_file(path)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = base.get_decoder().layers
     for part, names in PARTS.items():
         adapters = [_adapter(layer, names) if with_adapter else (torch.empty(0), torch.empty(0)) for layer in layers]
         rank = max(up.shape[0] for _, up in adapters)
         for index, (lora_down, lora_up) in enumerate(adapters):
-            correction = blocks[f"{index}.{part}"]  # [blocks, outputs]
-            inputs, outputs = BLOCK * len(correction), correction.shape[1]
-            down, up = torch.zeros(inputs, len(correction) + rank), torch.zeros(len(correction) + rank, outputs)
-            down[:, : len(correction)] = torch.eye(len(correction)).repeat_interleave(BLOCK, dim=0)
-            up[: len(correction)] = correction
+            base_up, outliers = correction[f"{index}.{part}"], correction[f"{index}.{part}.outliers"]
+            blocks, base_rank, outputs = len(outliers), *base_up.shape  # base_rank is twice the number of blocks
+            down, up = torch.zeros(blocks * BLOCK, base_rank + rank), torch.zeros(base_rank + rank, outputs)
+            down[:, :blocks] = torch.eye(blocks).repeat_interleave(BLOCK, dim=0).index_fill(0, outliers, 0)
+            down[outliers, torch.arange(blocks, base_rank)] = 1
+            up[:base_rank] = base_up
             if len(lora_up):  # ranks that a layer lacks stay zero
-                down[:, len(correction) : len(correction) + len(lora_up)] = lora_down
-                up[len(correction) : len(correction) + len(lora_up)] = lora_up
+                down[:, base_rank : base_rank + len(lora_up)] = lora_down
+                up[base_rank : base_rank + len(lora_up)] = lora_up
             for kind, matrix in (("down", down), ("up", up)):
                 yield f"correction.{index}.{part}.{kind}", OrtValue.ortvalue_from_numpy(matrix.numpy())
 

@@ -1,12 +1,16 @@
 """Networks as ONNX graphs, which run faster on a CPU than in PyTorch.
 
-A Llama model gets 4-bit weights and an 8-bit output head, both lossless; an EfficientNet-Lite stays in fp32.
+A Llama model gets 4-bit weights and an 8-bit output head, both lossless; an EfficientNet-Lite stays in fp32. The fast
+products with such weights round their inputs to 8 bits, one scale for 32 channels. A few channels hold values many
+times larger than the others, whatever the token, and would spoil their block; they are multiplied in fp32, as in
+LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +24,13 @@ logger = logging.getLogger(__name__)
 
 FLOAT, INT32 = 1, 6  # onnx.TensorProto's numbers
 BLOCK = 32  # weights that share a scale
-# Zero-point correction: MatMulNBits assumes zero point 8; ours differs per block. The missing term is low-rank, like
-# LoRA, so both enter the graph as one (down, up) pair, the "correction" inputs. This file beside the graph holds the
-# missing term of each part, [blocks, outputs]. The "switch" inputs turn the adapter's ranks on or off for each row.
-CORRECTION_FILE = "zero_point_correction.safetensors"
+# The correction: what the 8-bit products lack. MatMulNBits assumes zero point 8; ours differs per block, so a multiple
+# of each block's sum is missing, and so are the outlier channels. Both terms are low-rank, like LoRA, so all three
+# enter the graph as one (down, up) pair, the "correction" inputs. This file beside the graph holds, for each part, its
+# outlier channels and the rows of "up": one for each block, then one for each outlier. The "switch" inputs turn the
+# adapter's ranks on or off for each row.
+CORRECTION_FILE = "correction.safetensors"
+CALIBRATION_TOKENS = 256  # random ones: outlier channels are the same whatever the text
 PARTS = {  # one matrix product -> the linear layers fused in it
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -134,6 +141,7 @@ class _Decoder(_Graph):
         super().__init__()
         self.config = model.config
         self.correction: dict[str, Any] = {}
+        self.outliers = _outlier_channels(model)
         decoder = model.get_decoder()
         self._input("embeddings", FLOAT, ["rows", "tokens", self.config.hidden_size])
         self._input("last", INT32, ["rows"])
@@ -177,12 +185,16 @@ class _Decoder(_Graph):
         return self._part(product, layer, index, "down")
 
     def _part(self, x: str, layer: nn.Module, index: int, part: str) -> str:
-        """Fused linear layers: 4-bit matrix product, plus the zero-point correction and the adapter."""
+        """Fused linear layers: 4-bit matrix product, plus the correction and the adapter."""
         weight = torch.cat([linear.weight for kind, linear in base_layers(layer) if kind == part])
         name = f"{index}.{part}"
         codes, scale, lowest = _require_lossless(pack_4bit(weight), name)
-        product = self._packed(x, codes, scale, name, weight.shape, bits=4, accuracy_level=1)  # computes in fp32
-        self.correction[name] = (lowest + 8 * scale).T.contiguous()  # [blocks, outputs]
+        outliers = self.outliers[name]
+        mask = torch.ones(weight.shape[1]).index_fill(0, outliers, 0)
+        inliers = self._node("Mul", [x, self._weight(f"{name}.mask", mask)], [f"{name}.inliers"])
+        product = self._packed(inliers, codes, scale, name, weight.shape, bits=4, accuracy_level=4)  # 8-bit inputs
+        self.correction[f"{name}.outliers"] = outliers
+        self.correction[name] = torch.cat([(lowest + 8 * scale).T, weight[:, outliers].T])  # [2 · blocks, outputs]
         down, up = f"correction.{name}.down", f"correction.{name}.up"
         self._input(down, FLOAT, [weight.shape[1], f"rank.{part}"])
         self._input(up, FLOAT, [f"rank.{part}", weight.shape[0]])
@@ -194,8 +206,8 @@ class _Decoder(_Graph):
     def _head(self, x: str, weight: torch.Tensor) -> str:
         """The output head with 8-bit weights, for one token of each row: [rows, 1, hidden_size] → [rows, vocabulary].
 
-        ONNX Runtime's fast kernel takes 8-bit inputs. So x enters twice, as its value rounded to 8 bits and as the
-        rounding error, rounded in turn; the two products are summed.
+        With its inputs rounded to 8 bits, the error of the whole decoder would be half as large again. So x enters twice,
+        as its value rounded to 8 bits and as the rounding error, rounded in turn; the two products are summed.
         """
         codes, scale = _require_lossless(pack_8bit(weight), "the output head")
         self._weight("head.as_blocks", torch.tensor([-1, BLOCK]))
@@ -250,6 +262,29 @@ class _Decoder(_Graph):
         angles = torch.outer(position, decoder.rotary_emb.inv_freq)  # [positions, head size / 2]
         self._weight("cosines", angles.cos())
         self._weight("sines", angles.sin())
+
+
+def _outlier_channels(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The input channels of each part that have the largest values, as many as there are blocks: part → [blocks]."""
+    found: dict[str, torch.Tensor] = {}
+
+    def watch(name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        largest = inputs[0].abs().amax(dim=(0, 1))  # [channels]
+        found[name] = largest.topk(len(largest) // BLOCK).indices.sort().values
+
+    hooks = [
+        layer.get_submodule(names[0]).register_forward_pre_hook(partial(watch, f"{index}.{part}"))
+        for index, layer in enumerate(model.get_decoder().layers)
+        for part, names in PARTS.items()
+    ]
+    random = torch.Generator().manual_seed(0)
+    length = min(CALIBRATION_TOKENS, model.config.max_position_embeddings)
+    try:
+        model(torch.randint(model.config.vocab_size, (1, length), generator=random), logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def pack_4bit(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
