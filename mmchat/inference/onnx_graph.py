@@ -206,8 +206,8 @@ class _Decoder(_Graph):
     def _head(self, x: str, weight: torch.Tensor) -> str:
         """The output head with 8-bit weights, for one token of each row: [rows, 1, hidden_size] → [rows, vocabulary].
 
-        With its inputs rounded to 8 bits, the error of the whole decoder would be half as large again. So x enters twice,
-        as its value rounded to 8 bits and as the rounding error, rounded in turn; the two products are summed.
+        With its inputs rounded to 8 bits, the error of the whole decoder would be half as large again. So x enters
+        twice, as its value rounded to 8 bits and as the rounding error, rounded in turn; the two products are summed.
         """
         codes, scale = _require_lossless(pack_8bit(weight), "the output head")
         self._weight("head.as_blocks", torch.tensor([-1, BLOCK]))
