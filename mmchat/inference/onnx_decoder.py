@@ -296,7 +296,7 @@ def _correction_inputs(model: nn.Module, path: Path, with_adapter: bool) -> Iter
         rank = max(up.shape[0] for _, up in adapters)
         for index, (lora_down, lora_up) in enumerate(adapters):
             base_up, outliers = correction[f"{index}.{part}"], correction[f"{index}.{part}.outliers"]
-            blocks, base_rank, outputs = len(outliers), *base_up.shape  # base_rank is twice the number of blocks
+            blocks, (base_rank, outputs) = len(outliers), base_up.shape  # base_rank is twice the number of blocks
             down, up = torch.zeros(blocks * BLOCK, base_rank + rank), torch.zeros(base_rank + rank, outputs)
             down[:, :blocks] = torch.eye(blocks).repeat_interleave(BLOCK, dim=0).index_fill(0, outliers, 0)
             down[outliers, torch.arange(blocks, base_rank)] = 1
