@@ -85,7 +85,7 @@ def generate_token_ids(
     decoder: Decoder, logits: torch.Tensor, options: SamplingOptions, stop_ids: set[int], cache: Cache
 ) -> Generator[int, None, None]:
     """Streams the token ids of the answer to a prefilled prompt, without the stop token."""
-    answer = Answer(Sampler(options, logits.device), stop_ids, options.max_new_tokens)
+    answer = Answer(Sampler(options), stop_ids, options.max_new_tokens)
     yield from decoder.batch.generate(answer, cache, logits[0])
 
 
