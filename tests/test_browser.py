@@ -157,15 +157,27 @@ def test_one_click_on_an_example_asks_it(page):
     expect(page.locator("#chat .user .prose")).to_have_text(text)
 
 
-def test_several_pictures_go_with_one_question(page, photo, engine, monkeypatch):
+def test_several_pictures_are_numbered_in_each_question(page, photo, engine, monkeypatch):
     asked = record_replies(engine, monkeypatch)
+    show(page, photo.with_name("coffee.jpg"))
+    ask(page, "What is this?")
+    finished(page)
     show(page, photo)
     show(page, photo.with_name("bus.jpg"))
     ask(page, "What is in picture 2?")
     finished(page)
     assert [path.name for path in asked[-1][-1].images] == ["astronaut.jpg", "bus.jpg"]
-    pictures = page.locator("#chat .user img")
-    assert [pictures.nth(index).get_attribute("alt") for index in range(2)] == ["Picture 1", "Picture 2"]
+    pictures = page.locator("#chat .user .image-container")
+    captions = pictures.evaluate_all("all => all.map(one => getComputedStyle(one, '::after').content)")
+    assert captions == ["none", '"Picture 1"', '"Picture 2"']
+    assert pictures.locator("img").evaluate_all("all => all.map(one => one.alt)") == [
+        "Picture 1",
+        "Picture 1",
+        "Picture 2",
+    ]
+    ask(page, "And in picture 1?")
+    finished(page)
+    assert [len(message.images) for message in asked[-1] if message.role == "user"] == [1, 2, 0]
 
 
 def test_pictures_can_be_dropped_and_pasted_anywhere(page, photo):

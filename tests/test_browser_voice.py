@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mmchat.media import SAMPLE_RATE, read_audio
-from tests.browsing import FLAGS, answers, ask, expect, find_chromium, question
+from tests.browsing import FLAGS, answers, ask, expect, find_chromium, finished, question
 from tests.conftest import SPEECH
 
 pytestmark = pytest.mark.browser
@@ -94,7 +94,11 @@ def test_the_transcript_waits_in_the_box_for_checking(page, spoken_question):
     expect(stop(page)).to_have_count(0)
     question(page).fill("What is the capital of Italy?")
     page.get_by_role("button", name="Send", exact=True).click()
-    expect(answers(page).last).to_contain_text(re.compile(r"\w+"))
+    finished(page)
+    expect(page.locator("#chat .thought-group")).to_contain_text(re.compile(r"Speech: \d\.\d s"))
+    ask(page, "Name a color.")
+    finished(page)
+    expect(page.locator("#chat .thought-group").last).not_to_contain_text("Speech")
 
 
 def test_a_recording_is_sent_at_once_and_the_browser_keeps_the_switches(page, spoken_question):
@@ -148,6 +152,33 @@ def test_answers_are_read_while_they_are_written_and_stop_ends_the_voice(page):
     page.wait_for_function("!mmchatVoice.speaking()")
     expect(stop(page)).to_have_count(0)  # no clip follows
     assert not page.evaluate("mmchatVoice.speaking()")
+
+
+def test_the_speaker_button_ends_a_voice_that_goes_on_after_the_text(page):
+    open_voice(page)
+    page.get_by_label("Read answers aloud").check()
+    page.get_by_role("tab", name="Text").click()
+    ask(page, "Why is the sky blue? Answer in two sentences.")
+    finished(page)
+    assert page.evaluate("mmchatVoice.speaking()")
+    page.get_by_role("button", name="Read aloud").last.click()
+    page.wait_for_timeout(1000)
+    assert not page.evaluate("mmchatVoice.speaking()")
+
+
+def test_hands_free_talk_goes_on_after_an_error(page, engine, monkeypatch):
+    def fail(*_, **__):
+        monkeypatch.undo()
+        raise RuntimeError("broken")
+        yield
+
+    monkeypatch.setattr(engine, "reply", fail)
+    open_voice(page)
+    choose_language(page, "English")
+    page.get_by_role("button", name="Talk hands-free").click()
+    expect(page.locator("#chat .user").first).to_contain_text(re.compile("capital of France", re.IGNORECASE))
+    expect(page.locator("#chat .user")).to_have_count(2)  # heard again
+    page.get_by_role("button", name="Stop talking").click()
 
 
 def test_hands_free_talk_hears_answers_and_listens_again(page):

@@ -82,6 +82,7 @@ def test_a_conversation_goes_on_after_a_reload_even_if_its_upload_is_gone(page, 
 
 def test_conversations_are_listed_found_renamed_and_deleted(page):
     page.on("dialog", lambda dialog: dialog.accept("Trains and boats" if dialog.type == "prompt" else None))
+    texts = []
     for count, text in enumerate(("What is a boat?", "What is the capital of France?"), start=1):
         page.get_by_role("button", name="New chat", exact=True).click()
         page.wait_for_timeout(300)  # a person is slower than the box is emptied
@@ -89,7 +90,12 @@ def test_conversations_are_listed_found_renamed_and_deleted(page):
         ask(page, text)
         finished(page)
         expect(titles(page)).to_have_count(count)
+        texts.append(answers(page).last.inner_text())
+    other = f"What is a boat? {texts[0]}".lower()
+    word_of_answer = next(word for word in texts[1].split() if word.isalpha() and word.lower() not in other)
     page.get_by_label("Search conversations").fill("capital")
+    expect(titles(page)).to_have_text(["What is the capital of France?"])
+    page.get_by_label("Search conversations").fill(word_of_answer)
     expect(titles(page)).to_have_text(["What is the capital of France?"])
     page.get_by_label("Search conversations").fill("")
     page.get_by_role("button", name="Rename What is a boat?").click()

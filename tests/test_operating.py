@@ -138,7 +138,9 @@ def test_settings_equip_an_engine(monkeypatch):
     engine = Said("a")
     for name in ("MMCHAT_ANSWER_CACHE", "MMCHAT_FILTER"):
         monkeypatch.delenv(name, raising=False)
-    assert build_middleware()(engine) is engine  # all off by default
+    assert type(build_middleware()(engine)) is CachingEngine  # all else is off by default
+    monkeypatch.setenv("MMCHAT_ANSWER_CACHE", "0")
+    assert build_middleware()(engine) is engine
     monkeypatch.setenv("MMCHAT_ANSWER_CACHE", "8")
     monkeypatch.setenv("MMCHAT_FILTER", "1")
     wrapped = build_middleware()(engine)

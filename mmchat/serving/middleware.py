@@ -10,6 +10,8 @@ from .caching import CachingEngine, answers_cached
 from .filtering import FilteringEngine, load_filter
 from .observing import Observation, ObservedEngine
 
+DEFAULT_ANSWERS = "256"  # kept by the cache; five megabytes at most
+
 
 def build_middleware(observers: Sequence[Callable[[Observation], None]] = ()) -> Callable[[Engine], Engine]:
     """Reads MMCHAT_ANSWER_CACHE and MMCHAT_FILTER, and returns what they do to an engine.
@@ -20,7 +22,7 @@ def build_middleware(observers: Sequence[Callable[[Observation], None]] = ()) ->
     Raises:
         BadInput: a setting is wrong.
     """
-    answers = answers_cached(os.environ.get("MMCHAT_ANSWER_CACHE") or "0")
+    answers = answers_cached(os.environ.get("MMCHAT_ANSWER_CACHE") or DEFAULT_ANSWERS)
     name = os.environ.get("MMCHAT_FILTER")
     is_held = load_filter(name) if name and name != "0" else None
 

@@ -47,6 +47,13 @@ window.mmchat = (() => {
 
   // Names and roles that gradio's components lack for screen readers.
   const name = (element, text) => { if (!element.getAttribute('aria-label')) element.setAttribute('aria-label', text); };
+  const picturesByQuestion = () => { // the model is told the same numbers, so that a question can name one
+    const questions = [[]];
+    document.querySelectorAll('#chat .bot-row, #chat .user-row .image-container').forEach(element => {
+      if (element.matches('.bot-row')) questions.push([]); else questions.at(-1).push(element);
+    });
+    return questions;
+  };
   const repair = () => {
     document.querySelectorAll('#chat .examples[role=list], .thumbnail-wrapper[role=listitem]')
       .forEach(element => element.setAttribute('role', 'group'));
@@ -57,11 +64,12 @@ window.mmchat = (() => {
     });
     document.querySelectorAll('#box [data-testid=submit-button]').forEach(element => element.ariaLabel = element.innerText);
     document.querySelectorAll('#box textarea').forEach(element => name(element, 'Your question'));
-    document.querySelectorAll('#chat .image-container > button').forEach((element, index) => {
-      name(element, `Enlarge picture ${index + 1}`);
-      const picture = element.querySelector('img');
+    picturesByQuestion().forEach(pictures => pictures.forEach((element, index) => {
+      const button = element.querySelector('button'), picture = element.querySelector('img');
+      if (button) name(button, `Enlarge picture ${index + 1}`);
       if (picture && !picture.alt) picture.alt = `Picture ${index + 1}`;
-    });
+      if (pictures.length > 1) element.dataset.caption = `Picture ${index + 1}`;
+    }));
     document.querySelectorAll('#chat .thought-group .title > .arrow > button').forEach(element => {
       element.disabled = true;
       name(element, 'Details');

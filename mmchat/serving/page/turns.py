@@ -60,7 +60,12 @@ class Page:
         """Moves a typed question and its pictures into the conversation and clears the box."""
         question = checked_question(box["text"], box["files"])
         self.admit(request)
-        return EMPTY_BOX, asked(history, user_turn(question, box["files"])), visit.request()
+        speech_seconds, visit.unsent_speech = visit.unsent_speech, 0.0
+        return (
+            EMPTY_BOX,
+            asked(history, user_turn(question, box["files"])),
+            visit.request(speech_seconds=speech_seconds),
+        )
 
     def add_example(self, history: History, visit: Visit, event: gr.SelectData, request: gr.Request | None = None):
         """Asks what a card of the empty conversation shows; the browser names it by its number only."""
@@ -227,6 +232,7 @@ def stop_reply(visit: Visit) -> None:
 
 def leave(visit: Visit) -> None:
     """New chat: an empty request, which ends the reply."""
+    visit.unsent_speech = 0.0
     visit.request()
 
 

@@ -22,6 +22,7 @@ class Visit:
         answering: id of the request whose answer is expected or being written; None if there is none.
         earlier: the answers that this request's answer joins, after a retry; see ``branches``.
         speech_seconds: length of the speech that was transcribed for this request, or 0.
+        unsent_speech: length of the speech whose transcript waits in the question box, or 0.
     """
 
     def __init__(self) -> None:
@@ -29,7 +30,7 @@ class Visit:
         self.is_stopped = False
         self.answering: int | None = None
         self.earlier: list[Any] = []
-        self.speech_seconds = 0.0
+        self.speech_seconds = self.unsent_speech = 0.0
         self._lock, self._is_sent = Lock(), Event()
         self._is_sent.set()
 

@@ -7,7 +7,9 @@ const LONGEST = 60;  // seconds of an utterance
 
 // Out. One audio element: some browsers allow sound only for the one that a click started.
 const player = new Audio();
-let turn = null, muted = null, seen = -1, clips = [], playing = false, reading = null;
+let turn = null, muted = null, seen = -1, clips = [], playing = false;
+const LAST = -1;  // an answer that is read while it is written
+let asked = null, reading = null;  // which answer is to be read, and which is: places among the answers
 const next = () => {
   const clip = clips.shift();
   playing = Boolean(clip);
@@ -20,7 +22,7 @@ const hush = () => { muted = turn; clips = []; playing = false; player.pause(); 
 watch('value', () => {
   if (!props.value) return;
   const said = JSON.parse(props.value);
-  if (said.turn !== turn) { hush(); turn = said.turn; muted = null; }
+  if (said.turn !== turn) { hush(); turn = said.turn; muted = null; reading = asked ?? LAST; asked = null; }
   if (said.done) waiting = false;
   for (const {number, audio} of said.clips) {
     if (number <= seen || said.turn === muted) continue;
@@ -35,10 +37,14 @@ watch('value', () => {
 const place = () => document.querySelectorAll('#chat .bot-row + .message-buttons .icon-button-wrapper').forEach(bar => {
   if (bar.querySelector('.mm-speak')) return;
   const row = bar.closest('.message-buttons').previousElementSibling;
-  const nth = () => [...document.querySelectorAll('#chat .bot-row')].indexOf(row);
+  const rows = () => [...document.querySelectorAll('#chat .bot-row')];
   bar.append(Object.assign(document.createElement('button'), {
     className: 'mm-speak icon-button', textContent: '♪', title: 'Read aloud', ariaLabel: 'Read aloud',
-    onclick: () => { const at = nth(); const same = reading === at && playing; hush(); if (same) return; reading = at; trigger('speak', {nth: at}); },
+    onclick: () => {
+      const at = rows().indexOf(row), isRead = playing && (reading === at || (reading === LAST && row === rows().at(-1)));
+      hush();
+      if (!isRead) { asked = at; trigger('speak', {nth: at}); }
+    },
   }));
 });
 new MutationObserver(place).observe(document.body, {childList: true, subtree: true});
@@ -106,8 +112,13 @@ const listen = async () => {
     if (said < LEAST) return;
     waiting = true;
     tell('Answering …');
-    const {path} = await upload(new File([toWav(parts)], 'speech.wav', {type: 'audio/wav'}));
-    trigger('spoken', {path});
+    try {
+      const {path} = await upload(new File([toWav(parts)], 'speech.wav', {type: 'audio/wav'}));
+      trigger('spoken', {path});
+    } catch (error) {
+      waiting = false;  // what was said is lost; listening goes on
+      console.debug('upload', error);
+    }
   };
 };
 setInterval(() => { if (context && !playing && !waiting) tell('Listening …'); }, 300);

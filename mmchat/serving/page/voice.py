@@ -121,11 +121,13 @@ class VoicePage:
         note, names = self._note(heard.language, translate), self._names()
         name = names.get(heard.language, heard.language)
         dropdown = gr.skip() if language else _dropdown(names, f"Detected: {name}")
+        seconds = sum(segment.end - segment.start for segment in heard.segments)
         if check:
+            visit.unsent_speech += seconds
             text = " ".join(filter(None, [box["text"].strip(), heard.text]))
             yield None, {**box, "text": text}, gr.skip(), NO_REQUEST, note, dropdown
         else:
-            visit.speech_seconds = sum(segment.end - segment.start for segment in heard.segments)
+            visit.speech_seconds = seconds
             conversation = asked(history, user_turn(heard.text, box["files"]))
             yield None, {**box, "files": []}, conversation, request_id, note, dropdown
 
@@ -173,6 +175,9 @@ class VoicePage:
                     yield gr.skip(), clips.add(sentence)
         except BadInput as error:  # no voice for the language
             gr.Info(str(error))
+        except gr.Error:
+            yield gr.skip(), clips.done()  # hands-free, listening goes on
+            raise
         finally:
             if reader:
                 reader.close()
