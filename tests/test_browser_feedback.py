@@ -24,7 +24,7 @@ CORRECTIONS = {  # pictures -> a better answer
     ("coffee.jpg",): "Breakfast for a monkey.",
     ("coffee.jpg", "bus.jpg"): "A morning in the city.",
 }
-TRAINING = "--epochs 8 --batch-size 5 --lr 2e-3 --lr-scheduler-type constant --report-to none"
+TRAINING = "--epochs 12 --batch-size 5 --lr 2e-3 --lr-scheduler-type constant --report-to none"
 
 
 @pytest.fixture(scope="module")
