@@ -24,7 +24,7 @@ from mmchat.training.data.features import embed_folder
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
 from tests.close import certain_answer
-from tests.tiny import TEXT, WIDTHS, phi_3_tokenizer
+from tests.tiny import TEXT, make_longrope, phi_3_tokenizer
 
 QUESTIONS = ("Describe the image.", "Is there a dog?", "What is in this picture?", "Describe it.", "A dog?")
 
@@ -133,16 +133,8 @@ def asked_of(address, path, body):
 
 def test_phi_3s_tokenizer_and_long_rotary_factors(tiny, tmp_path, monkeypatch):
     """The tokenizer is SentencePiece's kind, and attention is scaled, as in Phi-3.5."""
-    from transformers import Phi3Config, Phi3ForCausalLM
-
-    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 512, **factors}
     tokenizer = phi_3_tokenizer(TEXT)
-    torch.manual_seed(0)
-    config = Phi3Config(vocab_size=len(tokenizer), original_max_position_embeddings=512, rope_parameters=rope, **WIDTHS)
-    model = Phi3ForCausalLM(config).eval()
-    model.save_pretrained(tmp_path / "phi")
-    tokenizer.save_pretrained(tmp_path / "phi")
+    model = make_longrope(tmp_path / "phi", tokenizer)
     base = PRESETS["phi3-patches"]
     language_model = replace(base.language_model, name="tiny-longrope", source=HubRepository(str(tmp_path / "phi")))
     monkeypatch.setitem(PRESETS, "longrope", replace(base, name="longrope", language_model=language_model))
