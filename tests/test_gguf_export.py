@@ -161,6 +161,15 @@ def test_smol_exports_its_text_side_and_adapter(tmp_path):
         assert "Paris" in said(address, "Name the capital of France.", count=20)
 
 
+def test_pooled_features_are_the_reason_for_no_mmproj(tiny, tmp_path):
+    preset, weights = PRESETS["phi3-pooled"], tmp_path / "weights"
+    recipe = Recipe(train=[str(tiny / "train.json")], features=str(tiny / "features-pooled"), preset="phi3-pooled")
+    recipe.out, recipe.max_steps, recipe.report_to, recipe.quantization = str(weights), 1, ["none"], "none"
+    train(recipe)
+    exported = export_gguf(weights, tmp_path / "gguf", preset)
+    assert exported.adapter and not exported.mmproj and "pooled embedding" in exported.notes[0]
+
+
 def test_a_text_model_that_llama_cpp_names_otherwise_is_refused(tiny, tmp_path):
     preset, weights = PRESETS["phi-pooled"], tmp_path / "weights"
     recipe = Recipe(train=[str(tiny / "train.json")], features=str(tiny / "features-pooled"), preset="phi-pooled")

@@ -88,6 +88,8 @@ def export_gguf(
 def _why_no_mmproj(model: VisionLanguageModel, preset: Preset) -> str:
     """Why llama.cpp cannot see as these weights do; empty if it can."""
     encoder, config = preset.image_encoder, model.projector_config
+    if encoder.features == "pooled":
+        return f"these weights read the pooled embedding of {encoder.name}, and llama.cpp projects patches only"
     if encoder.features != "patches":
         return f"llama.cpp has no image encoder like {encoder.name}, so it gets the text model and the adapter only"
     if not vision_of(encoder)[1].model_type.startswith(("clip", "siglip")):
