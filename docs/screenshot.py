@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Take the pictures of the page in docs/ anew, with today's page and weights: python docs/screenshot.py
+"""Retake the pictures of the page in docs/ with today's page and weights: python docs/screenshot.py
 
 Needs Chromium, and the packages of the extra "dev".
 """

@@ -24,7 +24,7 @@ from mmchat.training.data.features import embed_folder
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
 from tests.close import certain_answer
-from tests.tiny import TEXT, WIDTHS, phi_3_tokenizer
+from tests.tiny import TEXT, make_longrope, phi_3_tokenizer
 
 QUESTIONS = ("Describe the image.", "Is there a dog?", "What is in this picture?", "Describe it.", "A dog?")
 
@@ -93,12 +93,16 @@ def trained(request, tiny, tmp_path_factory) -> tuple[Preset, Path]:
         yield weights_for(tiny, request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.mark.parametrize("merge", [False, True], ids=["adapter beside", "adapter merged"])
-def test_the_same_greedy_answers_about_pictures(tiny, trained, tmp_path, monkeypatch, merge):
+@pytest.mark.parametrize(
+    ("kind", "merge", "margin"),
+    [("f32", False, 1e-3), ("f32", True, 1e-3), ("f16", False, 3e-3)],  # its cache is in half precision in all three
+    ids=["adapter beside", "adapter merged", "half precision"],
+)
+def test_the_same_greedy_answers_about_pictures(tiny, trained, tmp_path, monkeypatch, kind, merge, margin):
     """SigLIP is read exactly; CLIP as llama.cpp reads it, one patch off (its tools/mtmd/models/llava.cpp)."""
     monkeypatch.setenv("MMCHAT_DECODER", "torch")  # the ONNX decoder rounds inputs to 8 bits
     preset, weights = trained
-    exported = export_gguf(weights, tmp_path / "gguf", preset, "f32", merge)
+    exported = export_gguf(weights, tmp_path / "gguf", preset, kind, merge)
     assert exported.mmproj and bool(exported.adapter) != merge and not exported.notes
     engine = LocalEngine(preset, weights)
     if preset.name != "phi3-siglip":
@@ -111,7 +115,7 @@ def test_the_same_greedy_answers_about_pictures(tiny, trained, tmp_path, monkeyp
         for number, question in enumerate(QUESTIONS):
             picture = Image.open(tiny / "pictures" / f"{number}.png").convert("RGB").resize((32, 32))
             asked = [Message("user", question, [picture])]
-            ours, _ = certain_answer(engine, asked, options, 1e-3)  # llama.cpp keeps its cache in half precision
+            ours, _ = certain_answer(engine, asked, options, margin)
             theirs = said(address, question, picture, count)
             # Here an answer also ends at <|assistant|>, and an unfinished character is not shown.
             assert theirs.strip("\ufffd ").startswith(ours.strip("\ufffd "))
@@ -129,16 +133,8 @@ def asked_of(address, path, body):
 
 def test_phi_3s_tokenizer_and_long_rotary_factors(tiny, tmp_path, monkeypatch):
     """The tokenizer is SentencePiece's kind, and attention is scaled, as in Phi-3.5."""
-    from transformers import Phi3Config, Phi3ForCausalLM
-
-    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 512, **factors}
     tokenizer = phi_3_tokenizer(TEXT)
-    torch.manual_seed(0)
-    config = Phi3Config(vocab_size=len(tokenizer), original_max_position_embeddings=512, rope_parameters=rope, **WIDTHS)
-    model = Phi3ForCausalLM(config).eval()
-    model.save_pretrained(tmp_path / "phi")
-    tokenizer.save_pretrained(tmp_path / "phi")
+    model = make_longrope(tmp_path / "phi", tokenizer)
     base = PRESETS["phi3-patches"]
     language_model = replace(base.language_model, name="tiny-longrope", source=HubRepository(str(tmp_path / "phi")))
     monkeypatch.setitem(PRESETS, "longrope", replace(base, name="longrope", language_model=language_model))
@@ -163,6 +159,15 @@ def test_smol_exports_its_text_side_and_adapter(tmp_path):
     assert exported.adapter and not exported.mmproj and "no image encoder like efficientnet" in exported.notes[0]
     with llama_server(exported, with_adapter=False) as address:
         assert "Paris" in said(address, "Name the capital of France.", count=20)
+
+
+def test_pooled_features_are_the_reason_for_no_mmproj(tiny, tmp_path):
+    preset, weights = PRESETS["phi3-pooled"], tmp_path / "weights"
+    recipe = Recipe(train=[str(tiny / "train.json")], features=str(tiny / "features-pooled"), preset="phi3-pooled")
+    recipe.out, recipe.max_steps, recipe.report_to, recipe.quantization = str(weights), 1, ["none"], "none"
+    train(recipe)
+    exported = export_gguf(weights, tmp_path / "gguf", preset)
+    assert exported.adapter and not exported.mmproj and "pooled embedding" in exported.notes[0]
 
 
 def test_a_text_model_that_llama_cpp_names_otherwise_is_refused(tiny, tmp_path):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import gelu, layer_norm, linear
 
 from mmchat.checkpoints.importing import import_checkpoint
@@ -198,6 +200,8 @@ def test_the_logits_are_those_of_the_description(tiny, tmp_path, name):
     found = model.language_model(inputs_embeds=model.splice(tokens, features)).logits
     assert_close(found, expected)
     published = {key for file in (tmp_path / "published").glob("*.pt*") for key in torch.load(file)}
+    published |= {key for file in (tmp_path / "published").glob("*.safetensors") for key in load_file(file)}
+    assert len(published) == len(projector) + len(layers) * (3 if name == "b" else 2)
     assert published <= report.taken.keys() | report.ignored.keys()
     assert len(report.ignored) == (2 if name == "b" else 0) and str(report)
 
@@ -210,6 +214,35 @@ def test_the_image_encoder_can_be_named(tiny, tmp_path):
     encoder = preset_for_weights(preset, tmp_path / "ours").image_encoder
     assert (encoder.layer, encoder.class_token, encoder.feature_count) == (-1, True, 5)
     assert "--image-encoder" in str(report)
+
+
+def test_vandanas_pictures_end_with_the_word_comment(tiny, tmp_path):
+    from transformers import AutoTokenizer
+
+    publish("c", tmp_path / "published")
+    shutil.copytree(tiny / "phi", tmp_path / "phi")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "phi")
+    tokenizer.add_tokens("comment")  # one token, as in Phi-2
+    tokenizer.save_pretrained(tmp_path / "phi")
+    base = PRESETS["phi-patches"]
+    language_model = replace(base.language_model, source=HubRepository(str(tmp_path / "phi")))
+    preset = replace(base, language_model=language_model)
+    report = import_checkpoint(tmp_path / "published", tmp_path / "ours", preset)
+    assert "the word 'comment'" in str(report)
+    embeddings = load_language_model(language_model, torch.float32)[0].get_input_embeddings().weight
+    model, _ = load_model(preset_for_weights(preset, tmp_path / "ours"), tmp_path / "ours", torch.float32)
+    assert_close(model.projector.marker, embeddings[tokenizer.convert_tokens_to_ids("comment")])
+
+
+def test_vasus_image_encoder_is_the_one_with_smaller_patches(tiny, tmp_path, monkeypatch):
+    asked_for = []
+    monkeypatch.setattr("mmchat.models.image_encoder.fetch", lambda source: asked_for.append(source) or tiny / "clip")
+    publish("e", tmp_path / "published")
+    report = import_checkpoint(tmp_path / "published", tmp_path / "ours", PRESETS["phi-patches"])
+    assert asked_for == [PROJECTS["vasujoshi111"].image_encoder]
+    encoder = preset_for_weights(PRESETS["phi-patches"], tmp_path / "ours").image_encoder
+    assert encoder.source == asked_for[0] and encoder.source.name == "openai/clip-vit-base-patch16"
+    assert encoder.layer == -1 and "vasujoshi111" in str(report)
 
 
 def edit(path, change):
@@ -282,8 +315,6 @@ def test_the_prompt_template_of_the_project_is_imported_with_a_note(tiny, tmp_pa
 
 @pytest.mark.slow
 def test_a_presets_published_weights_are_imported_once(tiny, tmp_path, monkeypatch):
-    from dataclasses import replace
-
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path / "cache"))
     publish("b", tmp_path / "published")
     preset = replace(PRESETS["phi3-pooled"], weights=HubRepository(str(tmp_path / "published")))
@@ -302,3 +333,15 @@ def test_the_script_reports_every_tensor(tiny, tmp_path):
     shown = result.stdout
     assert "layer1.weight  →  linear_1.weight" in shown and "initial_weights1  ignored" in shown
     assert "2 ignored" in shown and "--weights ours" in shown
+
+
+@pytest.mark.slow
+def test_the_script_takes_an_image_encoder(tiny, tmp_path):
+    publish("d", tmp_path / "published")
+    flags = f"--image-encoder {tiny / 'clip'} --image-layer -1 --image-features patches --no-class-token"
+    command = f"training_scripts/import_checkpoint.py published --preset phi-patches {flags} --out ours"
+    result = run_script(command, tmp_path)
+    assert result.returncode == 0, result.stderr
+    encoder = preset_for_weights(PRESETS["phi-patches"], tmp_path / "ours").image_encoder
+    assert encoder.source == HubRepository(str(tiny / "clip"))  # walnash's defaults are layer -4 and the class token
+    assert (encoder.layer, encoder.features, encoder.class_token) == (-1, "patches", False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,12 +15,13 @@ from mmchat.checkpoints.llava_export import chat_template, export_llava
 from mmchat.checkpoints.weights_folder import load_model
 from mmchat.engine import LocalEngine
 from mmchat.models.chat_formats import CHAT_FORMATS
+from mmchat.models.language_model import load_language_model
 from mmchat.models.prompt import IMAGE_TOKEN_ID, tokenize_conversation
 from mmchat.presets import PRESETS, HubRepository
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
 from tests.close import assert_close, assert_same_choices, recorded_logits
-from tests.tiny import WIDTHS
+from tests.tiny import make_longrope
 
 QUESTION = "Describe the image."
 WITH_LOGITS = {"return_dict_in_generate": True, "output_logits": True}
@@ -99,7 +102,7 @@ def test_tensor_names_are_those_of_vllm(exported):
     """The parameters of vLLM's llava.py and clip.py; its language models load the names of transformers."""
     from safetensors import safe_open
 
-    _, _, folder = exported
+    preset, _, folder = exported
     with safe_open(folder / "model.safetensors", "pt") as file:
         names = set(file.keys())
     modules = {f"{VLLM_TOWER}{norm}" for norm in ("pre_layrnorm", "post_layernorm")}
@@ -108,9 +111,9 @@ def test_tensor_names_are_those_of_vllm(exported):
     expected = {f"{module}.{part}" for module in modules for part in ("weight", "bias")}
     embeddings = ("class_embedding", "patch_embedding.weight", "position_embedding.weight")
     expected |= {f"{VLLM_TOWER}embeddings.{name}" for name in embeddings}
-    language = {name for name in names if name.startswith(("language_model.model.", "language_model.lm_head."))}
-    assert names - language == expected
-    assert {"language_model.model.embed_tokens.weight", "language_model.model.norm.weight"} <= language
+    base, _ = load_language_model(preset.language_model, torch.float32)
+    assert not base.config.tie_word_embeddings  # there, no output layer is stored
+    assert names == expected | {f"language_model.{name}" for name in base.state_dict()}
 
 
 def test_no_file_names_a_folder_of_this_machine(tiny, exported):
@@ -120,27 +123,31 @@ def test_no_file_names_a_folder_of_this_machine(tiny, exported):
         assert "_name_or_path" not in content and str(tiny) not in content and str(weights.parent) not in content, file
 
 
-def test_longrope_stays_below_its_long_factors():
-    from transformers import Phi3Config, Phi3ForCausalLM
+@torch.no_grad()
+def test_longrope_stays_below_its_long_factors(tiny, tmp_path, monkeypatch):
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-    from mmchat.checkpoints.llava_export import _keep_short_factors
-
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
-    config = Phi3Config(
-        **{**WIDTHS, "max_position_embeddings": 256},
-        vocab_size=50,
-        original_max_position_embeddings=32,
-        rope_parameters={**rope, "original_max_position_embeddings": 32},
-    )
-    model = Phi3ForCausalLM(config).eval()
-    ids = torch.arange(20)[None]
-    with torch.no_grad():
-        expected = model(ids).logits
-        _keep_short_factors(config, model.model.rotary_emb.attention_scaling)
-        bounded = Phi3ForCausalLM(config).eval()
-        bounded.load_state_dict(model.state_dict())
-        assert config.max_position_embeddings == 32
-        assert_close(bounded(ids).logits, expected)
+    make_longrope(tmp_path / "phi", AutoTokenizer.from_pretrained(tiny / "phi3"))
+    base = PRESETS["phi3-patches"]
+    language_model = replace(base.language_model, name="tiny-longrope", source=HubRepository(str(tmp_path / "phi")))
+    preset = replace(base, name="longrope", language_model=language_model)
+    monkeypatch.setitem(PRESETS, "longrope", preset)
+    recipe = Recipe(train=[str(tiny / "train.json")], features=str(tiny / "features-patches"), preset="longrope")
+    recipe.projector, recipe.intermediate_size, recipe.max_steps, recipe.report_to = "llava", 64, 1, ["none"]
+    recipe.out = str(tmp_path / "weights")
+    with torch.enable_grad():
+        train(recipe)
+    export_llava(tmp_path / "weights", tmp_path / "llava", preset, torch.float32)
+    config = json.loads((tmp_path / "llava" / "config.json").read_text(encoding="utf-8"))["text_config"]
+    assert config["max_position_embeddings"] == 512
+    scaling = math.sqrt(1 + math.log(2048 / 512) / math.log(512))
+    for name in ("attention_factor", "short_mscale", "long_mscale"):
+        assert config["rope_parameters"][name] == pytest.approx(scaling)
+    ours, _ = load_model(preset, tmp_path / "weights", torch.float32)
+    exported = AutoModelForImageTextToText.from_pretrained(tmp_path / "llava", dtype=torch.float32).model.language_model
+    embeddings = torch.randn(2, 20, 64)
+    expected = ours.unwrapped_language_model.get_decoder()(inputs_embeds=embeddings).last_hidden_state
+    assert_close(exported(inputs_embeds=embeddings).last_hidden_state, expected)
 
 
 def test_transformers_pipeline_reads_it(tiny, exported):

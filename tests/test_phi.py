@@ -89,7 +89,7 @@ def test_phi_3_5_labels_are_answers_and_their_stop_tokens(phi_3_tokenizer):
         ([end], True),
     ]
     assert encoded.token_ids == [token for tokens, _ in pieces for token in tokens]
-    assert encoded.is_answer == [learnt for tokens, learnt in pieces for _ in tokens]
+    assert encoded.is_answer == [learned for tokens, learned in pieces for _ in tokens]
     assert encoded.token_ids.count(end) == 4  # the typed one is plain text
 
 
@@ -102,8 +102,8 @@ def test_phi_2_prompts_follow_its_model_card(tiny):
         "Output: No.<|endoftext|>\n"
     )
     assert encoded.token_ids.index(IMAGE_TOKEN_ID) == len(tokenizer.encode("Instruct:"))
-    learnt = [token for token, is_answer in zip(encoded.token_ids, encoded.is_answer, strict=True) if is_answer]
-    assert tokenizer.decode(learnt) == " A brown dog.<|endoftext|> No.<|endoftext|>"
+    learned = [token for token, is_answer in zip(encoded.token_ids, encoded.is_answer, strict=True) if is_answer]
+    assert tokenizer.decode(learned) == " A brown dog.<|endoftext|> No.<|endoftext|>"
 
 
 @pytest.mark.parametrize("name", ["phi3-pooled", "phi-pooled", "llama-pooled"])

@@ -39,8 +39,8 @@ def test_the_callers_system_message_replaces_the_default(tokenizer):
 
 def test_labels_are_answers_and_their_stop_tokens(tokenizer):
     encoded = tokenize_conversation([*CONVERSATION, Message("assistant", "4.")], tokenizer, FORMAT, 17)
-    learnt = [token for token, is_answer in zip(encoded.token_ids, encoded.is_answer, strict=True) if is_answer]
-    assert tokenizer.decode(learnt) == "Fine, thanks.<|im_end|>4.<|im_end|>"
+    learned = [token for token, is_answer in zip(encoded.token_ids, encoded.is_answer, strict=True) if is_answer]
+    assert tokenizer.decode(learned) == "Fine, thanks.<|im_end|>4.<|im_end|>"
 
 
 def test_picture_tokens_stand_where_the_picture_was_shown(tokenizer):

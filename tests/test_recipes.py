@@ -15,7 +15,13 @@ from mmchat.training.loss import next_token_loss
 from mmchat.training.recipe import Recipe, read_recipe
 from mmchat.training.run import build_model
 
-RECIPES = sorted((Path(__file__).parent.parent / "training_scripts" / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).parent.parent / "training_scripts" / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))  # of earlier projects; ours are in folders
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_names_its_preset(path):
+    assert read_recipe(path)["preset"] in PRESETS
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -56,6 +62,7 @@ def shown(recipe: Recipe) -> dict[str, str]:
     accumulation = f" × {recipe.gradient_accumulation_steps}" if recipe.gradient_accumulation_steps > 1 else ""
     linear = 6 if recipe.preset == "phi-2" else 4  # kinds of linear layers
     adapted = [name.removesuffix("_proj") for name in recipe.target_modules]
+    evaluated = recipe.eval_steps if recipe.eval else "never"
     assert not recipe.class_token and recipe.image_features == "patches"
     return {
         "model": recipe.preset,
@@ -79,6 +86,10 @@ def shown(recipe: Recipe) -> dict[str, str]:
         "gradient clipping": f"{recipe.max_grad_norm:g}",
         "weight decay": f"{recipe.weight_decay:g}",
         "tokens at most": str(recipe.max_length),
+        "packing": "yes" if recipe.pack_conversations else "no",
+        "end-of-image token": "learned" if recipe.end_of_image_token else "none",
+        "gradient checkpointing": "yes" if recipe.gradient_checkpointing else "no",
+        "steps between saves, logs, evaluations": f"{recipe.save_steps}, {recipe.log_steps}, {evaluated}",
     }
 
 
@@ -87,7 +98,7 @@ def rate(value: float) -> str:
 
 
 def test_the_documented_settings_are_those_of_the_recipes():
-    page = (RECIPES[0].parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    page = (FOLDER.parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
     lines = page.split("## Recipes of earlier projects")[1].split("\n## ")[0].splitlines()
     head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     told = {name: {row[0]: row[column].rpartition("→")[2].strip() for row in rows} for column, name in enumerate(head)}

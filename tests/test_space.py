@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tomllib
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from mmchat.__main__ import main
 from mmchat.device import choose_device, choose_quantization
 from mmchat.engine import LocalEngine
 from mmchat.presets import PHI_3_5
-from mmchat.serving.space import assemble, check, front_matter
+from mmchat.serving.space import GPU_PACKAGES, assemble, check, front_matter
 from mmchat.serving.zero_gpu import lend_gpu, seconds_needed
 from tests.conftest import ROOT, page_address
 
@@ -47,6 +48,11 @@ def test_the_folder_of_a_space_runs_by_itself(tmp_path):
         [sys.executable, "-c", where], cwd=tmp_path / "space", capture_output=True, text=True, check=True
     )
     assert shown.stdout.strip() == str(tmp_path / "space" / "mmchat" / "__init__.py")
+
+
+def test_the_packages_for_a_gpu_are_those_of_the_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert list(GPU_PACKAGES) == project["optional-dependencies"]["gpu"]
 
 
 def test_a_space_gets_the_files_that_it_needs(tmp_path):

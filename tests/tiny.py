@@ -90,6 +90,20 @@ def make(folder: Path) -> None:
     SiglipImageProcessorPil(size=size).save_pretrained(folder / "siglip")
 
 
+def make_longrope(folder: Path, tokenizer: Any) -> nn.Module:
+    """Writes a Phi-3 model whose rotary factors change after 512 of 2,048 tokens, as in Phi-3.5; returns it."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 512, **factors}
+    torch.manual_seed(0)
+    config = Phi3Config(vocab_size=len(tokenizer), original_max_position_embeddings=512, rope_parameters=rope, **WIDTHS)
+    model = Phi3ForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
 def phi_3_tokenizer(text: list[str], template: str | None = None) -> Any:
     """A tokenizer built as Phi-3.5's is: SentencePiece's space in front, special tokens that swallow what follows."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers

@@ -1,4 +1,4 @@
-"""Weights → GGUF files for llama.cpp and what is built on it: the text model, the adapter, and the eyes.
+"""Weights → GGUF files for llama.cpp and what is built on it: the text model, the adapter, and the image part.
 
 The tensor names come from the ``gguf`` package; llama.cpp's loader (tools/mtmd/clip.cpp) defines what the picture part
 ("mmproj") may hold: the patches of CLIP or SigLIP after one layer, then Linear → GELU → Linear. A question without a
@@ -50,7 +50,7 @@ def export_gguf(
 
     Raises:
         BadInput: llama.cpp has no place for a part of it; the sentence names the part.
-        MmchatError: the weights or the base model cannot be had.
+        MmchatError: the weights or the base model are not available.
     """
     preset = preset_for_weights(preset, weights)
     if preset.language_model.is_llava:
@@ -88,6 +88,8 @@ def export_gguf(
 def _why_no_mmproj(model: VisionLanguageModel, preset: Preset) -> str:
     """Why llama.cpp cannot see as these weights do; empty if it can."""
     encoder, config = preset.image_encoder, model.projector_config
+    if encoder.features == "pooled":
+        return f"these weights read the pooled embedding of {encoder.name}, and llama.cpp projects patches only"
     if encoder.features != "patches":
         return f"llama.cpp has no image encoder like {encoder.name}, so it gets the text model and the adapter only"
     if not vision_of(encoder)[1].model_type.startswith(("clip", "siglip")):

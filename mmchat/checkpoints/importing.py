@@ -55,9 +55,9 @@ def import_checkpoint(
         projector_files: the projector's files, where they have other names than ``PROJECTOR_FILES``.
         marker_token: the end-of-image token, if the checkpoint has one; its embedding becomes the projector's.
         project: whose prompt template the weights learned: a key of ``PROJECTS``, "none" for the
-            preset's own, or "auto" to tell it by the names of the projector's tensors.
-        image_encoder: the repository or folder of the image encoder that the projector reads; where it is not told, it
-            is the project's, else the preset's. Tensors do not tell: ViT-B/16 and B/32 are equally wide.
+            preset's own, or "auto" to recognize it by the names of the projector's tensors.
+        image_encoder: the repository or folder of the image encoder that the projector reads; by default the
+            project's, else the preset's. Tensors do not show which: ViT-B/16 and B/32 are equally wide.
         image_features, image_layer, class_token: what is taken of it, as ``find_image_encoder`` has them.
 
     Raises:
@@ -105,11 +105,11 @@ def _find_project(name: str, stored: StoredProjector, preset: Preset, report: Im
             raise WeightsError(f"{name}'s weights are for {project.chat_format}; '{preset.name}' is {chat_format}.")
         project = None
     if not project:
-        report.notes.append("Pictures and questions are laid out as the preset has them: no project is known for it.")
+        report.notes.append("Prompts follow the preset's template, because no project is known for these weights.")
         return None
-    reason = f"as the tensors' names suggest; if it is another's, say --project NAME, or {NO_PROJECT}"
+    reason = f"as the tensors' names suggest; if the weights are another project's, say --project NAME, or {NO_PROJECT}"
     report.notes.append(
-        f"Pictures and questions are laid out as {stored.project if name == AUTO else name}'s code has them"
+        f"Prompts follow the template in {stored.project if name == AUTO else name}'s code"
         + (f", {reason}." if name == AUTO else ".")
     )
     if project.note:
@@ -141,7 +141,7 @@ def _as_trained(
     elif not is_own:
         encoder = replace(find_image_encoder(own.source, **settings), name=own.name)
     report.notes.append(
-        f"Image encoder: {encoder.title}, {encoder.feature_kind}. Tensors do not tell which one it was; if it is "
+        f"Image encoder: {encoder.title}, {encoder.feature_kind}. Tensors do not show which one it was; if it is "
         "another, name it with --image-encoder."
     )
     return replace(preset, image_encoder=encoder)

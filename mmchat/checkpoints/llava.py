@@ -57,7 +57,7 @@ def llava_preset(source: HubRepository, preset: Preset | None = None) -> Preset:
     """The preset that a LLaVA model makes.
 
     Args:
-        preset: whose speech model to keep; by default, one that can be had where the model comes from.
+        preset: whose speech model to keep; by default, one that is available from the same source as the model.
 
     Raises:
         AssetError: the model could not be fetched.

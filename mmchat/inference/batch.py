@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from .sampling import Sampler
+
+if TYPE_CHECKING:
+    from .decoder import Cache
 
 MAX_UNREAD = 2  # maximum number of unread tokens per answer, so that a slow reader does not hold up work
 
@@ -84,7 +87,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self._answers)
 
-    def generate(self, answer: Answer, cache: Any, logits: torch.Tensor) -> Iterator[int]:
+    def generate(self, answer: Answer, cache: Cache, logits: torch.Tensor) -> Iterator[int]:
         """Streams the tokens of an answer, without the stop token. Closing the iterator takes it out of the batch.
 
         Args:

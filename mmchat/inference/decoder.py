@@ -39,7 +39,7 @@ class Decoder(Protocol):
     model: nn.Module  # the language model, for its token embeddings and config
     batch: Batch  # the answers in progress
 
-    def new_cache(self, with_adapter: bool = True) -> Any:
+    def new_cache(self, with_adapter: bool = True) -> Cache:
         """An empty cache, with the adapter on or off; a model without an adapter ignores the flag."""
 
     def prefill(self, embeddings: torch.Tensor, cache: Any) -> torch.Tensor:

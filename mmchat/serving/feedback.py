@@ -51,18 +51,18 @@ class FeedbackStore:
         better = _clean(better)
         if len(better) > MAX_TEXT or len(question) > MAX_TEXT or len(answer) > 4 * MAX_TEXT:
             raise BadInput(f"Please keep the better answer under {MAX_TEXT} characters.")
-        learnt = better or (answer if liked else "")
-        name = "conversations.json" if learnt else "disliked.json"
+        good_answer = better or (answer if liked else "")
+        name = "conversations.json" if good_answer else "disliked.json"
         with self._lock:
             entries = _read(self.folder / name)
             if len(entries) >= MAX_ENTRIES:
                 raise BadInput("This server has all the feedback that it can keep. Thank you!")
-            entry = _entry(question, [self._keep(picture) for picture in pictures], learnt or answer)
+            entry = _entry(question, [self._keep(picture) for picture in pictures], good_answer or answer)
             # The newest word on a question counts: contradictions teach nothing.
             entries = [old for old in entries if old["id"] != entry["id"]]
             extra = {"liked": liked, **({"said": answer} if better else {})}
             _replace(self.folder / name, [*entries, {**entry, **extra}])
-            self._forget(entry["id"], "disliked.json" if learnt else "conversations.json")
+            self._forget(entry["id"], "disliked.json" if good_answer else "conversations.json")
 
     def _forget(self, identifier: str, name: str) -> None:
         """Removes an earlier word on the same question from the other file."""
