@@ -83,6 +83,12 @@ def clips(page):
     return page.evaluate("mmchatVoice.played")
 
 
+def turn_reading_on(page):
+    open_voice(page)
+    page.get_by_label("Read answers aloud").check()
+    page.get_by_role("tab", name="Text").click()
+
+
 def wait_for_clips(page, count):
     page.wait_for_function(f"mmchatVoice.played >= {count}")
 
@@ -151,9 +157,7 @@ def test_the_speaker_button_reads_an_answer_and_stop_silences_it(page):
 
 
 def test_answers_are_read_while_they_are_written_and_stop_ends_the_voice(page):
-    open_voice(page)
-    page.get_by_label("Read answers aloud").check()
-    page.get_by_role("tab", name="Text").click()
+    turn_reading_on(page)
     ask(page, "Tell me a very long story about a dragon.")
     wait_for_clips(page, 1)
     expect(stop(page)).to_be_visible()  # the answer is still being written
@@ -164,9 +168,7 @@ def test_answers_are_read_while_they_are_written_and_stop_ends_the_voice(page):
 
 
 def test_the_speaker_button_ends_a_voice_that_goes_on_after_the_text(page):
-    open_voice(page)
-    page.get_by_label("Read answers aloud").check()
-    page.get_by_role("tab", name="Text").click()
+    turn_reading_on(page)
     ask(page, "Why is the sky blue?")
     wait_for_clips(page, 1)
     finished(page)

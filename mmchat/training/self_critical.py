@@ -24,9 +24,8 @@ from .data.questions import PEOPLE, PEOPLE_WORDS
 from .evaluation.metrics import words
 from .trainer import VisionLanguageTrainer
 
-INVENTED_PEOPLE = (
-    -0.5
-)  # added to the reward of a text with people that no reference mentions: most training captions have some
+# Added to the reward of a text with people that no reference mentions: most training captions have some.
+INVENTED_PEOPLE = -0.5
 MIN_LIMIT = 24  # tokens; a sample may be at least this long, even if its references are single words
 MIN_ANSWERS = 3  # a question with at least this many different answers is open
 _PEOPLE = {*PEOPLE, *PEOPLE.values(), *PEOPLE_WORDS}
