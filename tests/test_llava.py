@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import chdir
 
 import pytest
 import torch
@@ -225,14 +226,15 @@ def trained(tiny, tmp_path_factory):
     recipe = Recipe(
         train=[str(tiny / "train.json")],
         images=str(tiny / "pictures"),
-        start_from=str(base),
+        start_from="llava",
         quantization="4bit",
         out=str(out / "run"),
         max_steps=6,
         lr=1e-2,
         report_to=["none"],
     )
-    train(recipe)
+    with chdir(out):
+        train(recipe)
     return base, out / "run"
 
 
@@ -247,6 +249,15 @@ def test_an_adapter_on_top_chats_and_is_off_for_rewriting(tiny, trained, picture
         assert "".join(ours.rewrite("Is it?", rewritten, options)) == "".join(
             plain.rewrite("Is it?", rewritten, options)
         )
+
+
+def test_a_llava_folder_that_moved_away_is_named(trained, tmp_path):
+    config = json.loads((trained[1] / "mmchat.json").read_text())
+    for path in (str(tmp_path / "moved"), "./moved", "moved"):
+        config["llava"]["name"] = path
+        (tmp_path / "mmchat.json").write_text(json.dumps(config))
+        with pytest.raises(WeightsError, match="the model in 'moved', a folder that is no longer where it was"):
+            load(weights=tmp_path)
 
 
 @torch.no_grad()

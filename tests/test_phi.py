@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -217,23 +218,26 @@ class TestImageEncoders:
             find_image_encoder(HubRepository(str(tiny / "clip")), layer=-9)
 
     @pytest.mark.slow
-    def test_weights_name_their_image_encoder(self, tiny, tmp_path, picture):
-        from mmchat.training.data.features import embed_folder
+    def test_weights_name_their_image_encoder(self, tiny, tmp_path, picture, monkeypatch):
+        from mmchat.training.data.features import FeatureStore, embed_folder
 
-        encoder = find_image_encoder(HubRepository(str(tiny / "siglip")), "patches", -1)
+        monkeypatch.chdir(tiny)
+        encoder = find_image_encoder(HubRepository("siglip"), "patches", -1)
         embed_folder(tiny / "pictures", tmp_path / "features", encoder, load_image_encoder(encoder))
         recipe = Recipe(
             train=[str(tiny / "train.json")],
             features=str(tmp_path / "features"),
             preset="phi3-pooled",
-            image_encoder=str(tiny / "siglip"),
+            image_encoder="siglip",
             image_layer=-1,
             out=str(tmp_path / "run"),
             max_steps=1,
             report_to=["none"],
         )
         train(recipe)
-        own = PRESETS["phi3-pooled"]
+        monkeypatch.chdir(tmp_path)
+        own, encoder = PRESETS["phi3-pooled"], replace(encoder, source=HubRepository(str(tiny / "siglip")))
+        FeatureStore(tmp_path / "features").check(encoder)
         assert preset_for_weights(own, tmp_path / "run").image_encoder == encoder
         config = tmp_path / "run" / "mmchat.json"
         config.write_text(config.read_text().replace('"image_dim": 24,', '"width": 24,', 1))  # as older folders have it

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
 from ..errors import AssetError, WeightsError
 from ..fetching import fetch
-from ..fetching.sources import HubRepository
+from ..fetching.sources import HUB_NAME, HubRepository
 from ..models.language_model import empty_language_model
 from ..models.llava_folder import LlavaFolder, is_llava_folder, llava_template, open_llava
 from ..models.projector import ProjectorConfig
@@ -23,8 +22,6 @@ from ..presets import (
     ProjectorPreset,
 )
 
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-
 
 def find_llava(weights: str | Path | HubRepository) -> HubRepository | None:
     """The LLaVA model that ``weights`` name; None if they are a folder of another kind, or nothing that exists.
@@ -36,7 +33,7 @@ def find_llava(weights: str | Path | HubRepository) -> HubRepository | None:
     """
     if isinstance(weights, HubRepository):
         return weights if is_llava_folder(fetch(weights)) else None
-    if Path(weights).exists() or not REPOSITORY.fullmatch(str(weights)):
+    if Path(weights).exists() or not HUB_NAME.fullmatch(str(weights)):
         return HubRepository(str(weights)) if is_llava_folder(Path(weights)) else None
     known = {preset.language_model.source.name: preset for preset in PRESETS.values() if preset.language_model.is_llava}
     source = HubRepository(str(weights))

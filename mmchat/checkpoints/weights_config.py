@@ -7,7 +7,7 @@ chosen in place of the preset's, and the name of the LLaVA model that the weight
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from ..errors import WeightsError
@@ -39,15 +39,19 @@ def _encoder_of_choice(preset: Preset) -> dict:
         return {}
     is_own = preset.name in PRESETS and PRESETS[preset.name].image_encoder == encoder
     is_chosen = encoder.features != "grid" and not is_own  # those of the package index are known by their names
-    return {"image_encoder_preset": asdict(encoder)} if is_chosen else {}
+    if not is_chosen:
+        return {}
+    assert isinstance(encoder.source, HubRepository)
+    return {"image_encoder_preset": asdict(replace(encoder, source=encoder.source.absolute()))}
 
 
 def write_config(folder: Path, preset: Preset, projector: ProjectorConfig, has_adapter: bool) -> None:
     """Writes mmchat.json."""
+    base = preset.language_model.source
     config = {
         "format_version": FORMAT_VERSION,
         **_identity(preset),
-        **({"llava": asdict(preset.language_model.source)} if preset.language_model.is_llava else {}),
+        **({"llava": asdict(base.absolute())} if preset.language_model.is_llava else {}),
         **_encoder_of_choice(preset),
         "projector": asdict(projector),
         "adapter": has_adapter,
@@ -102,11 +106,21 @@ def llava_of(config: dict, folder: Path) -> HubRepository | None:
     """The LLaVA model that weights were trained on."""
     stored = config.get("llava")
     try:
-        return HubRepository(**stored) if stored else None
+        return _source_of(stored, folder, "llava") if stored else None
     except TypeError as error:
         raise WeightsError(
             f"The entry 'llava' in the {CONFIG_FILE} of '{folder.name}' does not name a LLaVA model."
         ) from error
+
+
+def _source_of(stored: dict, folder: Path, entry: str) -> HubRepository:
+    source = HubRepository(**stored)
+    if source.is_missing_folder:
+        raise WeightsError(
+            f"The weights in '{folder.name}' need the model in '{Path(source.name).name}', a folder that is no longer "
+            f"where it was: move it back, or correct its path under '{entry}' in {CONFIG_FILE}."
+        )
+    return source
 
 
 def prompt_template_of(config: dict, folder: Path) -> PromptTemplate | None:
@@ -131,7 +145,7 @@ def chosen_encoder_of(config: dict, folder: Path) -> ImageEncoderPreset | None:
     if not chosen:
         return None
     try:
-        settings = {**chosen, "source": HubRepository(**chosen["source"])}
+        settings = {**chosen, "source": _source_of(chosen["source"], folder, "image_encoder_preset")}
         if "width" in settings:
             settings["image_dim"] = settings.pop("width")  # its name in older folders
         return ImageEncoderPreset(**settings)
