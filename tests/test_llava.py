@@ -171,9 +171,17 @@ def test_missing_or_damaged_files_get_one_sentence(broken, tmp_path):
     (broken / "chat_template.jinja").unlink()
     with pytest.raises(WeightsError, match="no chat template"):
         load(weights=broken)
-    (broken / "config.json").write_text("[]")
-    with pytest.raises(WeightsError, match="not a weights folder"):
-        load(weights=broken)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "processor_config.json"])
+def test_a_missing_or_damaged_tokenizer_or_processor_is_named(broken, name):
+    def use():
+        return load(weights=broken).image_encoder
+
+    for trouble, change in (("damaged", lambda: (broken / name).write_text("{")), ("missing", (broken / name).unlink)):
+        change()
+        with pytest.raises(WeightsError, match=f"{name} of 'broken' is {trouble}"):
+            use()
 
 
 def test_a_missing_tensor_gets_one_sentence(broken, tiny):
@@ -188,7 +196,7 @@ def test_a_missing_tensor_gets_one_sentence(broken, tiny):
     save_file({key: value for key, value in load_file(shard).items() if key != name}, shard, {"format": "pt"})
     del content["weight_map"][name]
     index.write_text(json.dumps(content))
-    with pytest.raises(WeightsError, match="language model of 'broken' lacks 1 tensors"):
+    with pytest.raises(WeightsError, match="language model of 'broken' lacks 1 tensor that"):
         load(weights=broken)
 
 
@@ -211,11 +219,38 @@ def test_files_named_as_older_transformers_wrote_them_are_read(tiny, tmp_path, p
         assert "".join(load(weights=folder).reply(asked, options)) == expected
 
 
-def test_a_name_that_is_nowhere_gets_one_sentence(monkeypatch):
+NO_WEIGHTS = {  # what a folder holds -> what is said of it
+    "nothing": ({}, "'it' is not a weights folder: it is empty"),
+    "something else": ({"notes.txt": ""}, "neither mmchat.json, which training writes, nor the config.json of a LLaVA"),
+    "a damaged config": ({"config.json": "{"}, "config.json of 'it' is damaged"),
+    "a config without a model": ({"config.json": "[]"}, "config.json of 'it' is damaged"),
+    "damaged weights": ({"mmchat.json": "{"}, "mmchat.json of 'it' is damaged"),
+    "weights without settings": ({"mmchat.json": "[]"}, "mmchat.json of 'it' is damaged"),
+    "another LLaVA": ({"config.json": '{"model_type": "llava_next"}'}, "'it' is a model of the type 'llava_next'"),
+    "a text model": ({"config.json": '{"model_type": "llama"}'}, "'it' is a text model .'llama'., which cannot see"),
+}
+
+
+@pytest.mark.parametrize(("files", "sentence"), NO_WEIGHTS.values(), ids=NO_WEIGHTS)
+def test_what_is_no_weights_folder_is_told_what_it_is(tmp_path, monkeypatch, files, sentence):
+    (tmp_path / "it").mkdir()
+    for name, content in files.items():
+        (tmp_path / "it" / name).write_text(content)
+    monkeypatch.chdir(tmp_path / "it")
+    for weights in (tmp_path / "it", "."):
+        with pytest.raises(WeightsError, match=sentence):
+            load(weights=weights)
+
+
+def test_a_name_that_is_nowhere_gets_one_sentence(tmp_path):
     with pytest.raises(WeightsError, match="There is no folder 'runs/mine' here"):
         load(weights="runs/mine")
-    with pytest.raises(WeightsError, match="not a weights folder"):
-        load(weights="/nowhere/mine")
+    for name in ("/nowhere/mine", "./mine", "../mine"):
+        with pytest.raises(WeightsError, match="^There is no folder 'mine'"):
+            load(weights=name)
+    (tmp_path / "mmchat.json").touch()
+    with pytest.raises(WeightsError, match="'mmchat.json' is a file"):
+        load(weights=tmp_path / "mmchat.json")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -219,7 +218,7 @@ class TestImageEncoders:
 
     @pytest.mark.slow
     def test_weights_name_their_image_encoder(self, tiny, tmp_path, picture, monkeypatch):
-        from mmchat.training.data.features import FeatureStore, embed_folder
+        from mmchat.training.data.features import embed_folder
 
         monkeypatch.chdir(tiny)
         encoder = find_image_encoder(HubRepository("siglip"), "patches", -1)
@@ -236,8 +235,7 @@ class TestImageEncoders:
         )
         train(recipe)
         monkeypatch.chdir(tmp_path)
-        own, encoder = PRESETS["phi3-pooled"], replace(encoder, source=HubRepository(str(tiny / "siglip")))
-        FeatureStore(tmp_path / "features").check(encoder)
+        own = PRESETS["phi3-pooled"]
         assert preset_for_weights(own, tmp_path / "run").image_encoder == encoder
         config = tmp_path / "run" / "mmchat.json"
         config.write_text(config.read_text().replace('"image_dim": 24,', '"width": 24,', 1))  # as older folders have it

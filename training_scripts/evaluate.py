@@ -88,7 +88,7 @@ def evaluate_questions(options):
     from mmchat.checkpoints.weights_folder import default_weights, load_model, preset_for_weights
     from mmchat.conversation import SamplingOptions
     from mmchat.device import choose_device
-    from mmchat.errors import BadInput
+    from mmchat.errors import BadInput, counted
     from mmchat.models.chat_formats import chat_format_of
     from mmchat.models.image_encoder import load_image_encoder
     from mmchat.presets import get_preset
@@ -117,7 +117,7 @@ def evaluate_questions(options):
     missing = sorted(name for name in names if name not in features)
     if missing:
         raise BadInput(
-            f"{len(missing)} pictures of the questions are missing, such as {missing[0]}: check --features or --images."
+            f"--features or --images lacks {counted(len(missing), 'picture')} of the questions, such as {missing[0]}."
         )
     limit, limits_by_kind = options.max_new_tokens, {}
     if limit is None:

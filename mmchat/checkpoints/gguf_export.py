@@ -16,6 +16,7 @@ import torch
 
 from ..errors import BadInput
 from ..models.chat_formats import chat_format_of
+from ..models.image_encoder import load_image_processor
 from ..models.language_model import context_length
 from ..models.vision_language_model import VisionLanguageModel
 from ..presets import ImageEncoderPreset, Preset
@@ -229,12 +230,12 @@ def _write_adapter(model: VisionLanguageModel, path: Path) -> None:
 
 def _write_mmproj(model: VisionLanguageModel, encoder: ImageEncoderPreset, path: Path, kind: str) -> None:
     import gguf
-    from transformers import AutoImageProcessor, CLIPVisionModel, SiglipVisionModel
+    from transformers import CLIPVisionModel, SiglipVisionModel
 
     folder, described = vision_of(encoder)
     model_class = CLIPVisionModel if described.model_type.startswith("clip") else SiglipVisionModel
     network = model_class.from_pretrained(folder, dtype=torch.float32)
-    config, processor = network.config, AutoImageProcessor.from_pretrained(folder, backend="pil")
+    config, processor = network.config, load_image_processor(encoder)
     assert isinstance(encoder.layer, int)
     depth = encoder.layer % (config.num_hidden_layers + 1)  # the layers whose output the projector reads
     writer = gguf.GGUFWriter(path, "clip")

@@ -21,6 +21,7 @@ from ..presets import (
     Preset,
     ProjectorPreset,
 )
+from .weights_config import why_no_weights
 
 
 def find_llava(weights: str | Path | HubRepository) -> HubRepository | None:
@@ -34,7 +35,7 @@ def find_llava(weights: str | Path | HubRepository) -> HubRepository | None:
     if isinstance(weights, HubRepository):
         return weights if is_llava_folder(fetch(weights)) else None
     if Path(weights).exists() or not HUB_NAME.fullmatch(str(weights)):
-        return HubRepository(str(weights)) if is_llava_folder(Path(weights)) else None
+        return HubRepository(str(weights)).absolute() if is_llava_folder(Path(weights)) else None
     known = {preset.language_model.source.name: preset for preset in PRESETS.values() if preset.language_model.is_llava}
     source = HubRepository(str(weights))
     if isinstance(found := known[source.name].language_model.source if source.name in known else None, HubRepository):
@@ -46,7 +47,7 @@ def find_llava(weights: str | Path | HubRepository) -> HubRepository | None:
             f"There is no folder '{weights}' here, and the Hub gave no model of this name: {error}"
         ) from error
     if not is_llava_folder(folder):
-        raise WeightsError(f"'{weights}' on the Hub is no LLaVA model in transformers' format.")
+        raise WeightsError(why_no_weights(folder, str(weights)))
     return source
 
 

@@ -12,7 +12,7 @@ from ..conversation import ROLES
 from ..errors import BadInput
 from ..fetching import fetch
 from ..models.chat_formats import CHAT_FORMATS, ChatFormat
-from ..models.image_encoder import llava_image_encoder
+from ..models.image_encoder import llava_image_encoder, load_image_processor
 from ..models.language_model import context_length
 from ..models.llava_folder import is_llava_folder, open_llava
 from ..models.vision_language_model import VisionLanguageModel
@@ -166,10 +166,10 @@ def _select_strategy(encoder: ImageEncoderPreset, vision_config: Any) -> str:
 
 def _processor(tokenizer: Any, preset: Preset) -> Any:
     """What turns messages and pictures into the model's inputs."""
-    from transformers import AutoImageProcessor, LlavaProcessor
+    from transformers import LlavaProcessor
 
     encoder, template = preset.image_encoder, preset.chat_template
-    folder, vision_config = vision_of(encoder)
+    vision_config = vision_of(encoder)[1]
     if template:
         text = template.text
     else:
@@ -178,7 +178,7 @@ def _processor(tokenizer: Any, preset: Preset) -> Any:
         tokenizer.eos_token = chat_format.stops[0]
     tokenizer.chat_template = text
     return LlavaProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(folder, backend="pil"),
+        image_processor=load_image_processor(encoder),
         tokenizer=tokenizer,
         patch_size=vision_config.patch_size,
         vision_feature_select_strategy=_select_strategy(encoder, vision_config),

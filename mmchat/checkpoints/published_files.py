@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..errors import WeightsError
+from ..errors import WeightsError, counted
 
 
 @dataclass
@@ -28,7 +28,7 @@ class ImportReport:
             f"{theirs}  →  {ours}" if theirs != ours else f"{theirs}  taken" for theirs, ours in self.taken.items()
         ]
         lines += [f"{theirs}  ignored: {reason}" for theirs, reason in self.ignored.items()]
-        lines += [f"{len(self.taken)} tensors taken, {len(self.ignored)} ignored; projector: {self.kind}"]
+        lines += [f"{counted(len(self.taken), 'tensor')} taken, {len(self.ignored)} ignored; projector: {self.kind}"]
         return "\n".join(lines + self.notes)
 
 

@@ -71,7 +71,7 @@ def fingerprint(source: WheelMember | HubRepository | Path) -> str:
     if isinstance(source, WheelMember):
         return source.sha256
     if isinstance(source, HubRepository):
-        return "@".join(filter(None, (source.absolute().name, source.revision)))
+        return "@".join(filter(None, (source.name, source.revision)))
     try:
         status = source.stat()
         return _sha256(source, status.st_size, status.st_mtime_ns)
