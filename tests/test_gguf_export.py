@@ -24,6 +24,7 @@ from mmchat.training.data.features import embed_folder
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
 from tests.close import certain_answer
+from tests.in_process import run_script
 from tests.tiny import TEXT, make_longrope, phi_3_tokenizer
 
 QUESTIONS = ("Describe the image.", "Is there a dog?", "What is in this picture?", "Describe it.", "A dog?")
@@ -162,12 +163,17 @@ def test_smol_exports_its_text_side_and_adapter(tmp_path):
 
 
 def test_pooled_features_are_the_reason_for_no_mmproj(tiny, tmp_path):
-    preset, weights = PRESETS["phi3-pooled"], tmp_path / "weights"
+    weights = tmp_path / "weights"
     recipe = Recipe(train=[str(tiny / "train.json")], features=str(tiny / "features-pooled"), preset="phi3-pooled")
     recipe.out, recipe.max_steps, recipe.report_to, recipe.quantization = str(weights), 1, ["none"], "none"
     train(recipe)
-    exported = export_gguf(weights, tmp_path / "gguf", preset)
-    assert exported.adapter and not exported.mmproj and "pooled embedding" in exported.notes[0]
+    command = "training_scripts/export_gguf.py weights --out gguf"  # the weights name their preset
+    result = run_script(command, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "No mmproj.gguf" in result.stdout and "pooled embedding" in result.stdout
+    assert "-m gguf/model.gguf --lora gguf/adapter.gguf" in result.stdout
+    again = run_script(command, tmp_path)
+    assert again.returncode == 1 and again.stderr.startswith("gguf is not empty"), again.stderr
 
 
 def test_a_text_model_that_llama_cpp_names_otherwise_is_refused(tiny, tmp_path):

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from mmchat import BadInput, Message, SamplingOptions
 from mmchat.checkpoints.gguf_export import export_gguf
-from mmchat.checkpoints.llava_export import export_llava
 from mmchat.checkpoints.weights_folder import infer_preset, load_model
 from mmchat.engine import LocalEngine, load
 from mmchat.errors import WeightsError
@@ -286,6 +285,13 @@ def test_an_adapter_on_top_chats_and_is_off_for_rewriting(tiny, trained, picture
         )
 
 
+def test_another_preset_is_refused(trained):
+    for weights in trained:
+        for preset in ("smol", "llava-phi-3"):
+            with pytest.raises(WeightsError, match=f"LLaVA model 'llava', which the preset '{preset}' does not have"):
+                load(preset, weights)
+
+
 def test_a_llava_folder_that_moved_away_is_named(trained, tmp_path):
     config = json.loads((trained[1] / "mmchat.json").read_text())
     for path in (str(tmp_path / "moved"), "./moved", "moved"):
@@ -297,7 +303,7 @@ def test_a_llava_folder_that_moved_away_is_named(trained, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["phi3", "phi3, string template", "qwen2, siglip, first patch dropped"])
-def test_an_adapter_on_top_is_exported_with_its_llava_model(tiny, tmp_path, pictures, kind):
+def test_an_adapter_on_top_is_exported_with_its_llava_model(tiny, tmp_path, pictures, caplog, kind):
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     base = llava.make(tmp_path / "llava", tiny / "phi3", **KINDS[kind])
@@ -310,9 +316,14 @@ def test_an_adapter_on_top_is_exported_with_its_llava_model(tiny, tmp_path, pict
         lr=1e-2,
         report_to=["none"],
     )
-    with torch.enable_grad():
+    with torch.enable_grad(), caplog.at_level("INFO"):
         train(recipe)
-    export_llava(tmp_path / "run", tmp_path / "exported", PHI_3_5, torch.float32)
+    assert "Training on the LLaVA model llava with its own image encoder" in caplog.messages
+    command = "training_scripts/export_llava.py run --out exported --dtype float32"
+    result = run_script(command, tmp_path)
+    assert result.returncode == 0, result.stderr
+    again = run_script(command, tmp_path)
+    assert again.returncode == 1 and again.stderr.startswith("exported is not empty"), again.stderr
     engine, messages = load(weights=tmp_path / "run"), conversation(pictures)
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
     inputs = inputs_of(AutoProcessor.from_pretrained(tmp_path / "exported", backend="pil"), messages)
@@ -353,6 +364,8 @@ def test_evaluating(tiny, trained, tmp_path):
         assert result.returncode == 0, result.stderr
         (entry,) = json.loads((tmp_path / "out.json").read_text())
         assert entry["answers"]
+    refused = run_script(f"{command} --questions {tiny / 'eval.json'} --preset smol", tmp_path)
+    assert refused.returncode == 1 and "leave the preset out" in refused.stderr, refused.stderr
 
 
 def test_names_need_a_text_encoder(trained, pictures):

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="holds the adapter, and the projector unless --projector names its files")
-    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--out", required=True, help="the folder to write; it must be empty")
     parser.add_argument("--preset", default="phi-3.5", help="the preset it was trained for (default: phi-3.5)")
     parser.add_argument("--projector", nargs="+", default=[], help="the projector's files, if their names are unusual")
     parser.add_argument(

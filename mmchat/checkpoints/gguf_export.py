@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import BadInput
+from ..folders import empty_folder
 from ..models.chat_formats import chat_format_of
 from ..models.image_encoder import load_image_processor
 from ..models.language_model import context_length
@@ -45,14 +46,16 @@ def export_gguf(
 
     Args:
         weights: a folder that training wrote.
+        out: the folder to write; it must be empty.
         kind: the number format of the text model's matrices, a key of TYPES. The adapter is f32, and ``mmproj.gguf`` is
             f16 unless this is f32.
         merge: add the adapter to the text model instead of writing it beside.
 
     Raises:
-        BadInput: llama.cpp has no place for a part of it; the sentence names the part.
+        BadInput: llama.cpp has no place for a part of it; the sentence names the part. Or ``out`` is not empty.
         MmchatError: the weights or the base model are not available.
     """
+    folder = empty_folder(out)
     preset = preset_for_weights(preset, weights)
     if preset.language_model.is_llava:
         raise BadInput(
@@ -66,7 +69,6 @@ def export_gguf(
             f"A text model of the type '{model_type}' cannot be exported to GGUF; "
             f"these can: {', '.join(ARCHITECTURES)}."
         )
-    folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     reason = _why_no_mmproj(model, preset)
     adapter = model.has_adapter and not merge

@@ -11,6 +11,7 @@ from torch import nn
 from ..conversation import ROLES
 from ..errors import BadInput
 from ..fetching import fetch
+from ..folders import empty_folder
 from ..models.chat_formats import CHAT_FORMATS, ChatFormat
 from ..models.image_encoder import llava_image_encoder, load_image_processor
 from ..models.language_model import context_length
@@ -38,12 +39,14 @@ def export_llava(weights: str | Path, out: str | Path, preset: Preset, dtype: to
 
     Args:
         weights: a folder that training wrote.
+        out: the folder to write; it must be empty.
         dtype: the number format of the exported weights.
 
     Raises:
-        BadInput: LLaVA has no place for a part of it; the sentence names the part.
+        BadInput: LLaVA has no place for a part of it; the sentence names the part. Or ``out`` is not empty.
         MmchatError: the weights or the base model are not available.
     """
+    out = empty_folder(out)
     preset = preset_for_weights(preset, weights)
     model, tokenizer = load_model(preset, weights, torch.float32)
     _check(model, preset)
