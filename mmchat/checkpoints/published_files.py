@@ -38,6 +38,8 @@ def read_tensors(path: Path) -> dict[str, Any]:
     Raises:
         WeightsError: it is missing or damaged, or holds more than tensors and numbers.
     """
+    if not path.is_file():
+        raise WeightsError(f"There is no file '{path.name}'.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -47,4 +49,4 @@ def read_tensors(path: Path) -> dict[str, Any]:
             f"{path.name} holds more than numbers, so it was not read: it could run anything."
         ) from error
     except (OSError, RuntimeError, SafetensorError, EOFError) as error:
-        raise WeightsError(f"{path.name} is missing or damaged.") from error
+        raise WeightsError(f"{path.name} is damaged or cannot be read.") from error
