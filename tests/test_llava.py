@@ -11,12 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmchat import BadInput, Message, SamplingOptions
-from mmchat.checkpoints.gguf_export import export_gguf
 from mmchat.checkpoints.weights_folder import infer_preset, load_model
 from mmchat.engine import LocalEngine, load
 from mmchat.errors import WeightsError
 from mmchat.models.prompt import tokenize_conversation
-from mmchat.presets import PHI_3_5
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
 from tests import llava
@@ -331,8 +329,6 @@ def test_an_adapter_on_top_is_exported_with_its_llava_model(tiny, tmp_path, pict
     assert_close(ours, model(**inputs).logits, 1e-4)
     plain = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32).eval()
     assert (ours - plain(**inputs).logits).abs().max() > 0.01  # the adapter is in it
-    with pytest.raises(BadInput, match="cannot be exported to GGUF"):
-        export_gguf(tmp_path / "run", tmp_path / "gguf", PHI_3_5)
 
 
 def test_what_was_trained_are_the_answers_and_where_they_end(tiny, trained):

@@ -93,7 +93,7 @@ def _assemble(model: VisionLanguageModel, preset: Preset, image_token_id: int) -
         part.name_or_path = ""  # a folder of this machine
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(config)
-    llava.model.vision_tower = _image_encoder(preset.image_encoder, type(llava.model.vision_tower))
+    llava.model.vision_tower = image_network(preset.image_encoder, type(llava.model.vision_tower))
     llava.model.multi_modal_projector.load_state_dict(model.projector.state_dict(), assign=True)
     llava.model.language_model = language_model.get_decoder()
     llava.lm_head = language_model.get_output_embeddings()
@@ -119,7 +119,7 @@ def _config(preset: Preset, image_token_id: int, text_config: Any) -> Any:
     )
 
 
-def _image_encoder(encoder: ImageEncoderPreset, model_class: Any) -> nn.Module:
+def image_network(encoder: ImageEncoderPreset, model_class: Any) -> nn.Module:
     """An image encoder without what a contrastive model or a LLaVA model has beside it, in 32 bits."""
     folder = fetch(encoder.source)
     if is_llava_folder(folder):
