@@ -4,8 +4,8 @@
     python training_scripts/export_gguf.py runs/mine --out gguf/ --type q8_0
     llama-server -m gguf/model.gguf --lora gguf/adapter.gguf --mmproj gguf/mmproj.gguf
 
-mmproj.gguf needs weights trained on CLIP or SigLIP patches with a projector of the kind "llava"; for other weights,
-such as smol's, only the text model and the adapter are written.
+mmproj.gguf needs weights trained on CLIP or SigLIP patches with a projector of the kind "llava", or on a LLaVA model;
+for other weights, such as smol's, only the text model and the adapter are written.
 """
 
 import argparse
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", help="a folder that training wrote")
+    parser.add_argument("weights", help="a folder that training wrote, or a LLaVA model")
     parser.add_argument("--out", required=True, help="the folder to write; it must be empty")
     parser.add_argument("--preset", default="auto", help="the preset of the weights (default: as they were trained)")
     parser.add_argument(

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", help="a folder that training wrote")
+    parser.add_argument("weights", help="a folder that training wrote, or a LLaVA model")
     parser.add_argument("--out", required=True, help="the folder to write; it must be empty")
     parser.add_argument("--preset", default="auto", help="the preset of the weights (default: as they were trained)")
     parser.add_argument(
