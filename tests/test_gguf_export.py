@@ -185,6 +185,13 @@ def test_a_token_that_begins_every_text_is_in_the_prompt(tmp_path):
         assert_same_prompts(engine, address)
 
 
+def test_a_chat_template_that_counts_turns_is_refused(tiny, tmp_path):
+    template = llava.PARTS_TEMPLATE.replace("message['role'].upper()", "message['role'] ~ loop.index")
+    base = llava.make(tmp_path / "llava", tiny / "phi3", template=template)
+    with pytest.raises(BadInput, match="more than to put fixed texts around messages"):
+        export_gguf(base, tmp_path / "gguf", infer_preset(base))
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [

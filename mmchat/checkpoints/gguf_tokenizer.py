@@ -45,7 +45,10 @@ def _llava_template(template: ChatTemplate, tokenizer: Any) -> str:
     image = texts(seen)[0].removeprefix(first)
     expected = [first + image, before_answer, after_answer + image, before_answer, after_answer, last]
     if not image.startswith(template.image_token) or texts(seen, answer, seen, answer, question) != expected:
-        raise BadInput("The chat template of these weights cannot be written for llama.cpp.")
+        raise BadInput(
+            "The chat template of these weights does more than to put fixed texts around messages, so it cannot be "
+            "written for llama.cpp. export_llava.py exports them for transformers and vLLM."
+        )
     before_system, after_system, *_ = texts(Message("system", "s"), question)
     if not (tokenizer.bos_token and first.startswith(tokenizer.bos_token)):
         bos = "".join(tokenizer.convert_ids_to_tokens(tokenizer("").input_ids))
