@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .checkpoints.weights_folder import default_weights, infer_preset, load_model, preset_for_weights
+from .checkpoints.weights_folder import default_weights, load_model, preset_for_weights, preset_named
 from .conversation import (
     TEXT_PENALTY,
     Message,
@@ -69,12 +69,11 @@ def load(
     Raises:
         MmchatError: there is no such preset, or models or weights are not available; the message says what to do.
     """
-    if preset != AUTO:
-        chosen, reason = get_preset(preset), ""
-    elif weights:
-        chosen, reason = infer_preset(weights), "the weights were trained for it"
+    if weights:
+        chosen = preset_named(preset, weights)
+        reason = "the weights were trained for it" if preset == AUTO else ""
     else:
-        chosen, reason = choose_preset()
+        chosen, reason = choose_preset() if preset == AUTO else (get_preset(preset), "")
     if reason:
         logger.info("Preset %s: %s", chosen.name, reason)
     if speech:

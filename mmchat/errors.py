@@ -15,3 +15,8 @@ class AssetError(MmchatError):
 
 class WeightsError(MmchatError):
     """A weights folder does not hold what the preset needs."""
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 tensor", "2 tensors"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -375,6 +375,25 @@ def test_bad_lists_of_recordings_are_errors(tmp_path, content, says):
         read_recordings(tmp_path / "speech.json")
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "q.json cannot be read: No such file or directory."),
+        ("[{", "q.json, line 1: this is not JSON"),
+        ("{}", "q.json is not a list of conversations."),
+        ('[{"question": "What?", "answer": "A dog."}]', 'q.json, line 1: an entry needs a list "conversations".'),
+        ("[]", "q.json holds no questions."),
+    ],
+)
+def test_questions_are_checked_before_anything_loads(tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "q.json").write_text(content)
+    (tmp_path / "speech.json").write_text(json.dumps([{"audio": str(SPEECH), "text": SAID}]))
+    command = "evaluate.py --weights nowhere --questions q.json --images nowhere --speech speech.json --preset nothing"
+    result = run_script(f"training_scripts/{command}", tmp_path)
+    assert result.returncode == 1 and result.stderr.startswith(says), result.stderr
+
+
 @pytest.mark.slow
 def test_the_script_prints_and_writes_all_results(tiny, trained, tmp_path):
     (tmp_path / "speech.json").write_text(json.dumps([{"audio": str(SPEECH), "text": SAID}]))

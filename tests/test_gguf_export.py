@@ -17,13 +17,16 @@ from PIL import Image
 from mmchat import BadInput, Message, SamplingOptions
 from mmchat.bundle import bundled
 from mmchat.checkpoints.gguf_export import export_gguf
-from mmchat.engine import LocalEngine
+from mmchat.checkpoints.weights_folder import infer_preset
+from mmchat.engine import LocalEngine, load
 from mmchat.models.image_encoder import load_image_encoder
 from mmchat.presets import PRESETS, SMOL, HubRepository, ImageEncoderPreset, Preset
 from mmchat.training.data.features import embed_folder
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
+from tests import llava
 from tests.close import certain_answer
+from tests.in_process import run_script
 from tests.tiny import TEXT, make_longrope, phi_3_tokenizer
 
 QUESTIONS = ("Describe the image.", "Is there a dog?", "What is in this picture?", "Describe it.", "A dog?")
@@ -103,24 +106,106 @@ def test_the_same_greedy_answers_about_pictures(tiny, trained, tmp_path, monkeyp
     monkeypatch.setenv("MMCHAT_DECODER", "torch")  # the ONNX decoder rounds inputs to 8 bits
     preset, weights = trained
     exported = export_gguf(weights, tmp_path / "gguf", preset, kind, merge)
-    assert exported.mmproj and bool(exported.adapter) != merge and not exported.notes
-    engine = LocalEngine(preset, weights)
-    if preset.name != "phi3-siglip":
-        encoder = engine.image_encoder
+    assert bool(exported.adapter) != merge
+    with llama_server(exported) as address:
+        assert_same_answers(LocalEngine(preset, weights), exported, address, tiny, monkeypatch, margin)
+
+
+def assert_same_answers(engine, exported, address, tiny, monkeypatch, margin):
+    """Greedy answers about pictures are llama.cpp's."""
+    assert exported.mmproj and not exported.notes
+    encoder = engine.image_encoder
+    if encoder.has_class_token:
         monkeypatch.setattr(encoder, "forward", lambda pixels: class_token_last(encoder, pixels))
-    count = 4 if preset.name == "phi3-siglip" else 12  # llama.cpp looks GELU up in half precision: it drifts off
+    count = 12 if encoder.has_class_token else 4  # llama.cpp looks SigLIP's GELU up in half precision: it drifts off
     options = SamplingOptions(temperature=0, max_new_tokens=count, repetition_penalty=1.0)
     compared = ""
+    for number, question in enumerate(QUESTIONS):
+        picture = Image.open(tiny / "pictures" / f"{number}.png").convert("RGB").resize((32, 32))
+        asked = [Message("user", question, [picture])]
+        ours, _ = certain_answer(engine, asked, options, margin)
+        theirs = said(address, question, picture, count)
+        # Here an answer also ends at <|assistant|>, and an unfinished character is not shown.
+        assert theirs.strip("\ufffd ").startswith(ours.strip("\ufffd "))
+        compared += ours
+    assert len(compared) > 2 * count
+
+
+def assert_same_prompts(engine, address):
+    """Conversations have llama.cpp's token ids."""
+    turns = [Message("user", "Is there a dog?"), Message("assistant", "Yes."), Message("user", "Where?")]
+    for messages in (turns, turns[:1], [Message("system", "Be kind."), *turns]):
+        body = {"messages": [{"role": message.role, "content": message.text} for message in messages]}
+        prompt = asked_of(address, "/apply-template", body)["prompt"]
+        found = asked_of(address, "/tokenize", {"content": prompt, "parse_special": True})["tokens"]
+        assert found == engine.tokenize(messages).token_ids
+
+
+LLAVAS = {
+    "phi3": {},
+    "phi3, string template": {"template": llava.STRING_TEMPLATE},
+    "llama, siglip, no bias": {
+        "text": "llama",
+        "tower": "siglip",
+        "vision_feature_select_strategy": "full",
+        "multimodal_projector_bias": False,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", LLAVAS.values(), ids=LLAVAS)
+def test_weights_on_a_llava_model_give_the_same_prompts_and_answers(tiny, tmp_path, monkeypatch, settings):
+    monkeypatch.setenv("MMCHAT_DECODER", "torch")
+    base, weights = llava.make(tmp_path / "llava", tiny / "phi3", **settings), tmp_path / "weights"
+    recipe = Recipe(train=[str(tiny / "train.json")], images=str(tiny / "pictures"), start_from=str(base))
+    recipe.out, recipe.max_steps, recipe.report_to, recipe.lr = str(weights), 4, ["none"], 1e-2
+    train(recipe)
+    exported = export_gguf(weights, tmp_path / "gguf", infer_preset(weights), "f32")
+    engine = load(weights=weights)
     with llama_server(exported) as address:
-        for number, question in enumerate(QUESTIONS):
-            picture = Image.open(tiny / "pictures" / f"{number}.png").convert("RGB").resize((32, 32))
-            asked = [Message("user", question, [picture])]
-            ours, _ = certain_answer(engine, asked, options, margin)
-            theirs = said(address, question, picture, count)
-            # Here an answer also ends at <|assistant|>, and an unfinished character is not shown.
-            assert theirs.strip("\ufffd ").startswith(ours.strip("\ufffd "))
-            compared += ours
-    assert len(compared) > 3 * count
+        assert_same_prompts(engine, address)
+        assert_same_answers(engine, exported, address, tiny, monkeypatch, 1e-3)
+
+
+def test_a_token_that_begins_every_text_is_in_the_prompt(tmp_path):
+    """A tokenizer of Llama's kind, and a chat template that leaves this token to it, as LLaVA-1.5 has them."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = phi_3_tokenizer(TEXT)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    first = ("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{first[0]} $A", special_tokens=[first])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    base = llava.make(tmp_path / "llava", tmp_path / "tokenizer", text="llama")
+    exported = export_gguf(base, tmp_path / "gguf", infer_preset(base))
+    engine = load(weights=base)
+    assert engine.tokenize([Message("user", "Is it?")]).token_ids[0] == first[1]
+    with llama_server(exported) as address:
+        assert_same_prompts(engine, address)
+
+
+def test_a_chat_template_that_counts_turns_is_refused(tiny, tmp_path):
+    template = llava.PARTS_TEMPLATE.replace("message['role'].upper()", "message['role'] ~ loop.index")
+    base = llava.make(tmp_path / "llava", tiny / "phi3", template=template)
+    with pytest.raises(BadInput, match="more than to put fixed texts around messages"):
+        export_gguf(base, tmp_path / "gguf", infer_preset(base))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"vision_feature_layer": [-3, -1]}, "reads one layer"),
+        ({"tower": "siglip"}, "keeps SigLIP's first patch"),
+        ({"vision_feature_select_strategy": "full"}, "drops CLIP's class token"),
+        ({"projector_hidden_act": "relu"}, "have GELU, and that of these weights has 'relu'"),
+    ],
+)
+def test_what_llama_cpp_cannot_see_of_a_llava_model_is_named(tiny, tmp_path, settings, reason):
+    """The LLaVA model itself is exported, without an adapter."""
+    base = llava.make(tmp_path / "llava", tiny / "phi3", **settings)
+    exported = export_gguf(base, tmp_path / "gguf", infer_preset(base))
+    assert not exported.mmproj and not exported.adapter and reason in exported.notes[0]
 
 
 def asked_of(address, path, body):
@@ -162,12 +247,17 @@ def test_smol_exports_its_text_side_and_adapter(tmp_path):
 
 
 def test_pooled_features_are_the_reason_for_no_mmproj(tiny, tmp_path):
-    preset, weights = PRESETS["phi3-pooled"], tmp_path / "weights"
+    weights = tmp_path / "weights"
     recipe = Recipe(train=[str(tiny / "train.json")], features=str(tiny / "features-pooled"), preset="phi3-pooled")
     recipe.out, recipe.max_steps, recipe.report_to, recipe.quantization = str(weights), 1, ["none"], "none"
     train(recipe)
-    exported = export_gguf(weights, tmp_path / "gguf", preset)
-    assert exported.adapter and not exported.mmproj and "pooled embedding" in exported.notes[0]
+    command = "training_scripts/export_gguf.py weights --out gguf"  # the weights name their preset
+    result = run_script(command, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "No mmproj.gguf" in result.stdout and "pooled embedding" in result.stdout
+    assert "-m gguf/model.gguf --lora gguf/adapter.gguf" in result.stdout
+    again = run_script(command, tmp_path)
+    assert again.returncode == 1 and again.stderr.startswith("gguf is not empty"), again.stderr
 
 
 def test_a_text_model_that_llama_cpp_names_otherwise_is_refused(tiny, tmp_path):

@@ -313,6 +313,37 @@ def test_the_prompt_template_of_the_project_is_imported_with_a_note(tiny, tmp_pa
         import_checkpoint(tmp_path / "published", tmp_path / "x", preset, project="nobody")
 
 
+MISTAKES = {  # flags of the script -> what it says
+    "published --project nobody": "argument --project: invalid choice: 'nobody' (choose from ",
+    "published --project walnashgit": "walnashgit's weights are for phi-2; 'far-away' is phi-3.",
+    "nowhere": "There is no folder 'nowhere'.",
+    "published/projector.pth": "'projector.pth' is a file: name the folder of the adapter, and this with --projector.",
+    "published --projector none.pth": "There is no file 'none.pth'.",
+    "published": "No known projector has the tensors ",
+    "llava": "'llava' is a LLaVA model, which needs no import: chat with it through --weights.",
+    "weights": "'weights' is a weights folder of mmchat, which needs no import: chat with it through --weights.",
+    "empty": "'empty' holds no projector: name its files with --projector.",
+    "empty --projector published/projector.pth": "'empty' holds no adapter: neither adapter_config.json nor",
+    "published --out weights": "weights is not empty. Name another folder, or empty it.",
+}
+
+
+def test_mistakes_get_a_sentence_before_the_base_model_is_fetched(tiny, tmp_path, monkeypatch):
+    for file in ("published/adapter_config.json", "llava/config.json", "weights/mmchat.json"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text('{"model_type": "llava"}')
+    (tmp_path / "empty").mkdir()
+    torch.save({"unknown": matrix(2)}, tmp_path / "published" / "projector.pth")
+    base = PRESETS["phi3-pooled"]
+    far_away = replace(base.language_model, source=HubRepository("nobody/nothing"))
+    monkeypatch.setitem(PRESETS, "far-away", replace(base, name="far-away", language_model=far_away))
+    for flags, says in MISTAKES.items():
+        result = run_script(f"training_scripts/import_checkpoint.py --preset far-away --out out {flags}", tmp_path)
+        assert result.returncode and says in result.stderr and "Traceback" not in result.stderr, (flags, result.stderr)
+    listed = run_script("training_scripts/import_checkpoint.py --help").stdout.replace("\n", " ")
+    assert all(name in listed for name in PROJECTS)
+
+
 @pytest.mark.slow
 def test_a_presets_published_weights_are_imported_once(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path / "cache"))

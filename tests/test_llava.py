@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import chdir
 
 import pytest
 import torch
@@ -10,13 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmchat import BadInput, Message, SamplingOptions
-from mmchat.checkpoints.gguf_export import export_gguf
-from mmchat.checkpoints.llava_export import export_llava
 from mmchat.checkpoints.weights_folder import infer_preset, load_model
 from mmchat.engine import LocalEngine, load
 from mmchat.errors import WeightsError
 from mmchat.models.prompt import tokenize_conversation
-from mmchat.presets import PHI_3_5
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
 from tests import llava
@@ -170,9 +168,17 @@ def test_missing_or_damaged_files_get_one_sentence(broken, tmp_path):
     (broken / "chat_template.jinja").unlink()
     with pytest.raises(WeightsError, match="no chat template"):
         load(weights=broken)
-    (broken / "config.json").write_text("[]")
-    with pytest.raises(WeightsError, match="not a weights folder"):
-        load(weights=broken)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "processor_config.json"])
+def test_a_missing_or_damaged_tokenizer_or_processor_is_named(broken, name):
+    def use():
+        return load(weights=broken).image_encoder
+
+    for trouble, change in (("damaged", lambda: (broken / name).write_text("{")), ("missing", (broken / name).unlink)):
+        change()
+        with pytest.raises(WeightsError, match=f"{name} of 'broken' is {trouble}"):
+            use()
 
 
 def test_a_missing_tensor_gets_one_sentence(broken, tiny):
@@ -187,7 +193,7 @@ def test_a_missing_tensor_gets_one_sentence(broken, tiny):
     save_file({key: value for key, value in load_file(shard).items() if key != name}, shard, {"format": "pt"})
     del content["weight_map"][name]
     index.write_text(json.dumps(content))
-    with pytest.raises(WeightsError, match="language model of 'broken' lacks 1 tensors"):
+    with pytest.raises(WeightsError, match="language model of 'broken' lacks 1 tensor that"):
         load(weights=broken)
 
 
@@ -210,11 +216,38 @@ def test_files_named_as_older_transformers_wrote_them_are_read(tiny, tmp_path, p
         assert "".join(load(weights=folder).reply(asked, options)) == expected
 
 
-def test_a_name_that_is_nowhere_gets_one_sentence(monkeypatch):
+NO_WEIGHTS = {  # what a folder holds -> what is said of it
+    "nothing": ({}, "'it' is not a weights folder: it is empty"),
+    "something else": ({"notes.txt": ""}, "neither mmchat.json, which training writes, nor the config.json of a LLaVA"),
+    "a damaged config": ({"config.json": "{"}, "config.json of 'it' is damaged"),
+    "a config without a model": ({"config.json": "[]"}, "config.json of 'it' is damaged"),
+    "damaged weights": ({"mmchat.json": "{"}, "mmchat.json of 'it' is damaged"),
+    "weights without settings": ({"mmchat.json": "[]"}, "mmchat.json of 'it' is damaged"),
+    "another LLaVA": ({"config.json": '{"model_type": "llava_next"}'}, "'it' is a model of the type 'llava_next'"),
+    "a text model": ({"config.json": '{"model_type": "llama"}'}, "'it' is a text model .'llama'., which cannot see"),
+}
+
+
+@pytest.mark.parametrize(("files", "sentence"), NO_WEIGHTS.values(), ids=NO_WEIGHTS)
+def test_what_is_no_weights_folder_is_told_what_it_is(tmp_path, monkeypatch, files, sentence):
+    (tmp_path / "it").mkdir()
+    for name, content in files.items():
+        (tmp_path / "it" / name).write_text(content)
+    monkeypatch.chdir(tmp_path / "it")
+    for weights in (tmp_path / "it", "."):
+        with pytest.raises(WeightsError, match=sentence):
+            load(weights=weights)
+
+
+def test_a_name_that_is_nowhere_gets_one_sentence(tmp_path):
     with pytest.raises(WeightsError, match="There is no folder 'runs/mine' here"):
         load(weights="runs/mine")
-    with pytest.raises(WeightsError, match="not a weights folder"):
-        load(weights="/nowhere/mine")
+    for name in ("/nowhere/mine", "./mine", "../mine"):
+        with pytest.raises(WeightsError, match="^There is no folder 'mine'"):
+            load(weights=name)
+    (tmp_path / "mmchat.json").touch()
+    with pytest.raises(WeightsError, match="'mmchat.json' is a file"):
+        load(weights=tmp_path / "mmchat.json")
 
 
 @pytest.fixture(scope="module")
@@ -225,14 +258,15 @@ def trained(tiny, tmp_path_factory):
     recipe = Recipe(
         train=[str(tiny / "train.json")],
         images=str(tiny / "pictures"),
-        start_from=str(base),
+        start_from="llava",
         quantization="4bit",
         out=str(out / "run"),
         max_steps=6,
         lr=1e-2,
         report_to=["none"],
     )
-    train(recipe)
+    with chdir(out):
+        train(recipe)
     return base, out / "run"
 
 
@@ -249,9 +283,25 @@ def test_an_adapter_on_top_chats_and_is_off_for_rewriting(tiny, trained, picture
         )
 
 
+def test_another_preset_is_refused(trained):
+    for weights in trained:
+        for preset in ("smol", "llava-phi-3"):
+            with pytest.raises(WeightsError, match=f"LLaVA model 'llava', which the preset '{preset}' does not have"):
+                load(preset, weights)
+
+
+def test_a_llava_folder_that_moved_away_is_named(trained, tmp_path):
+    config = json.loads((trained[1] / "mmchat.json").read_text())
+    for path in (str(tmp_path / "moved"), "./moved", "moved"):
+        config["llava"]["name"] = path
+        (tmp_path / "mmchat.json").write_text(json.dumps(config))
+        with pytest.raises(WeightsError, match="the model in 'moved', a folder that is no longer where it was"):
+            load(weights=tmp_path)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["phi3", "phi3, string template", "qwen2, siglip, first patch dropped"])
-def test_an_adapter_on_top_is_exported_with_its_llava_model(tiny, tmp_path, pictures, kind):
+def test_an_adapter_on_top_is_exported_with_its_llava_model(tiny, tmp_path, pictures, caplog, kind):
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     base = llava.make(tmp_path / "llava", tiny / "phi3", **KINDS[kind])
@@ -264,9 +314,14 @@ def test_an_adapter_on_top_is_exported_with_its_llava_model(tiny, tmp_path, pict
         lr=1e-2,
         report_to=["none"],
     )
-    with torch.enable_grad():
+    with torch.enable_grad(), caplog.at_level("INFO"):
         train(recipe)
-    export_llava(tmp_path / "run", tmp_path / "exported", PHI_3_5, torch.float32)
+    assert "Training on the LLaVA model llava with its own image encoder" in caplog.messages
+    command = "training_scripts/export_llava.py run --out exported --dtype float32"
+    result = run_script(command, tmp_path)
+    assert result.returncode == 0, result.stderr
+    again = run_script(command, tmp_path)
+    assert again.returncode == 1 and again.stderr.startswith("exported is not empty"), again.stderr
     engine, messages = load(weights=tmp_path / "run"), conversation(pictures)
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
     inputs = inputs_of(AutoProcessor.from_pretrained(tmp_path / "exported", backend="pil"), messages)
@@ -274,8 +329,6 @@ def test_an_adapter_on_top_is_exported_with_its_llava_model(tiny, tmp_path, pict
     assert_close(ours, model(**inputs).logits, 1e-4)
     plain = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32).eval()
     assert (ours - plain(**inputs).logits).abs().max() > 0.01  # the adapter is in it
-    with pytest.raises(BadInput, match="cannot be exported to GGUF"):
-        export_gguf(tmp_path / "run", tmp_path / "gguf", PHI_3_5)
 
 
 def test_what_was_trained_are_the_answers_and_where_they_end(tiny, trained):
@@ -307,6 +360,8 @@ def test_evaluating(tiny, trained, tmp_path):
         assert result.returncode == 0, result.stderr
         (entry,) = json.loads((tmp_path / "out.json").read_text())
         assert entry["answers"]
+    refused = run_script(f"{command} --questions {tiny / 'eval.json'} --preset smol", tmp_path)
+    assert refused.returncode == 1 and "leave the preset out" in refused.stderr, refused.stderr
 
 
 def test_names_need_a_text_encoder(trained, pictures):

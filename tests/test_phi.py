@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from mmchat.checkpoints.weights_folder import preset_for_weights
 from mmchat.conversation import REWRITE
 from mmchat.device import Device, choose_preset, choose_quantization
 from mmchat.engine import LocalEngine
-from mmchat.errors import BadInput
+from mmchat.errors import AssetError, BadInput
 from mmchat.inference.decoder import TorchDecoder
 from mmchat.inference.generation import _beam_settings, generate_batch, stream_text
 from mmchat.models.chat_formats import CHAT_FORMATS
@@ -213,26 +214,31 @@ class TestImageEncoders:
     def test_other_models_are_rejected_as_image_encoders(self, tiny):
         with pytest.raises(BadInput, match="not a CLIP or SigLIP model"):
             find_image_encoder(HubRepository(str(tiny / "phi3")))
+        for nowhere in ("./mine", "clip-vit-base-patch32"):
+            with pytest.raises(AssetError, match=f"There is no folder '{Path(nowhere).name}'"):
+                find_image_encoder(HubRepository(nowhere))
         with pytest.raises(BadInput, match="no layer -9"):
             find_image_encoder(HubRepository(str(tiny / "clip")), layer=-9)
 
     @pytest.mark.slow
-    def test_weights_name_their_image_encoder(self, tiny, tmp_path, picture):
+    def test_weights_name_their_image_encoder(self, tiny, tmp_path, picture, monkeypatch):
         from mmchat.training.data.features import embed_folder
 
-        encoder = find_image_encoder(HubRepository(str(tiny / "siglip")), "patches", -1)
+        monkeypatch.chdir(tiny)
+        encoder = find_image_encoder(HubRepository("siglip"), "patches", -1)
         embed_folder(tiny / "pictures", tmp_path / "features", encoder, load_image_encoder(encoder))
         recipe = Recipe(
             train=[str(tiny / "train.json")],
             features=str(tmp_path / "features"),
             preset="phi3-pooled",
-            image_encoder=str(tiny / "siglip"),
+            image_encoder="siglip",
             image_layer=-1,
             out=str(tmp_path / "run"),
             max_steps=1,
             report_to=["none"],
         )
         train(recipe)
+        monkeypatch.chdir(tmp_path)
         own = PRESETS["phi3-pooled"]
         assert preset_for_weights(own, tmp_path / "run").image_encoder == encoder
         config = tmp_path / "run" / "mmchat.json"

@@ -30,7 +30,7 @@ def parse():
     data.add_argument("--images", help="instead of --features: the folder of the pictures")
     data.add_argument("--speech", help="recordings with transcripts, for the word error rate")
     data.add_argument("--limit", type=int, help="only the first N questions of each file")
-    data.add_argument("--preset", default="smol", help="use this preset's models (default: smol)")
+    data.add_argument("--preset", help="use this preset's models (default: that of the weights; without any, smol)")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--beams", type=int, default=1, help="1: greedy; more: beam search (default: 1)")
     answers.add_argument(
@@ -62,13 +62,17 @@ def main():
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
     from mmchat.errors import MmchatError
+    from mmchat.training.evaluation.evaluator import read_items
+    from mmchat.training.evaluation.recordings import read_recordings
 
     results = []
-    try:
-        if options.speech:
-            results += evaluate_speech(options)
-        if options.questions:
-            results += evaluate_questions(options)
+    try:  # the files are read before any model loads
+        recordings = read_recordings(options.speech) if options.speech else []
+        files = {path: read_items(path, options.limit) for path in options.questions}
+        if recordings:
+            results += evaluate_speech(options, recordings)
+        if files:
+            results += evaluate_questions(options, files)
     except MmchatError as error:
         sys.exit(str(error))
     print_table(results)
@@ -80,18 +84,18 @@ def main():
         Path(options.out).write_text(json.dumps(results, indent=1, ensure_ascii=False))
 
 
-def evaluate_questions(options):
+def evaluate_questions(options, files):
     from functools import cache
 
     from tqdm import tqdm
 
-    from mmchat.checkpoints.weights_folder import default_weights, load_model, preset_for_weights
+    from mmchat.checkpoints.weights_folder import default_weights, load_model, preset_for_weights, preset_named
     from mmchat.conversation import SamplingOptions
     from mmchat.device import choose_device
-    from mmchat.errors import BadInput
+    from mmchat.errors import BadInput, counted
     from mmchat.models.chat_formats import chat_format_of
     from mmchat.models.image_encoder import load_image_encoder
-    from mmchat.presets import get_preset
+    from mmchat.presets import AUTO, get_preset
     from mmchat.training.data.features import FeatureStore, PictureFolder
     from mmchat.training.evaluation.evaluator import (
         DEFAULT_MAX_NEW_TOKENS,
@@ -100,11 +104,14 @@ def evaluate_questions(options):
         condition_features,
         flatten,
         measure,
-        read_items,
     )
 
-    preset, device = get_preset(options.preset), choose_device()
-    all_weights = options.weights or [default_weights(preset)]
+    device = choose_device()
+    if options.weights:
+        preset, all_weights = preset_named(options.preset or AUTO, options.weights[0]), options.weights
+    else:
+        preset = get_preset(options.preset or "smol")
+        all_weights = [default_weights(preset)]
     preset = preset_for_weights(preset, all_weights[0])  # all weights must share the first one's image encoder
     encoder = cache(lambda: load_image_encoder(preset.image_encoder).to(device.type))
     if options.features:
@@ -112,12 +119,11 @@ def evaluate_questions(options):
         features.check(preset.image_encoder)
     else:
         features = PictureFolder(options.images, encoder())
-    files = {path: read_items(path, options.limit) for path in options.questions}
     names = {name for items in files.values() for item in items for name in item.conversation.images}
     missing = sorted(name for name in names if name not in features)
     if missing:
         raise BadInput(
-            f"{len(missing)} pictures of the questions are missing, such as {missing[0]}: check --features or --images."
+            f"--features or --images lacks {counted(len(missing), 'picture')} of the questions, such as {missing[0]}."
         )
     limit, limits_by_kind = options.max_new_tokens, {}
     if limit is None:
@@ -156,19 +162,18 @@ def evaluate_questions(options):
     return results
 
 
-def evaluate_speech(options):
+def evaluate_speech(options, recordings):
     from mmchat.models.speech_recognition import SpeechRecognizer
     from mmchat.presets import get_preset
     from mmchat.training.evaluation.metrics import word_error_rate
-    from mmchat.training.evaluation.recordings import read_recordings
 
-    recordings = read_recordings(options.speech)
-    recognizer = SpeechRecognizer(get_preset(options.preset).speech)
+    preset = get_preset(options.preset or "smol")
+    recognizer = SpeechRecognizer(preset.speech)
     heard = [recognizer.transcribe(recording.path).text for recording in recordings]
     rate = word_error_rate(heard, [recording.text for recording in recordings])
     return [
         {
-            "weights": options.preset,
+            "weights": preset.name,
             "file": Path(options.speech).name,
             "condition": "real",
             "metrics": [entry("speech", "word error rate", rate)],

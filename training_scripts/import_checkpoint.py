@@ -18,16 +18,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def main():
+    from mmchat.checkpoints.known_checkpoints import AUTO, NO_PROJECT, PROJECT_NAMES
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="holds the adapter, and the projector unless --projector names its files")
-    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--out", required=True, help="the folder to write; it must be empty")
     parser.add_argument("--preset", default="phi-3.5", help="the preset it was trained for (default: phi-3.5)")
     parser.add_argument("--projector", nargs="+", default=[], help="the projector's files, if their names are unusual")
     parser.add_argument(
         "--end-of-image-token", "--marker", metavar="TOKEN", help="the checkpoint's end-of-image token, if it has one"
     )
     parser.add_argument(
-        "--project", default="auto", help="whose prompt template they learned; none: the chat format's own"
+        "--project",
+        metavar="NAME",
+        choices=PROJECT_NAMES,
+        default=AUTO,
+        help=f"whose prompt template they learned: {', '.join(PROJECT_NAMES)} (default: {AUTO}, recognized by the "
+        f"tensors; {NO_PROJECT}: the chat format's own)",
     )
     parser.add_argument("--image-encoder", help="the CLIP or SigLIP model that the projector reads, on the Hub or here")
     parser.add_argument("--image-features", choices=("patches", "pooled"), help="which of its features")

@@ -15,15 +15,18 @@ from typing import Any
 import torch
 
 from ..errors import BadInput
+from ..folders import empty_folder
 from ..models.chat_formats import chat_format_of
+from ..models.image_encoder import load_image_processor
 from ..models.language_model import context_length
 from ..models.vision_language_model import VisionLanguageModel
 from ..presets import ImageEncoderPreset, Preset
 from .gguf_tokenizer import add_tokenizer, gguf_template
-from .llava_export import vision_of
+from .llava_export import image_network, vision_of
 from .weights_folder import load_model, preset_for_weights
 
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "phi3": "PHI3"}  # transformers' model type -> gguf's name
+GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
 TYPES = {"f16": "F16", "q8_0": "Q8_0", "f32": "F32"}
 
 
@@ -43,21 +46,18 @@ def export_gguf(
     """Writes ``model.gguf``, ``adapter.gguf`` (LoRA) and ``mmproj.gguf`` (image encoder and projector).
 
     Args:
-        weights: a folder that training wrote.
+        weights: a folder that training wrote, or a LLaVA model.
+        out: the folder to write; it must be empty.
         kind: the number format of the text model's matrices, a key of TYPES. The adapter is f32, and ``mmproj.gguf`` is
             f16 unless this is f32.
         merge: add the adapter to the text model instead of writing it beside.
 
     Raises:
-        BadInput: llama.cpp has no place for a part of it; the sentence names the part.
+        BadInput: llama.cpp has no place for a part of it; the sentence names the part. Or ``out`` is not empty.
         MmchatError: the weights or the base model are not available.
     """
+    folder = empty_folder(out)
     preset = preset_for_weights(preset, weights)
-    if preset.language_model.is_llava:
-        raise BadInput(
-            "Weights that were trained on a LLaVA model cannot be exported to GGUF, because their chat template is not "
-            "written for llama.cpp. export_llava.py exports them for transformers and vLLM."
-        )
     model, tokenizer = load_model(preset, weights, torch.float32)
     model_type = model.unwrapped_language_model.config.model_type
     if model_type not in ARCHITECTURES:
@@ -65,7 +65,6 @@ def export_gguf(
             f"A text model of the type '{model_type}' cannot be exported to GGUF; "
             f"these can: {', '.join(ARCHITECTURES)}."
         )
-    folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     reason = _why_no_mmproj(model, preset)
     adapter = model.has_adapter and not merge
@@ -94,10 +93,16 @@ def _why_no_mmproj(model: VisionLanguageModel, preset: Preset) -> str:
         return f"llama.cpp has no image encoder like {encoder.name}, so it gets the text model and the adapter only"
     if not vision_of(encoder)[1].model_type.startswith(("clip", "siglip")):
         return f"{encoder.name} is neither a CLIP nor a SigLIP, the image encoders that this export knows"
+    if not isinstance(encoder.layer, int):
+        return f"llama.cpp reads one layer of {encoder.name}, and these weights several"
+    if encoder.drops_patch:
+        return "llama.cpp keeps SigLIP's first patch, which these weights drop"
     if encoder.class_token:
         return "llama.cpp drops CLIP's class token, which these weights read"
     if config.kind != "llava" or config.end_of_image_token:
         return "llama.cpp knows projectors of the kind 'llava' without an end-of-image token only"
+    if config.activation not in GELUS:
+        return f"llama.cpp's projectors have GELU, and that of these weights has '{config.activation}'"
     if preset.prompt_template:
         return "these weights have a prompt template of their own"
     return ""
@@ -229,12 +234,11 @@ def _write_adapter(model: VisionLanguageModel, path: Path) -> None:
 
 def _write_mmproj(model: VisionLanguageModel, encoder: ImageEncoderPreset, path: Path, kind: str) -> None:
     import gguf
-    from transformers import AutoImageProcessor, CLIPVisionModel, SiglipVisionModel
+    from transformers import CLIPVisionModel, SiglipVisionModel
 
-    folder, described = vision_of(encoder)
-    model_class = CLIPVisionModel if described.model_type.startswith("clip") else SiglipVisionModel
-    network = model_class.from_pretrained(folder, dtype=torch.float32)
-    config, processor = network.config, AutoImageProcessor.from_pretrained(folder, backend="pil")
+    is_clip = vision_of(encoder)[1].model_type.startswith("clip")
+    network = image_network(encoder, CLIPVisionModel if is_clip else SiglipVisionModel)
+    config, processor = network.config, load_image_processor(encoder)
     assert isinstance(encoder.layer, int)
     depth = encoder.layer % (config.num_hidden_layers + 1)  # the layers whose output the projector reads
     writer = gguf.GGUFWriter(path, "clip")
@@ -263,7 +267,8 @@ def _write_mmproj(model: VisionLanguageModel, encoder: ImageEncoderPreset, path:
         _add_tensor(writer, _gguf_name(names, f"vision_tower.{name}"), tensor, keep)
     for number, layer in ((0, model.projector.linear_1), (2, model.projector.linear_2)):
         _add_tensor(writer, f"mm.{number}.weight", layer.weight, kind)
-        _add_tensor(writer, f"mm.{number}.bias", layer.bias, kind)
+        bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
+        _add_tensor(writer, f"mm.{number}.bias", bias, kind)
     _finish(writer)
 
 

@@ -5,34 +5,79 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..conversation import Message
 from ..errors import BadInput
 from ..models.chat_formats import ChatFormat
+from ..models.jinja_template import ChatTemplate, render
 from .llava_export import chat_template
 
 
 def gguf_template(chat_format: ChatFormat, tokenizer: Any) -> str:
-    """The chat template. llama.cpp puts a marker, <__media_…__>, for each picture into the message's text."""
+    """The chat template. llama.cpp puts a marker, <__media_…__>, for each picture into the message's text.
+
+    Raises:
+        BadInput: it is a LLaVA model's, and lays out turns in a way that cannot be written for llama.cpp.
+    """
+    if chat_format.template:
+        return _llava_template(chat_format.template, tokenizer)
     said = "message['content'] }}"
-    template = chat_template(_without_swallowed(chat_format, tokenizer))
-    return template.replace(said, f"message['content'] | replace('__>', {'__>' + chat_format.after_image!r}) }}}}", 1)
+    turns = {
+        name: {role: _without_swallowed(text, tokenizer) for role, text in getattr(chat_format, name).items()}
+        for name in ("turn_start", "turn_end")
+    }
+    template = chat_template(replace(chat_format, **turns))
+    return template.replace(said, f"{_marked(chat_format.after_image)} }}}}", 1)
 
 
-def _without_swallowed(chat_format: ChatFormat, tokenizer: Any) -> ChatFormat:
-    """The format without the space that Phi-3's special tokens swallow: llama.cpp would read it."""
+def _llava_template(template: ChatTemplate, tokenizer: Any) -> str:
+    """A LLaVA model's chat template in the texts that it writes before, between and behind the messages."""
+
+    def texts(*messages: Message) -> list[str]:
+        pieces = render(template, messages, tokenizer, add_generation_prompt=True)
+        return [piece.text for piece in pieces if piece.message_index is None]
+
+    question, answer, seen = Message("user", "a"), Message("assistant", "b"), Message("user", "a", ["picture"])
+    first, before_answer, after_answer, last = texts(question, answer, question)
+    image = texts(seen)[0].removeprefix(first)
+    expected = [first + image, before_answer, after_answer + image, before_answer, after_answer, last]
+    if not image.startswith(template.image_token) or texts(seen, answer, seen, answer, question) != expected:
+        raise BadInput(
+            "The chat template of these weights does more than to put fixed texts around messages, so it cannot be "
+            "written for llama.cpp. export_llava.py exports them for transformers and vLLM."
+        )
+    before_system, after_system, *_ = texts(Message("system", "s"), question)
+    if not (tokenizer.bos_token and first.startswith(tokenizer.bos_token)):
+        bos = "".join(tokenizer.convert_ids_to_tokens(tokenizer("").input_ids))
+        first, before_system = bos + first, bos + before_system
+    written = (first, before_answer, after_answer, last, before_system, after_system, image)
+    first, before_answer, after_answer, last, before_system, after_system, image = (
+        _without_swallowed(text, tokenizer) for text in written
+    )
+    return (
+        "{% for message in messages %}{% set r = message['role'] %}"
+        f"{{% if r == 'assistant' %}}{{{{ {before_answer!r} }}}}"
+        f"{{% elif r == 'system' %}}{{{{ {before_system!r} }}}}{{% elif loop.first %}}{{{{ {first!r} }}}}{{% endif %}}"
+        f"{{{{ {_marked(image.removeprefix(template.image_token))} }}}}"
+        f"{{% if r == 'system' %}}{{{{ {after_system!r} }}}}"
+        f"{{% elif r == 'assistant' and not loop.last %}}{{{{ {after_answer!r} }}}}{{% endif %}}"
+        f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {last!r} }}}}{{% endif %}}"
+    )
+
+
+def _marked(after_image: str) -> str:
+    """The Jinja expression for a message's text, with ``after_image`` behind each picture's marker."""
+    return f"message['content'] | replace('__>', {'__>' + after_image!r})"
+
+
+def _without_swallowed(text: str, tokenizer: Any) -> str:
+    """A text without the space that Phi-3's special tokens swallow: llama.cpp would read it."""
     swallowing = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.rstrip]
-    if not swallowing:
-        return chat_format
-    pattern = re.compile(f"({'|'.join(map(re.escape, swallowing))})\\s+")
-
-    def without(texts: Mapping[str, str]) -> dict[str, str]:
-        return {role: pattern.sub(r"\1", text) for role, text in texts.items()}
-
-    return replace(chat_format, turn_start=without(chat_format.turn_start), turn_end=without(chat_format.turn_end))
+    pattern = "|".join(map(re.escape, swallowing))
+    return re.sub(f"({pattern})\\s+", r"\1", text) if swallowing else text
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:

@@ -17,20 +17,22 @@ import torch
 from ..errors import WeightsError
 from ..fetching import fetch
 from ..fetching.cache import convert_once
+from ..folders import empty_folder
 from ..models.image_encoder import find_image_encoder
 from ..models.language_model import empty_language_model, load_language_model
+from ..models.llava_folder import is_llava_folder
 from ..models.projector import WithEndOfImage
 from ..models.vision_language_model import VisionLanguageModel
 from ..presets import HubRepository, Preset
-from .known_checkpoints import PROJECTS, Project, StoredProjector
-from .published_adapter import LORA_FILE, import_adapter
+from .known_checkpoints import AUTO, NO_PROJECT, PROJECT_NAMES, PROJECTS, Project, StoredProjector
+from .published_adapter import LORA_FILE, find_adapter, import_adapter
 from .published_files import ImportReport
 from .published_projector import build_published, read_projector, recognize_projector
+from .weights_config import CONFIG_FILE
 from .weights_folder import save_weights
 
 logger = logging.getLogger(__name__)
 
-AUTO, NO_PROJECT = "auto", "none"
 PROJECTOR_FILES = ("image_projector.pth", "projector.pth", "resblock.pth")
 
 
@@ -51,7 +53,7 @@ def import_checkpoint(
 
     Args:
         folder: holds the adapter and the projector's files.
-        out: the folder to write.
+        out: the folder to write; it must be empty.
         projector_files: the projector's files, where they have other names than ``PROJECTOR_FILES``.
         marker_token: the end-of-image token, if the checkpoint has one; its embedding becomes the projector's.
         project: whose prompt template the weights learned: a key of ``PROJECTS``, "none" for the
@@ -61,17 +63,21 @@ def import_checkpoint(
         image_features, image_layer, class_token: what is taken of it, as ``find_image_encoder`` has them.
 
     Raises:
+        BadInput: ``out`` is not empty.
         WeightsError: a file is missing or unreadable, a tensor is missing, unknown or of another shape.
     """
-    folder, report = Path(folder), ImportReport()
+    folder, out, report = Path(folder).resolve(), empty_folder(out), ImportReport()
+    _check_project(project, preset)
+    _check_folder(folder)
     files = [Path(file) for file in projector_files] or [folder / name for name in PROJECTOR_FILES]
     files = [file for file in files if projector_files or file.is_file()]
     if not files:
         raise WeightsError(f"'{folder.name}' holds no projector: name its files with --projector.")
-    language_model = empty_language_model(preset.language_model)  # its shapes are enough, and fit in any memory
+    find_adapter(folder)
     tensors = read_projector(files, report)
     stored, renamed = recognize_projector(tensors)
     report.taken |= renamed
+    language_model = empty_language_model(preset.language_model)  # its shapes are enough, and fit in any memory
     known = _find_project(project, stored, preset, report)
     chosen = {"features": image_features, "layer": image_layer, "class_token": class_token}
     preset = _as_trained(preset, known, image_encoder, chosen, report)
@@ -94,17 +100,28 @@ def import_checkpoint(
     return report
 
 
+def _check_project(name: str, preset: Preset) -> None:
+    if name not in PROJECT_NAMES:
+        raise WeightsError(f"There is no project '{name}'. The projects are {', '.join(PROJECT_NAMES)}.")
+    project, chat_format = PROJECTS.get(name), preset.language_model.chat_format
+    if project and project.chat_format != chat_format:
+        raise WeightsError(f"{name}'s weights are for {project.chat_format}; '{preset.name}' is {chat_format}.")
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.exists():
+        raise WeightsError(f"There is no folder '{folder.name}'.")
+    if not folder.is_dir():
+        raise WeightsError(f"'{folder.name}' is a file: name the folder of the adapter, and this with --projector.")
+    if is_llava_folder(folder) or (folder / CONFIG_FILE).exists():
+        kind = "a LLaVA model" if is_llava_folder(folder) else "a weights folder of mmchat"
+        raise WeightsError(f"'{folder.name}' is {kind}, which needs no import: chat with it through --weights.")
+
+
 def _find_project(name: str, stored: StoredProjector, preset: Preset, report: ImportReport) -> Project | None:
     """The project that a checkpoint comes from; None if it is to be asked as the preset is."""
-    if name not in (AUTO, NO_PROJECT, *PROJECTS):
-        raise WeightsError(f"There is no project '{name}'. The projects are {', '.join([*PROJECTS, NO_PROJECT])}.")
     project = PROJECTS.get(stored.project if name == AUTO else name)
-    chat_format = preset.language_model.chat_format
-    if project and project.chat_format != chat_format:
-        if name != AUTO:
-            raise WeightsError(f"{name}'s weights are for {project.chat_format}; '{preset.name}' is {chat_format}.")
-        project = None
-    if not project:
+    if not project or project.chat_format != preset.language_model.chat_format:
         report.notes.append("Prompts follow the preset's template, because no project is known for these weights.")
         return None
     reason = f"as the tensors' names suggest; if the weights are another project's, say --project NAME, or {NO_PROJECT}"

@@ -94,6 +94,8 @@ PROJECTS = {
     ),
 }
 PROJECTS["ibrahim737701"] = PROJECTS["vandana1302238"]  # the same code on the same data, with other layers adapted
+AUTO, NO_PROJECT = "auto", "none"  # recognized by the names of the tensors; the chat format's own prompt template
+PROJECT_NAMES = (AUTO, NO_PROJECT, *PROJECTS)
 
 
 @dataclass(frozen=True)

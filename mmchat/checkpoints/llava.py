@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
 from ..errors import AssetError, WeightsError
 from ..fetching import fetch
-from ..fetching.sources import HubRepository
+from ..fetching.sources import HUB_NAME, HubRepository
 from ..models.language_model import empty_language_model
 from ..models.llava_folder import LlavaFolder, is_llava_folder, llava_template, open_llava
 from ..models.projector import ProjectorConfig
@@ -22,8 +21,7 @@ from ..presets import (
     Preset,
     ProjectorPreset,
 )
-
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+from .weights_config import why_no_weights
 
 
 def find_llava(weights: str | Path | HubRepository) -> HubRepository | None:
@@ -36,8 +34,8 @@ def find_llava(weights: str | Path | HubRepository) -> HubRepository | None:
     """
     if isinstance(weights, HubRepository):
         return weights if is_llava_folder(fetch(weights)) else None
-    if Path(weights).exists() or not REPOSITORY.fullmatch(str(weights)):
-        return HubRepository(str(weights)) if is_llava_folder(Path(weights)) else None
+    if Path(weights).exists() or not HUB_NAME.fullmatch(str(weights)):
+        return HubRepository(str(weights)).absolute() if is_llava_folder(Path(weights)) else None
     known = {preset.language_model.source.name: preset for preset in PRESETS.values() if preset.language_model.is_llava}
     source = HubRepository(str(weights))
     if isinstance(found := known[source.name].language_model.source if source.name in known else None, HubRepository):
@@ -49,7 +47,7 @@ def find_llava(weights: str | Path | HubRepository) -> HubRepository | None:
             f"There is no folder '{weights}' here, and the Hub gave no model of this name: {error}"
         ) from error
     if not is_llava_folder(folder):
-        raise WeightsError(f"'{weights}' on the Hub is no LLaVA model in transformers' format.")
+        raise WeightsError(why_no_weights(folder, str(weights)))
     return source
 
 

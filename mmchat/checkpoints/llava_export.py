@@ -11,8 +11,9 @@ from torch import nn
 from ..conversation import ROLES
 from ..errors import BadInput
 from ..fetching import fetch
+from ..folders import empty_folder
 from ..models.chat_formats import CHAT_FORMATS, ChatFormat
-from ..models.image_encoder import llava_image_encoder
+from ..models.image_encoder import llava_image_encoder, load_image_processor
 from ..models.language_model import context_length
 from ..models.llava_folder import is_llava_folder, open_llava
 from ..models.vision_language_model import VisionLanguageModel
@@ -38,12 +39,14 @@ def export_llava(weights: str | Path, out: str | Path, preset: Preset, dtype: to
 
     Args:
         weights: a folder that training wrote.
+        out: the folder to write; it must be empty.
         dtype: the number format of the exported weights.
 
     Raises:
-        BadInput: LLaVA has no place for a part of it; the sentence names the part.
+        BadInput: LLaVA has no place for a part of it; the sentence names the part. Or ``out`` is not empty.
         MmchatError: the weights or the base model are not available.
     """
+    out = empty_folder(out)
     preset = preset_for_weights(preset, weights)
     model, tokenizer = load_model(preset, weights, torch.float32)
     _check(model, preset)
@@ -90,7 +93,7 @@ def _assemble(model: VisionLanguageModel, preset: Preset, image_token_id: int) -
         part.name_or_path = ""  # a folder of this machine
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(config)
-    llava.model.vision_tower = _image_encoder(preset.image_encoder, type(llava.model.vision_tower))
+    llava.model.vision_tower = image_network(preset.image_encoder, type(llava.model.vision_tower))
     llava.model.multi_modal_projector.load_state_dict(model.projector.state_dict(), assign=True)
     llava.model.language_model = language_model.get_decoder()
     llava.lm_head = language_model.get_output_embeddings()
@@ -116,7 +119,7 @@ def _config(preset: Preset, image_token_id: int, text_config: Any) -> Any:
     )
 
 
-def _image_encoder(encoder: ImageEncoderPreset, model_class: Any) -> nn.Module:
+def image_network(encoder: ImageEncoderPreset, model_class: Any) -> nn.Module:
     """An image encoder without what a contrastive model or a LLaVA model has beside it, in 32 bits."""
     folder = fetch(encoder.source)
     if is_llava_folder(folder):
@@ -166,10 +169,10 @@ def _select_strategy(encoder: ImageEncoderPreset, vision_config: Any) -> str:
 
 def _processor(tokenizer: Any, preset: Preset) -> Any:
     """What turns messages and pictures into the model's inputs."""
-    from transformers import AutoImageProcessor, LlavaProcessor
+    from transformers import LlavaProcessor
 
     encoder, template = preset.image_encoder, preset.chat_template
-    folder, vision_config = vision_of(encoder)
+    vision_config = vision_of(encoder)[1]
     if template:
         text = template.text
     else:
@@ -178,7 +181,7 @@ def _processor(tokenizer: Any, preset: Preset) -> Any:
         tokenizer.eos_token = chat_format.stops[0]
     tokenizer.chat_template = text
     return LlavaProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(folder, backend="pil"),
+        image_processor=load_image_processor(encoder),
         tokenizer=tokenizer,
         patch_size=vision_config.patch_size,
         vision_feature_select_strategy=_select_strategy(encoder, vision_config),

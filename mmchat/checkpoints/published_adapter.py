@@ -27,15 +27,26 @@ LORA_FILE = "lora_weights.pt"
 RESIZED = re.compile(r"\.(embed_tokens|lm_head)\.(weight|bias)$")  # PEFT saves them where a token was added
 
 
+def find_adapter(folder: Path) -> Path:
+    """The file of a published folder that its adapter is read from: ``lora_weights.pt``, or PEFT's config.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    found = [path for path in (folder / LORA_FILE, *sorted(folder.rglob(ADAPTER_CONFIG))) if path.is_file()]
+    if not found:
+        raise WeightsError(f"'{folder.name}' holds no adapter: neither {ADAPTER_CONFIG} nor {LORA_FILE}.")
+    return found[0]
+
+
 def import_adapter(
     folder: Path, language_model: nn.Module, base: LanguageModelPreset, report: ImportReport
 ) -> nn.Module:
     """The language model with the adapter of a published folder: PEFT's own, or ``lora_weights.pt``."""
-    if (folder / LORA_FILE).is_file():
-        return _import_lora(read_tensors(folder / LORA_FILE), language_model, base.name, report)
-    adapter = next((path.parent for path in sorted(folder.rglob(ADAPTER_CONFIG))), None)
-    if adapter is None:
-        raise WeightsError(f"'{folder.name}' holds no adapter: neither {ADAPTER_CONFIG} nor {LORA_FILE}.")
+    found = find_adapter(folder)
+    if found.name == LORA_FILE:
+        return _import_lora(read_tensors(found), language_model, base.name, report)
+    adapter = found.parent
     weights = adapter / ADAPTER_WEIGHTS
     tensors = read_tensors(weights if weights.is_file() else weights.with_suffix(".bin"))
     adapted = attach_adapter(language_model, adapter)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..errors import WeightsError
+from ..errors import WeightsError, counted
 
 
 @dataclass
@@ -28,7 +28,7 @@ class ImportReport:
             f"{theirs}  →  {ours}" if theirs != ours else f"{theirs}  taken" for theirs, ours in self.taken.items()
         ]
         lines += [f"{theirs}  ignored: {reason}" for theirs, reason in self.ignored.items()]
-        lines += [f"{len(self.taken)} tensors taken, {len(self.ignored)} ignored; projector: {self.kind}"]
+        lines += [f"{counted(len(self.taken), 'tensor')} taken, {len(self.ignored)} ignored; projector: {self.kind}"]
         return "\n".join(lines + self.notes)
 
 
@@ -38,6 +38,8 @@ def read_tensors(path: Path) -> dict[str, Any]:
     Raises:
         WeightsError: it is missing or damaged, or holds more than tensors and numbers.
     """
+    if not path.is_file():
+        raise WeightsError(f"There is no file '{path.name}'.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -47,4 +49,4 @@ def read_tensors(path: Path) -> dict[str, Any]:
             f"{path.name} holds more than numbers, so it was not read: it could run anything."
         ) from error
     except (OSError, RuntimeError, SafetensorError, EOFError) as error:
-        raise WeightsError(f"{path.name} is missing or damaged.") from error
+        raise WeightsError(f"{path.name} is damaged or cannot be read.") from error

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..errors import WeightsError
 from ..fetching.sources import HubRepository
 from ..models.chat_formats import PromptTemplate
+from ..models.llava_folder import MODEL_CONFIG, MODEL_TYPE, read_json
 from ..models.projector import ProjectorConfig
 from ..presets import PRESETS, ImageEncoderPreset, Preset
 
@@ -63,17 +64,44 @@ def read_config(folder: Path) -> dict:
     Raises:
         WeightsError: it is missing or damaged, or has another format version.
     """
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"'{folder.name}' is not a weights folder: it has no readable {CONFIG_FILE}.") from error
-    if not isinstance(config, dict):
-        raise WeightsError(f"'{folder.name}' is not a weights folder: its {CONFIG_FILE} holds no settings.")
+    config = read_json(folder / CONFIG_FILE)
+    if config is None:
+        raise WeightsError(why_no_weights(folder))
     if config.get("format_version") != FORMAT_VERSION:
         raise WeightsError(
             f"'{folder.name}' has format version {config.get('format_version')}; this mmchat reads {FORMAT_VERSION}."
         )
     return config
+
+
+def why_no_weights(folder: Path, name: str = "") -> str:
+    """Why a folder is no weights, neither trained ones nor a LLaVA model, in a sentence.
+
+    Args:
+        name: what to call it; the folder's name if empty.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = name or folder.resolve().name
+    config = read_json(folder / MODEL_CONFIG) or {}
+    kind = str(config.get("model_type", ""))
+    damaged = [file for file in (CONFIG_FILE, MODEL_CONFIG) if (folder / file).exists()]
+    if not folder.exists():
+        return f"There is no folder '{name}'."
+    if not folder.is_dir():
+        return f"'{name}' is a file; name the folder that holds the weights."
+    if not any(folder.iterdir()):
+        return f"'{name}' is not a weights folder: it is empty."
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return f"'{name}' is a text model ('{kind}'), which cannot see: name a LLaVA model or trained weights."
+    if kind:
+        return f"'{name}' is a model of the type '{kind}'; only models of the type '{MODEL_TYPE}' can be weights."
+    if damaged:
+        return f"The {damaged[0]} of '{name}' is damaged: copy it again."
+    return (
+        f"'{name}' is not a weights folder: it has neither {CONFIG_FILE}, which training writes, nor the "
+        f"{MODEL_CONFIG} of a LLaVA model. A checkpoint of another project needs import_checkpoint.py first."
+    )
 
 
 def is_made_for(config: dict, preset: Preset) -> bool:
@@ -102,11 +130,21 @@ def llava_of(config: dict, folder: Path) -> HubRepository | None:
     """The LLaVA model that weights were trained on."""
     stored = config.get("llava")
     try:
-        return HubRepository(**stored) if stored else None
+        return _source_of(stored, folder, "llava") if stored else None
     except TypeError as error:
         raise WeightsError(
             f"The entry 'llava' in the {CONFIG_FILE} of '{folder.name}' does not name a LLaVA model."
         ) from error
+
+
+def _source_of(stored: dict, folder: Path, entry: str) -> HubRepository:
+    source = HubRepository(**stored)
+    if source.is_missing_folder:
+        raise WeightsError(
+            f"The weights in '{folder.name}' need the model in '{Path(source.name).name}', a folder that is no longer "
+            f"where it was: move it back, or correct its path under '{entry}' in {CONFIG_FILE}."
+        )
+    return source.absolute()
 
 
 def prompt_template_of(config: dict, folder: Path) -> PromptTemplate | None:
@@ -131,7 +169,7 @@ def chosen_encoder_of(config: dict, folder: Path) -> ImageEncoderPreset | None:
     if not chosen:
         return None
     try:
-        settings = {**chosen, "source": HubRepository(**chosen["source"])}
+        settings = {**chosen, "source": _source_of(chosen["source"], folder, "image_encoder_preset")}
         if "width" in settings:
             settings["image_dim"] = settings.pop("width")  # its name in older folders
         return ImageEncoderPreset(**settings)

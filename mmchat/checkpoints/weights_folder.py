@@ -33,10 +33,12 @@ from ..models.projector import ProjectorConfig, build_projector
 from ..models.tagger import load_tagger
 from ..models.vision_language_model import VisionLanguageModel
 from ..presets import (
+    AUTO,
     EFFICIENTNETS,
     IMAGE_ENCODER_FILE,
     PRESETS,
     Preset,
+    get_preset,
     tuned_image_encoder,
 )
 from .llava import find_llava, llava_preset, projector_config
@@ -123,22 +125,47 @@ def default_weights(preset: Preset) -> Path | HubRepository:
     return preset.weights
 
 
+def base_llava(weights: Weights) -> HubRepository | None:
+    """The LLaVA model that weights are, or were trained on; None if there is none.
+
+    Raises:
+        WeightsError: the folder is not a weights folder.
+    """
+    return find_llava(weights) or llava_of(read_config(Path(weights)), Path(weights))
+
+
+def preset_named(name: str, weights: Weights) -> Preset:
+    """The preset of a name; with "auto", the one that weights were trained for.
+
+    Raises:
+        MmchatError: there is no such preset.
+        WeightsError: the folder is not a weights folder, or brings a LLaVA model in place of the preset's models.
+    """
+    if name == AUTO:
+        return infer_preset(weights)
+    preset, llava = get_preset(name), base_llava(weights)
+    if llava and Path(llava.name).name != preset.language_model.name:
+        raise WeightsError(
+            f"The weights bring the LLaVA model '{Path(llava.name).name}', which the preset '{name}' does not have: "
+            f"leave the preset out, or set it to {AUTO}."
+        )
+    return preset
+
+
 def infer_preset(weights: Weights) -> Preset:
     """The preset that weights were trained for; a LLaVA model makes its own.
 
     Raises:
         WeightsError: the folder is not a weights folder, or no known preset matches it.
     """
-    if llava := find_llava(weights):
+    if llava := base_llava(weights):
         return llava_preset(llava)
     config = read_config(Path(weights))
-    if llava := llava_of(config, Path(weights)):
-        return llava_preset(llava)
     name = config.get("language_model")
-    for preset in PRESETS.values():
-        if preset.language_model.name == name:
-            return preset
-    raise WeightsError(f"The weights in '{Path(weights).name}' were made for {name}, which no preset has.")
+    presets = [preset for preset in PRESETS.values() if preset.language_model.name == name]
+    if not presets:
+        raise WeightsError(f"The weights in '{Path(weights).name}' were made for {name}, which no preset has.")
+    return next((preset for preset in presets if is_made_for(config, preset)), presets[0])
 
 
 def preset_for_weights(preset: Preset, weights: Weights) -> Preset:

@@ -74,6 +74,8 @@ def _download(repository: HubRepository, files: Sequence[str] | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     name = repository.name
+    if repository.is_missing_folder:
+        raise AssetError(f"There is no folder '{Path(name).name}', and a model on the Hub is named as owner/model.")
     logger.info("Fetching %s from the Hugging Face Hub; this happens once", name)
     try:
         info = HfApi().model_info(name, revision=repository.revision, files_metadata=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from ..errors import WeightsError
+
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,15 @@ class HubRepository:
 
     name: str
     revision: str | None = None  # a commit; None: the latest one at the time of the download
+
+    @property
+    def is_missing_folder(self) -> bool:
+        """Whether the name can only be a folder's, and there is no such folder."""
+        return not Path(self.name).is_dir() and not HUB_NAME.fullmatch(self.name)
+
+    def absolute(self) -> HubRepository:
+        """The same with a folder's path made absolute, so that it holds in any working directory."""
+        return replace(self, name=str(Path(self.name).resolve())) if Path(self.name).is_dir() else self
 
 
 @dataclass(frozen=True)

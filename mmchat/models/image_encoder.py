@@ -23,6 +23,8 @@ from .llava_folder import IMAGE_ENCODER_NAMES, is_llava_folder, load_part, open_
 
 logger = logging.getLogger(__name__)
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # either will do
+
 
 class ImageEncoder(nn.Module):
     """A frozen network: pixels [batch, 3, resolution, resolution] → features [batch, feature_count, image_dim]."""
@@ -140,7 +142,7 @@ class Clip(ImageEncoder):
     """
 
     def __init__(self, preset: ImageEncoderPreset):
-        from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModelWithProjection, SiglipVisionModel
+        from transformers import AutoConfig, CLIPVisionModelWithProjection, SiglipVisionModel
 
         super().__init__(preset)
         folder = fetch(preset.source)
@@ -151,7 +153,7 @@ class Clip(ImageEncoder):
             model_class = SiglipVisionModel if is_siglip else CLIPVisionModelWithProjection
             self.network = model_class.from_pretrained(folder, dtype=torch.float32)
         self.has_class_token = not is_siglip
-        self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # needs no torchvision
+        self.processor = load_image_processor(preset)
         self.requires_grad_(False).eval()
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
@@ -174,6 +176,24 @@ class Clip(ImageEncoder):
         They do not depend on the preset's features.
         """
         return self.network(self._batch(images)).image_embeds
+
+
+def load_image_processor(preset: ImageEncoderPreset) -> Any:
+    """What turns pictures into the pixels that CLIP or SigLIP reads.
+
+    Raises:
+        WeightsError: its file is missing or damaged.
+    """
+    from transformers import AutoImageProcessor
+
+    folder = fetch(preset.source)
+    try:
+        return AutoImageProcessor.from_pretrained(folder, backend="pil")  # needs no torchvision
+    except Exception as error:  # transformers raises many types
+        found = [name for name in PROCESSOR_FILES if (folder / name).exists()]
+        file, trouble = (found[0], "damaged or incomplete") if found else (PROCESSOR_FILES[0], "missing")
+        model = Path(preset.source.name).name
+        raise WeightsError(f"The {file} of '{model}' is {trouble}: copy it from the model's origin.") from error
 
 
 def llava_image_encoder(folder: Path, name: str) -> tuple[bool, nn.Module]:
@@ -226,7 +246,7 @@ def find_image_encoder(
         image_dim = config.hidden_size
     return ImageEncoderPreset(
         name=Path(repository.name).name,
-        source=repository,
+        source=repository.absolute(),
         resolution=config.image_size,
         features=features,
         feature_count=count,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..device import choose_attention
-from ..errors import AssetError, WeightsError
+from ..errors import AssetError, WeightsError, counted
 from ..fetching import fetch
 from ..fetching.cache import convert_once
 from ..presets import LanguageModelPreset
@@ -25,6 +25,7 @@ from .llava_folder import LANGUAGE_MODEL_NAMES, llava_template, load_part, open_
 
 logger = logging.getLogger(__name__)
 
+TOKENIZER_FILE = "tokenizer.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -42,14 +43,14 @@ def load_language_model(
     Raises:
         AssetError: the weights, or the packages that quantize them, are not available.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # loading takes a tenth of a second
     if preset.overflows_float16 and dtype == torch.float16:
         dtype = torch.bfloat16  # slower on GPUs that emulate it, but in float16 its attention overflows to NaN
     folder = _model_folder(preset)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = _load_tokenizer(folder, preset.name)
     options = {"dtype": dtype, "attn_implementation": choose_attention()}
     options |= {} if quantization == "none" else _quantized(quantization, dtype)
     try:
@@ -66,6 +67,18 @@ def load_language_model(
     stops = CHAT_FORMATS[preset.chat_format].stops
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(stops))
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def _load_tokenizer(folder: Path, name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers and tokenizers raise many types
+        trouble = "damaged" if (folder / TOKENIZER_FILE).exists() else "missing"
+        raise WeightsError(
+            f"The {TOKENIZER_FILE} of '{name}' is {trouble}: copy it from the model's origin."
+        ) from error
 
 
 def _load_llava_text(folder: Path, name: str, tokenizer: Any, options: dict[str, Any]) -> nn.Module:
@@ -277,6 +290,6 @@ def set_adapter_weights(model: nn.Module, tensors: dict[str, torch.Tensor], name
     missing = [key for key in result.missing_keys if "lora_" in key]
     if missing or result.unexpected_keys:
         raise WeightsError(
-            f"The adapter in '{name}' does not fit: {len(missing)} tensors are missing and "
-            f"{len(result.unexpected_keys)} are unexpected."
+            f"The adapter in '{name}' does not fit: it lacks {counted(len(missing), 'tensor')} and has "
+            f"{counted(len(result.unexpected_keys), 'unexpected tensor')}."
         )

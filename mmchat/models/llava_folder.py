@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import WeightsError
+from ..errors import WeightsError, counted
 from .jinja_template import IMAGE_TOKEN, ChatTemplate, read_template
 
+MODEL_CONFIG = "config.json"
 MODEL_TYPE = "llava"
 TEXT_MODELS = ("llama", "mistral", "phi3", "qwen2")
 IMAGE_ENCODERS = ("clip_vision_model", "siglip_vision_model")
@@ -100,11 +101,16 @@ class LlavaFolder:
 
 def is_llava_folder(folder: Path) -> bool:
     """Whether a folder holds a model of the type "llava"."""
+    return (read_json(folder / MODEL_CONFIG) or {}).get("model_type") == MODEL_TYPE
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None if the file is missing or damaged."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def open_llava(folder: Path, name: str = "") -> LlavaFolder:
@@ -178,7 +184,9 @@ def load_part(
         set_verbosity(verbosity)
     if report["missing_keys"] or report["mismatched_keys"]:
         count = len(report["missing_keys"]) + len(report["mismatched_keys"])
-        raise WeightsError(f"The {what} of '{llava.name}' lacks {count} tensors that its config.json promises.")
+        raise WeightsError(
+            f"The {what} of '{llava.name}' lacks {counted(count, 'tensor')} that its config.json promises."
+        )
     return model
 
 
@@ -190,9 +198,6 @@ def llava_template(folder: Path, name: str = "") -> ChatTemplate:
     """
     token = None
     for file in ("processor_config.json", "tokenizer_config.json"):
-        try:
-            found = json.loads((folder / file).read_text()).get("image_token")
-        except (OSError, ValueError, AttributeError):
-            continue
+        found = (read_json(folder / file) or {}).get("image_token")
         token = token or (found.get("content") if isinstance(found, dict) else found)
     return ChatTemplate(read_template(folder, name or folder.name), str(token or IMAGE_TOKEN))

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..bundle import INSIDE, PACKAGE, bundled
 from ..errors import BadInput
 from ..fetching.sources import HubRepository
+from ..folders import empty_folder
 from ..presets import SMOL, Preset, get_preset
 
 SCREENSHOTS = ("docs/page.png", "docs/page-dark.png", "docs/page-phone.png")
@@ -35,9 +36,7 @@ def assemble(out: str | Path, preset: str = SMOL.name) -> list[Path]:
     Raises:
         BadInput: the folder is not empty, or the result would not run as a Space.
     """
-    out = Path(out)
-    if out.is_dir() and any(out.iterdir()):
-        raise BadInput(f"{out} is not empty. Name another folder, or empty it.")
+    out = empty_folder(out)
     for name, source in {"mmchat": PACKAGE, **{name: bundled(name) for name in FILES}}.items():
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -117,6 +117,8 @@ def chosen_preset(recipe: Recipe) -> Preset:
     preset = get_preset(recipe.preset)
     if start := recipe.start_from or _llava(preset):
         preset = preset_for_weights(preset, start)
+        if preset.language_model.is_llava:
+            logger.info("Training on the LLaVA model %s with its own image encoder", preset.language_model.name)
     if recipe.image_encoder:
         encoder = find_image_encoder(
             HubRepository(recipe.image_encoder), recipe.image_features, recipe.image_layer, recipe.class_token
