@@ -15,7 +15,7 @@ from ...conversation import SamplingOptions
 from ...errors import BadInput
 from ..bulk import MAX_PICTURES, Picture, answer_pictures, list_pictures, write_csv, write_jsonl
 from ..request_queue import Waiting
-from ..uploads import shown_error
+from ..uploads import MAX_FILE, shown_error
 from .components import File, PictureFiles
 from .turns import Page, checked_question
 from .visit import Visit
@@ -23,7 +23,7 @@ from .visit import Visit
 LIMIT_SECONDS = 1.0  # between two looks at the rate limit
 HEADERS = ["Picture", "Answer"]
 INTRODUCTION = (
-    f"One question about many pictures, or a ZIP of them: at most {MAX_PICTURES} pictures, 10 MB per file. "
+    f"One question about many pictures, or a ZIP of them: at most {MAX_PICTURES} pictures, {MAX_FILE >> 20} MB per file. "
     "Each gets the likeliest answer."
 )
 
