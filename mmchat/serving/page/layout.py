@@ -219,7 +219,7 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
     listing.open(**leave).then(turns.leave, visit, None, **quick).then(
         None, None, chat, js="() => [mmchat.opened]", **quick
     )
-    listing.notice(conversations.show_notice, None, None, **quick)
+    listing.notice(conversations.show_notice, None, None, trigger_mode="multiple", **quick)  # two may come at once
     parts.save.click(None, chat, None, js="(history) => mmchat.transfer.saveMarkdown(history)", **quick)
     parts.save_json.click(None, chat, None, js="(history) => mmchat.transfer.saveJson(history)", **quick)
 
