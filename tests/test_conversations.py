@@ -43,7 +43,7 @@ def conversation(photo, **changes):
     """A conversation as the page exports it."""
     picture = "data:image/jpeg;base64," + base64.b64encode(photo.read_bytes()).decode()
     turns = [
-        {"role": "user", "parts": [{"picture": picture, "name": "Picture 1"}, {"text": TRICKY}]},
+        {"role": "user", "parts": [{"picture": picture, "name": "Picture 1"}, {"text": TRICKY}, {"text": ""}]},
         {
             "role": "assistant",
             "parts": [{"text": "- 7 tokens"}],
@@ -52,10 +52,14 @@ def conversation(photo, **changes):
         {
             "role": "assistant",
             "parts": [{"text": "Yes --> no."}],
-            "options": [{"label": "‹ 1/2", "value": '{"at": 0, "all": ["a", "-->"]}'}],
+            "options": [
+                {"label": "‹ 1/2", "value": '{"at": 0, "all": ["a", "-->"]}'},
+                {"label": "2/2 ›", "value": "long " * 99_000},
+            ],
+            "thumb": "Dislike",
         },
     ]
-    return {"format": "mmchat", "version": 1, "title": "A <b>title</b>", "turns": turns, **changes}
+    return {"format": "mmchat", "version": 1, "title": " A <b>title</b>\n  of two lines", "turns": turns, **changes}
 
 
 def test_a_conversation_goes_on_after_a_reload_even_if_its_upload_is_gone(page, photo, engine, monkeypatch):
@@ -163,7 +167,7 @@ def test_export_and_import_lose_nothing(page, photo, tmp_path):
     path = tmp_path / "given.json"
     path.write_text(json.dumps(conversation(photo)))
     load(page, path)
-    expect(titles(page)).to_have_text(["A <b>title</b>"])  # text, not HTML
+    expect(titles(page)).to_have_text(["A <b>title</b> of two lines"])  # text, not HTML
     expect(page.locator("#chat .user img[src*='gradio_api/file']")).to_have_count(1)  # the text names another one
     assert json.loads(export(page)) == conversation(photo)
     path = tmp_path / "saved.md"

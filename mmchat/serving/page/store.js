@@ -90,6 +90,7 @@ mmchat.store = (() => {
   };
 
   // Pictures that the server has deleted are sent again from the copy.
+  const gone = part => `(${part.alt_text || 'Picture'} is gone.)`;
   const isThere = async file => {
     try { return file.url && (await fetch(file.url, {method: 'HEAD', cache: 'no-store'})).ok; }
     catch (error) { console.debug('look', error); return false; }
@@ -115,7 +116,7 @@ mmchat.store = (() => {
       if (lost.length) {
         isChanged = true;
         say('lost');
-        turn.content = turn.content.map(part => lost.includes(part) ? {type: 'text', text: `(${part.alt_text || 'Picture'} is gone.)`} : part);
+        turn.content = turn.content.map(part => lost.includes(part) ? {type: 'text', text: gone(part)} : part);
       }
     }
     if (isUnsent) say('not_sent');
@@ -165,17 +166,17 @@ mmchat.store = (() => {
     if (!history.length && id) remove(id);
     return save(history);
   };
-  const add = async (title, history, blobs) => { // an imported conversation; ``blobs`` by the path of its files
+  const add = async ({title, history, blobs, thumbs}) => { // an imported conversation; ``blobs`` by the path of its files
     const id = newId();
     for (const [path, blob] of blobs) await write('pictures', blob, path);
     history[0] = {...history[0], metadata: {...history[0].metadata, id}};
-    await write('chats', {id, title, time: Date.now(), history});
+    await write('chats', {id, title, time: Date.now(), history, thumbs});
     changed();
     return id;
   };
 
   return {
-    save, open, fresh, settle, reopen, revive, undone, list, rename, remove, add, read, files, textOf, idOf, newId, thumbs, rate, OPEN,
+    save, open, fresh, settle, reopen, revive, undone, list, rename, remove, add, read, files, textOf, idOf, newId, gone, thumbs, rate, OPEN,
     connect: (give, tell) => { upload = give; notice = tell; ready(); },
   };
 })();
