@@ -13,7 +13,7 @@ from ..media import MAX_SECONDS, open_image
 
 logger = logging.getLogger(__name__)
 
-MAX_RECORDING = MAX_SECONDS * 48_000 * 2 * 2 + 1000  # bytes: the longest one as WAV, 48 kHz, stereo, 16 bits; its header
+MAX_RECORDING = MAX_SECONDS * 48_000 * 2 * 2 + 1000  # bytes: as WAV of 48 kHz, stereo, 16 bits, with its header
 MAX_FILE = 10 << 20  # bytes: a picture, or a ZIP of them
 KEEP_UPLOADS = 3600  # seconds
 

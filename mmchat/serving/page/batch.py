@@ -23,8 +23,8 @@ from .visit import Visit
 LIMIT_SECONDS = 1.0  # between two looks at the rate limit
 HEADERS = ["Picture", "Answer"]
 INTRODUCTION = (
-    f"One question about many pictures, or a ZIP of them: at most {MAX_PICTURES} pictures, {MAX_FILE >> 20} MB per file. "
-    "Each gets the likeliest answer."
+    f"One question about many pictures, or a ZIP of them: at most {MAX_PICTURES} pictures, {MAX_FILE >> 20} MB per "
+    "file. Each gets the likeliest answer."
 )
 
 
