@@ -89,8 +89,9 @@ mmchat.store = (() => {
     return [];
   };
 
-  // Pictures that the server has deleted are sent again from the copy.
   const gone = part => `(${part.alt_text || 'Picture'} is gone.)`;
+
+  // Pictures that the server has deleted are sent again from the copy.
   const isThere = async file => {
     try { return file.url && (await fetch(file.url, {method: 'HEAD', cache: 'no-store'})).ok; }
     catch (error) { console.debug('look', error); return false; }
