@@ -199,6 +199,8 @@ def batch(options: argparse.Namespace) -> int:
     """Answers a file of questions in order. If interrupted, the next run resumes where it stopped."""
     from tqdm import tqdm
 
+    from .serving.bulk import json_line
+
     lines = _read_lines(options.questions)
     done = _finished(options.out, lines)
     if done == len(lines):
@@ -212,13 +214,11 @@ def batch(options: argparse.Namespace) -> int:
     failed = 0
     with sink:
         for line_number, line in tqdm(lines[done:], initial=done, total=len(lines), unit="question"):
-            try:
-                answered = _answer_line(engine, sampling, line, options.rewrite)
-            except BadInput as error:
+            row = _answer_line(engine, sampling, line, options.rewrite)
+            if row["answer"] is None:
                 failed += 1
-                tqdm.write(f"Line {line_number} skipped: {error}", file=sys.stderr)
-                answered = {**_entry(line), "answer": None, "error": str(error)}
-            sink.write(json.dumps(answered, ensure_ascii=False) + "\n")
+                tqdm.write(f"Line {line_number} skipped: {row['error']}", file=sys.stderr)
+            sink.write(json_line(row))
             sink.flush()
     return 1 if failed == len(lines) else 0
 
@@ -302,16 +302,14 @@ def _finished(path: Path, questions: list[tuple[int, str]]) -> int:
 
 
 def _answer_line(engine: LocalEngine, sampling: SamplingOptions, line: str, rewrite: bool) -> dict[str, Any]:
-    from .serving.bulk import answer_one
+    """The row of a line: its answer, or an error."""
+    from .serving.bulk import answer_questions, read_line, refused
 
     try:
-        entry = json.loads(line)
-        image, question = entry.get("image"), entry["question"]
-    except (ValueError, AttributeError, KeyError) as error:
-        raise BadInput('it is not of the form {"image": path or null, "question": text}.') from error
-    if not isinstance(question, str) or not isinstance(image, (str, type(None))):
-        raise BadInput("the question must be text and the image a path or null.")
-    return {**entry, **answer_one(engine, image or None, question, sampling, rewrite)}
+        rows = answer_questions(engine, [read_line(line)], sampling, rewrite)
+        return next(row for row in rows if isinstance(row, dict))  # nothing else waits in line here
+    except BadInput as error:
+        return {**_entry(line), **refused(error)}
 
 
 def _entry(line: str) -> dict[str, Any]:

@@ -180,25 +180,28 @@ def test_several_pictures_are_numbered_in_each_question(page, photo, engine, mon
     assert [len(message.images) for message in asked[-1] if message.role == "user"] == [1, 2, 0]
 
 
-def test_pictures_can_be_dropped_and_pasted_anywhere(page, photo):
-    page.evaluate(
-        """data => { const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
-        const transfer = new DataTransfer();
-        transfer.items.add(new File([bytes], 'photo.jpg', {type: 'image/jpeg'}));
-        const told = {dataTransfer: transfer, bubbles: true, cancelable: true};
-        document.body.dispatchEvent(new DragEvent('drop', told)); }""",
-        base64.b64encode(photo.read_bytes()).decode(),
-    )
-    expect(thumbnails(page)).to_have_count(1)
-    page.evaluate(
-        """data => { const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
-        const clipboardData = new DataTransfer();
-        clipboardData.items.add(new File([bytes], 'photo.jpg', {type: 'image/jpeg'}));
-        const told = {clipboardData, bubbles: true, cancelable: true};
-        document.body.dispatchEvent(new ClipboardEvent('paste', told)); }""",
-        base64.b64encode(photo.read_bytes()).decode(),
-    )
-    expect(thumbnails(page)).to_have_count(2)
+GIVE = """([kind, data]) => { const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+    const given = new DataTransfer(), told = {bubbles: true, cancelable: true};
+    given.items.add(new File([bytes], 'photo.jpg', {type: 'image/jpeg'}));
+    document.body.dispatchEvent(kind === 'drop' ? new DragEvent('drop', {...told, dataTransfer: given})
+        : new ClipboardEvent('paste', {...told, clipboardData: given})); }"""
+
+
+def test_pictures_can_be_dropped_and_pasted_anywhere_also_while_speaking(page, photo):
+    data = base64.b64encode(photo.read_bytes()).decode()
+    shown = page.locator("#box .thumbnail-item:visible")
+    page.evaluate(GIVE, ["drop", data])
+    expect(shown).to_have_count(1)
+    page.get_by_role("tab", name="Voice").click()
+    page.locator("#mic").wait_for()
+    page.evaluate(GIVE, ["paste", data])
+    expect(shown).to_have_count(2)
+    expect(question(page)).to_be_hidden()
+    page.get_by_role("button", name="Remove file").first.click()
+    expect(shown).to_have_count(1)
+    page.get_by_role("tab", name="Text").click()
+    expect(question(page)).to_be_visible()
+    expect(shown).to_have_count(1)
 
 
 def test_a_text_file_named_as_a_picture_gets_a_toast(page, tmp_path):
@@ -238,6 +241,10 @@ def test_the_composer_is_in_view_and_nothing_scrolls_sideways(page, photo):
             assert_in_view(page, width, height)
         show(page, photo)
         assert_in_view(page, width, height)
+        page.get_by_role("tab", name="Voice").click()
+        page.locator("#mic").wait_for()
+        assert_in_view(page, width, height)
+        page.get_by_role("tab", name="Text").click()
     ask(page, "What is the capital of France?")
     finished(page)
     for width, height in sizes:

@@ -129,6 +129,9 @@ def test_a_bad_batch_gets_a_sentence(address, tmp_path, photo):
     assert "not a ZIP file that I can read" in served(address, answer_batch, [[bad], "Hi", None])
     assert "add pictures" in served(address, answer_batch, [None, "Hi", None])
     assert "type a question" in served(address, answer_batch, [[upload(address, photo)], " ", None])
+    (tmp_path / "large.zip").write_bytes(bytes((10 << 20) + 1))
+    large = upload(address, tmp_path / "large.zip")
+    assert "'large.zip' is larger than 10 MB" in served(address, answer_batch, [[large], "Hi", None])
     escaping = BytesIO()
     with zipfile.ZipFile(escaping, "w") as archive:
         archive.writestr("../../escaped.png", b"x")

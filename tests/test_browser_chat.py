@@ -163,6 +163,53 @@ def test_axe_finds_no_serious_violation(page, address, photo, width, height, the
     page.locator("#mic").wait_for()
     page.wait_for_timeout(500)
     assert violations(page) == [], "the Voice tab"
+    if width < 900:
+        page.locator("#side .toggle-button").click()
+        page.get_by_role("button", name="Settings", exact=False).first.click()
+        page.get_by_label("System prompt").wait_for()
+        page.wait_for_timeout(500)
+        assert violations(page) == [], "the sidebar"
+
+
+NAME = "element => element.ariaLabel || element.innerText.trim()"
+FOCUSED = f"() => ({NAME})(document.activeElement)"
+
+
+def press(page, name):
+    """Reaches a button with the Tab key and presses Enter."""
+    page.locator("#box textarea").focus()
+    passed = []
+    while (focused := page.evaluate(FOCUSED)) != name:
+        assert len(passed) < 80, passed
+        passed.append(focused)
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+
+
+def test_cards_and_the_buttons_of_an_answer_work_with_the_keyboard_alone(page):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    card = page.locator("#chat .examples button").first
+    text = card.inner_text().strip()
+    press(page, card.evaluate(NAME))
+    finished(page)
+    expect(page.locator("#chat .user .prose")).to_have_text(text)
+    press(page, "Retry")
+    options = page.locator("#chat .option")
+    expect(options).to_have_text(["‹ Answer 1 of 2"])
+    finished(page)
+    second = answers(page).last.inner_text()
+    press(page, "Copy message")  # of the question, the first one
+    page.wait_for_timeout(500)
+    assert page.evaluate("navigator.clipboard.readText()").strip() == text
+    press(page, "Read aloud")
+    page.wait_for_function("mmchatVoice.played > 0")
+    press(page, "‹ Answer 1 of 2")
+    expect(options).to_have_text(["Answer 2 of 2 ›"])
+    press(page, "Answer 2 of 2 ›")
+    expect(answers(page).last).to_have_text(second)
+    press(page, "Edit question")
+    expect(question(page)).to_have_value(text)
+    expect(thumbnails(page)).to_have_count(1)
 
 
 def test_the_page_works_with_the_keyboard_alone(page):
@@ -177,7 +224,7 @@ def test_the_page_works_with_the_keyboard_alone(page):
     reached = set()
     for _ in range(60):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.ariaLabel || document.activeElement.innerText.trim()"))
+        reached.add(page.evaluate(FOCUSED))
     wanted = {"New chat", "Search conversations", "Edit question", "Retry", "Undo", "Text", "Voice", "Send"}
     assert not wanted - reached, reached
 

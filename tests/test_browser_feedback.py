@@ -64,7 +64,7 @@ def test_a_better_answer_is_stored_with_its_picture(page, folder, photo):
     assert json.loads((folder / "disliked.json").read_text()) == [], "it was corrected"
 
 
-def test_a_thumb_up_stores_the_answer(page, folder):
+def test_a_thumb_up_stores_the_answer_and_stays_lit_with_it(page, folder, tmp_path):
     ask(page, "Name a color.")
     finished(page)
     page.get_by_role("button", name="Like", exact=True).last.click()
@@ -84,6 +84,16 @@ def test_a_thumb_up_stores_the_answer(page, folder):
     page.get_by_role("button", name="Open Name a color.").click()
     expect(lit).to_have_count(1)
     reload(page)
+    expect(lit).to_have_count(1)
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Save JSON", exact=True).click()
+    (tmp_path / "saved.json").write_bytes(saved.value.path().read_bytes())
+    page.locator("#list input[type=file]").set_input_files(str(tmp_path / "saved.json"))
+    expect(page.get_by_role("button", name="Open Name a color.")).to_have_count(2)
+    expect(lit).to_have_count(1)
+    page.get_by_role("button", name="Open Name a fruit.").click()
+    expect(lit).to_have_count(0)
+    page.get_by_role("button", name="Open Name a color.").first.click()  # the imported one
     expect(lit).to_have_count(1)
 
 

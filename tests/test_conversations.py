@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import json
 
+import gradio as gr
 import pytest
+from PIL import Image
 
-from tests.browsing import answers, ask, expect, finished, record_replies, reload, show
+from mmchat.serving.page.conversations import NOTICES
+from tests.browsing import DESKTOP, PATIENCE, answers, ask, expect, finished, question, record_replies, reload, show
 
 pytestmark = pytest.mark.browser
 
@@ -19,6 +22,11 @@ CLEAR_COPIES = """() => new Promise(resolve => { const request = indexedDB.open(
 
 def titles(page):
     return page.locator("#list li button:first-child")
+
+
+def toasts(page):
+    """The sentences that are shown, in one element."""
+    return page.locator(".toast-body.warning")
 
 
 def export(page, kind="Save JSON"):
@@ -35,7 +43,7 @@ def conversation(photo, **changes):
     """A conversation as the page exports it."""
     picture = "data:image/jpeg;base64," + base64.b64encode(photo.read_bytes()).decode()
     turns = [
-        {"role": "user", "parts": [{"picture": picture, "name": "Picture 1"}, {"text": TRICKY}]},
+        {"role": "user", "parts": [{"picture": picture, "name": "Picture 1"}, {"text": TRICKY}, {"text": ""}]},
         {
             "role": "assistant",
             "parts": [{"text": "- 7 tokens"}],
@@ -44,10 +52,14 @@ def conversation(photo, **changes):
         {
             "role": "assistant",
             "parts": [{"text": "Yes --> no."}],
-            "options": [{"label": "‹ 1/2", "value": '{"at": 0, "all": ["a", "-->"]}'}],
+            "options": [
+                {"label": "‹ 1/2", "value": '{"at": 0, "all": ["a", "-->"]}'},
+                {"label": "2/2 ›", "value": "long " * 99_000},
+            ],
+            "thumb": "Dislike",
         },
     ]
-    return {"format": "mmchat", "version": 1, "title": "A <b>title</b>", "turns": turns, **changes}
+    return {"format": "mmchat", "version": 1, "title": " A <b>title</b>\n  of two lines", "turns": turns, **changes}
 
 
 def test_a_conversation_goes_on_after_a_reload_even_if_its_upload_is_gone(page, photo, engine, monkeypatch):
@@ -73,11 +85,53 @@ def test_a_conversation_goes_on_after_a_reload_even_if_its_upload_is_gone(page, 
     finished(page)
     assert len(asked[-1]) == 5 and len(asked[-1][0].images) == 1
     asked[-1][0].images[0].unlink()
+    page.route("**/gradio_api/upload*", lambda route: route.abort())
+    ask(page, "Is there a bird?")
+    expect(toasts(page)).to_contain_text("could not be sent to the server again")
+    finished(page)
+    assert len(asked[-1]) == 7 and not asked[-1][0].images
+    reload(page)
+    expect(toasts(page)).to_contain_text("could not be sent to the server again")
+    expect(answers(page)).to_have_count(4)
+    page.unroute("**/gradio_api/upload*")
+    ask(page, "Is there a fish?")
+    finished(page)
+    assert len(asked[-1]) == 9 and len(asked[-1][0].images) == 1  # the browser still has it
+    asked[-1][0].images[0].unlink()
     page.wait_for_timeout(300)
     page.evaluate(CLEAR_COPIES)
     ask(page, "Is there a cat?")
-    expect(page.locator(".toast-body")).to_contain_text("A picture of this conversation is gone")
+    expect(toasts(page)).to_contain_text("A picture of this conversation is gone")
     expect(page.locator("#chat .user").first).to_contain_text("(Picture 1 is gone.)")
+
+
+def test_what_the_browser_cannot_keep_is_said_once(browser, address, photo, tmp_path, monkeypatch):
+    told, warn = [], gr.Warning
+    monkeypatch.setattr(gr, "Warning", lambda sentence: (told.append(sentence), warn(sentence)))
+    context = browser.new_context(viewport=DESKTOP)  # whose storage nobody has used
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    page.goto(address)
+    question(page).wait_for()
+    quota = context.new_cdp_session(page)
+    quota.send("Storage.overrideQuotaForOrigin", {"origin": address, "quotaSize": 1})
+    ask(page, "Name a color.")
+    expect(toasts(page)).to_contain_text("storage is full: this conversation is not saved")
+    finished(page)
+    (tmp_path / "given.json").write_text(json.dumps(conversation(photo)))
+    load(page, tmp_path / "given.json")
+    while told != [NOTICES["full"]] * 2:
+        page.wait_for_timeout(100)
+    expect(titles(page)).to_have_count(0)
+    quota.send("Storage.overrideQuotaForOrigin", {"origin": address})
+    Image.open(photo).save(tmp_path / "scan.tiff")  # browsers cannot shrink it
+    show(page, tmp_path / "scan.tiff")
+    ask(page, "Who is this?")
+    finished(page)
+    page.wait_for_timeout(500)
+    expect(titles(page)).to_have_text(["Name a color."])
+    assert told[2:] == [NOTICES["not_kept"]]
+    context.close()
 
 
 def test_conversations_are_listed_found_renamed_and_deleted(page):
@@ -113,7 +167,7 @@ def test_export_and_import_lose_nothing(page, photo, tmp_path):
     path = tmp_path / "given.json"
     path.write_text(json.dumps(conversation(photo)))
     load(page, path)
-    expect(titles(page)).to_have_text(["A <b>title</b>"])  # text, not HTML
+    expect(titles(page)).to_have_text(["A <b>title</b> of two lines"])  # text, not HTML
     expect(page.locator("#chat .user img[src*='gradio_api/file']")).to_have_count(1)  # the text names another one
     assert json.loads(export(page)) == conversation(photo)
     path = tmp_path / "saved.md"

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from mmchat import BadInput, SamplingOptions
+from mmchat.__main__ import main
 from mmchat.serving import bulk
-from mmchat.serving.bulk import answer_pictures, list_pictures, write_csv, write_jsonl
-from tests.conftest import ROOT
+from mmchat.serving.bulk import about_each, answer_questions, list_pictures, write_csv, write_jsonl
 
 SHORT = SamplingOptions(temperature=0, max_new_tokens=6)
 
@@ -35,7 +35,7 @@ def zipped(path, members):
 def test_pictures_and_a_zip_are_answered_in_order(engine, tmp_path, photo):
     members = [("one/a.png", png()), ("b.png", b"no picture"), ("__MACOSX/x", b"x"), ("one/.DS_Store", b"x")]
     pictures = list_pictures([photo, zipped(tmp_path / "more.zip", members)])
-    rows = list(answer_pictures(engine, pictures, "What is it?", SHORT))
+    rows = list(answer_questions(engine, about_each(pictures, "What is it?"), SHORT))
     assert [row["image"] for row in rows] == ["astronaut.jpg", "one/a.png", "b.png"]
     assert rows[0]["answer"] and rows[1]["answer"] and rows[2]["answer"] is None and "picture" in rows[2]["error"]
     write_jsonl(tmp_path / "answers.jsonl", rows)
@@ -44,7 +44,7 @@ def test_pictures_and_a_zip_are_answered_in_order(engine, tmp_path, photo):
 
 
 def test_stopping_keeps_what_is_there(engine, photo):
-    rows = answer_pictures(engine, list_pictures([photo, photo]), "What is it?", SHORT)
+    rows = answer_questions(engine, about_each(list_pictures([photo, photo]), "What is it?"), SHORT)
     kept = [next(rows)]
     rows.close()
     assert len(kept) == 1 and kept[0]["answer"]
@@ -103,10 +103,14 @@ def test_cells_are_not_formulas(tmp_path):
     assert all(row["answer"] == "'=HYPERLINK()" for row in rows)
 
 
-def test_the_command_and_the_page_answer_alike(engine, photo):
-    from mmchat.__main__ import _answer_line
-
-    line = json.dumps({"image": str(photo), "question": "What is it?"})
-    (row,) = answer_pictures(engine, list_pictures([photo]), "What is it?", SHORT)
-    assert _answer_line(engine, SHORT, line, False)["answer"] == row["answer"]
-    assert (ROOT / "examples").is_dir()
+def test_the_command_and_the_page_write_the_same(engine, photo, tmp_path, monkeypatch):
+    pictures = [photo, photo.with_name("bus.jpg"), tmp_path / "damaged.png"]
+    pictures[2].write_bytes(b"no picture")
+    asked = [{"image": str(path), "question": "What is it?"} for path in pictures]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    monkeypatch.setattr("mmchat.engine.load", lambda *_: engine)
+    command = ["batch", str(tmp_path / "asked.jsonl"), "--out", str(tmp_path / "command.jsonl")]
+    assert main([*command, "--temperature", "0", "--max-new-tokens", "6"]) == 0
+    listed = list_pictures(pictures, [str(path) for path in pictures])
+    write_jsonl(tmp_path / "page.jsonl", list(answer_questions(engine, about_each(listed, "What is it?"), SHORT)))
+    assert (tmp_path / "command.jsonl").read_text() == (tmp_path / "page.jsonl").read_text()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import wave
 from pathlib import Path
 from threading import Event, Timer
 
@@ -19,6 +20,7 @@ from gradio_client.exceptions import AppError
 
 from mmchat.conversation import Transcript
 from mmchat.errors import BadInput
+from mmchat.media import SAMPLE_RATE, read_audio
 from mmchat.models import speech_recognition
 from mmchat.serving import page as ui
 from mmchat.serving import uploads
@@ -109,9 +111,25 @@ def test_no_file_of_the_server_can_be_read(address, file):
     assert "root:" not in answer and "# mmchat" not in answer
 
 
-def test_uploads_have_a_limit(address):
-    files = {"files": ("large.png", b"\0" * (11 << 20), "image/png")}
-    assert httpx.post(f"{address}gradio_api/upload", files=files, timeout=60).status_code == 413
+def test_a_recording_of_ten_minutes_fits_and_nothing_larger(address, tmp_path):
+    """As CDs and phones record, and more than the page's own microphone gives."""
+    path, a_second = tmp_path / "ten minutes.wav", 48_000 * 2 * 2  # bytes: 48 kHz, stereo, 16 bits
+    with wave.open(str(path), "wb") as sink:
+        sink.setparams((2, 2, 48_000, 0, "NONE", ""))
+        sink.writeframes(bytes(600 * a_second))
+    uploaded = upload(address, path)["path"]
+    assert len(read_audio(uploaded)) == 600 * SAMPLE_RATE
+    os.truncate(path, 601 * a_second)
+    with pytest.raises(httpx.HTTPStatusError, match="413"):
+        upload(address, path)
+
+
+def test_a_picture_file_has_a_smaller_limit(client, tmp_path, photo):
+    path = tmp_path / "large.jpg"
+    path.write_bytes(photo.read_bytes())
+    os.truncate(path, (10 << 20) + 1)
+    with pytest.raises(AppError, match="'large.jpg' is larger than 10 MB"):
+        client.predict("What is it?", handle_file(path), api_name="/ask")
 
 
 def test_deleted_pictures_are_dropped(tmp_path, monkeypatch):

@@ -1,4 +1,7 @@
-"""Many pictures and one question: reads pictures and ZIPs, answers them one by one, writes CSV and JSON lines."""
+"""Many questions: reads pictures, ZIPs and lines, answers one by one, writes CSV and JSON lines.
+
+The page "Batch" and the command `mmchat batch` differ in where the questions come from, and in nothing else.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import io
 import json
 import stat
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,26 +27,6 @@ MAX_RATIO = 50  # unpacked to packed size; pictures are compressed already
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 IGNORED = ("__MACOSX/", ".DS_Store", "Thumbs.db")
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # a spreadsheet would compute a cell that begins so
-
-
-def answer_one(
-    engine: Engine, image: Any, question: str, options: SamplingOptions | None = None, rewrite: bool = False
-) -> dict[str, str]:
-    """Answers one question: ``{"answer"}``, and ``"draft"`` before it if it was rewritten.
-
-    Args:
-        image: a path or a decoded picture; None for none.
-
-    Raises:
-        BadInput: the picture cannot be read, or there is no question.
-    """
-    messages = [Message("user", question, [] if image is None else [image])]
-    with closing(engine.reply(messages, options)) as pieces:  # type: ignore[type-var]
-        answer = "".join(pieces)
-    if not rewrite:
-        return {"answer": answer}
-    with closing(engine.rewrite(question, answer, options)) as pieces:  # type: ignore[type-var]
-        return {"draft": answer, "answer": "".join(pieces)}
 
 
 @dataclass(frozen=True)
@@ -140,27 +123,72 @@ def _limited(source: IO[bytes]) -> BinaryIO:
     return io.BytesIO(content)
 
 
-def answer_pictures(
-    engine: Engine, pictures: Iterable[Picture], question: str, options: SamplingOptions | None = None
-) -> Iterator[dict[str, Any] | Waiting]:
-    """Answers one question about each picture, in order: ``{"image", "question", "answer"}``.
+@dataclass(frozen=True)
+class Question:
+    """A question of a batch, about a picture or none."""
 
-    While a picture waits in line at a ``QueuedEngine``, ``Waiting`` comes. A picture that cannot be read gets
-    ``"answer": None`` and an ``"error"``. Closing the iterator stops the work; what it gave before stays.
+    text: str
+    picture: Picture | None
+    entry: dict[str, Any]  # what its row begins with
+
+
+def about_each(pictures: Iterable[Picture], text: str) -> Iterator[Question]:
+    """The same question about each picture."""
+    return (Question(text, picture, {"image": picture.name, "question": text}) for picture in pictures)
+
+
+def read_line(line: str) -> Question:
+    """A line of a file of questions: ``{"image": path or null, "question": text}``, and whatever the row is to repeat.
+
+    Raises:
+        BadInput: the line is not of this form.
     """
-    for picture in pictures:
-        entry: dict[str, Any] = {"image": picture.name, "question": question}
-        answer = ""
+    try:
+        entry = json.loads(line)
+        image, text = entry.get("image"), entry["question"]
+    except (ValueError, AttributeError, KeyError) as error:
+        raise BadInput('it is not of the form {"image": path or null, "question": text}.') from error
+    if not isinstance(text, str) or not isinstance(image, (str, type(None))):
+        raise BadInput("the question must be text and the image a path or null.")
+    return Question(text, Picture(image, Path(image)) if image else None, entry)
+
+
+def answer_questions(
+    engine: Engine, questions: Iterable[Question], options: SamplingOptions | None = None, rewrite: bool = False
+) -> Iterator[dict[str, Any] | Waiting]:
+    """Answers questions in order, for the page and the command: each question's entry with ``"answer"``.
+
+    Before the answer stands its ``"draft"``, if it was rewritten. While a question waits in line at a ``QueuedEngine``,
+    ``Waiting`` comes. One that cannot be answered gets ``"answer": None`` and an ``"error"``. Closing the iterator
+    stops the work; what it gave before stays.
+    """
+    for question in questions:
+        row = dict(question.entry)
         try:
-            messages = [Message("user", question, [picture.open()])]
-            with closing(engine.reply(messages, options)) as pieces:  # type: ignore[type-var]
-                for piece in pieces:
-                    if isinstance(piece, Waiting):
-                        yield piece
-                    answer += piece
-            yield {**entry, "answer": answer}
+            pictures = [question.picture.open()] if question.picture else []
+            row["answer"] = yield from _joined(engine.reply([Message("user", question.text, pictures)], options))
+            if rewrite:
+                row["draft"] = row.pop("answer")
+                row["answer"] = yield from _joined(engine.rewrite(question.text, row["draft"], options))
+            yield row
         except BadInput as error:
-            yield {**entry, "answer": None, "error": str(error)}
+            yield {**question.entry, **refused(error)}
+
+
+def refused(error: BadInput) -> dict[str, Any]:
+    """What a row says in place of an answer."""
+    return {"answer": None, "error": str(error)}
+
+
+def _joined(pieces: Iterator[str]) -> Generator[Waiting, None, str]:
+    """Passes on what waits in line, and returns the whole text."""
+    text = ""
+    with closing(pieces):  # type: ignore[type-var]
+        for piece in pieces:
+            if isinstance(piece, Waiting):
+                yield piece
+            text += piece
+    return text
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -178,6 +206,11 @@ def _cell(value: str | None) -> str:
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes answers as JSON lines, as `mmchat batch` does."""
+    """Writes answers as JSON lines."""
     with path.open("w", encoding="utf-8", errors="replace") as sink:
-        sink.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        sink.writelines(map(json_line, rows))
+
+
+def json_line(row: dict[str, Any]) -> str:
+    """A row as a line of JSON."""
+    return json.dumps(row, ensure_ascii=False) + "\n"

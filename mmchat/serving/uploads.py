@@ -9,11 +9,12 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from ..errors import BadInput, MmchatError
-from ..media import open_image
+from ..media import MAX_SECONDS, open_image
 
 logger = logging.getLogger(__name__)
 
-MAX_UPLOAD = "10mb"
+MAX_RECORDING = MAX_SECONDS * 48_000 * 2 * 2 + 1000  # bytes: as WAV of 48 kHz, stereo, 16 bits, with its header
+MAX_FILE = 10 << 20  # bytes: a picture, or a ZIP of them
 KEEP_UPLOADS = 3600  # seconds
 
 
@@ -41,16 +42,31 @@ def uploaded_picture(path: str | None) -> str:
     """The path of an uploaded picture, resolved, once the picture was decoded.
 
     Raises:
-        gr.Error: the file was not uploaded, or is not a picture.
+        gr.Error: the file was not uploaded, is too large, or is not a picture.
     """
-    resolved = Path(path or "").resolve()
-    if not is_uploaded(resolved):
-        raise gr.Error("That picture was not uploaded here. Please upload it.", print_exception=False)
+    resolved = uploaded_file(path)
     try:
         open_image(resolved)
     except BadInput as error:
         raise shown_error(error) from error
     return str(resolved)
+
+
+def uploaded_file(path: str | None) -> Path:
+    """The path of an uploaded picture or ZIP, resolved. The server takes larger uploads, for the sake of recordings.
+
+    Raises:
+        gr.Error: the file was not uploaded, or is too large.
+    """
+    resolved = Path(path or "").resolve()
+    if not is_uploaded(resolved) or not resolved.is_file():
+        raise gr.Error("That file was not uploaded here. Please upload it.", print_exception=False)
+    if resolved.stat().st_size > MAX_FILE:
+        raise gr.Error(
+            f"'{resolved.name}' is larger than {MAX_FILE >> 20} MB. Please send a smaller one.",
+            print_exception=False,
+        )
+    return resolved
 
 
 def is_uploaded(path: Path) -> bool:

@@ -13,9 +13,9 @@ import gradio as gr
 
 from ...conversation import SamplingOptions
 from ...errors import BadInput
-from ..bulk import MAX_PICTURES, Picture, answer_pictures, list_pictures, write_csv, write_jsonl
+from ..bulk import MAX_PICTURES, Picture, about_each, answer_questions, list_pictures, write_csv, write_jsonl
 from ..request_queue import Waiting
-from ..uploads import shown_error
+from ..uploads import MAX_FILE, shown_error
 from .components import File, PictureFiles
 from .turns import Page, checked_question
 from .visit import Visit
@@ -23,8 +23,8 @@ from .visit import Visit
 LIMIT_SECONDS = 1.0  # between two looks at the rate limit
 HEADERS = ["Picture", "Answer"]
 INTRODUCTION = (
-    f"One question about many pictures, or a ZIP of them: at most {MAX_PICTURES} pictures, 10 MB per file. "
-    "Each gets the likeliest answer."
+    f"One question about many pictures, or a ZIP of them: at most {MAX_PICTURES} pictures, {MAX_FILE >> 20} MB per "
+    "file. Each gets the likeliest answer."
 )
 
 
@@ -83,11 +83,11 @@ class BatchPage:
     ) -> Iterator[dict[str, Any] | Waiting | None]:
         """An answer for each picture, its place while it waits in line, and None while it waits for the rate limit."""
         options = SamplingOptions(temperature=0)
-        for picture in pictures:
+        for asked in about_each(pictures, question):
             while not self._is_admitted(request):
                 yield None
                 time.sleep(LIMIT_SECONDS)
-            yield from answer_pictures(self._page.engine, [picture], question, options)
+            yield from answer_questions(self._page.engine, [asked], options)
 
     def _is_admitted(self, request: gr.Request | None) -> bool:
         try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..uploads import is_uploaded, uploaded_picture
+from ..uploads import uploaded_file, uploaded_picture
 
 MAX_NAME = 200  # characters of a file's name
 File = tuple[str, str]  # path, name to show
@@ -22,7 +22,7 @@ class QuestionBox(gr.MultimodalTextbox):
         """The text, and the paths of the pictures.
 
         Raises:
-            gr.Error: a file was not uploaded, or is not a picture.
+            gr.Error: a file was not uploaded, is too large, or is not a picture.
         """
         if payload is None:
             return {"text": "", "files": []}
@@ -55,14 +55,12 @@ class PictureFiles(gr.File):
         """The uploaded files.
 
         Raises:
-            gr.Error: a file was not uploaded.
+            gr.Error: a file was not uploaded, or is too large.
         """
         if payload is None:
             return []
         files = []
         for file in payload.root if hasattr(payload, "root") else [payload]:
-            path = Path(file.path or "").resolve()
-            if not is_uploaded(path) or not path.is_file():
-                raise gr.Error("That file was not uploaded here. Please upload it.", print_exception=False)
+            path = uploaded_file(file.path)
             files.append((str(path), Path(file.orig_name or path.name).name[-MAX_NAME:]))
         return files

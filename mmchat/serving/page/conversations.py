@@ -22,6 +22,8 @@ NOTICES = {
     "not_kept": "Your browser could not keep a copy of a picture. It lasts for an hour.",
     "full": "Your browser's storage is full: this conversation is not saved. Delete some, or export it.",
     "lost": "A picture of this conversation is gone: the server's copy was deleted, and your browser has none.",
+    "not_sent": "A picture of this conversation could not be sent to the server again, so an answer cannot see it now. "
+    "Your next question tries again.",
     "refused": "That file is not a conversation that was exported here.",
 }
 

@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from ...conversation import MAX_QUESTION, Engine
 from ..feedback import FeedbackStore
 from ..rate_limit import RateLimit
-from ..uploads import KEEP_UPLOADS, MAX_UPLOAD, SafeImage
+from ..uploads import KEEP_UPLOADS, MAX_RECORDING, SafeImage
 from . import branches, conversations, turns
 from .assets import asset
 from .batch import build_batch
@@ -219,7 +219,7 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
     listing.open(**leave).then(turns.leave, visit, None, **quick).then(
         None, None, chat, js="() => [mmchat.opened]", **quick
     )
-    listing.notice(conversations.show_notice, None, None, **quick)
+    listing.notice(conversations.show_notice, None, None, trigger_mode="multiple", **quick)  # two may come at once
     parts.save.click(None, chat, None, js="(history) => mmchat.transfer.saveMarkdown(history)", **quick)
     parts.save_json.click(None, chat, None, js="(history) => mmchat.transfer.saveJson(history)", **quick)
 
@@ -265,7 +265,7 @@ def launch(demo: gr.Blocks, app_kwargs: dict[str, Any] | None = None, **options:
         theme=look(),
         css=asset("page.css"),
         head=f"{CONTENT_SECURITY}<script>{script}</script>",
-        max_file_size=MAX_UPLOAD,
+        max_file_size=MAX_RECORDING,  # the largest upload
         show_error=False,
         enable_monitoring=False,
         run_history=False,

@@ -38,5 +38,8 @@ file.onchange = async () => {
   file.value = '';
   if (!given) return;
   try { await open(await mmchat.transfer.read(given)); }
-  catch (error) { console.debug('import', error); trigger('notice', {reason: 'refused'}); }
+  catch (error) {
+    console.debug('import', error);
+    trigger('notice', {reason: error.name === 'QuotaExceededError' ? 'full' : 'refused'});
+  }
 };

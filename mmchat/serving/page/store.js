@@ -20,11 +20,12 @@ mmchat.store = (() => {
     return new Promise((resolve, reject) => {
       const transaction = opened.transaction(store, mode), request = action(transaction.objectStore(store));
       transaction.oncomplete = () => { opened.close(); resolve(request?.result); };
-      transaction.onerror = transaction.onabort = () => { opened.close(); reject(transaction.error); };
+      transaction.onabort = () => { opened.close(); reject(transaction.error); };
     });
   };
   const read = (store, key) => run(store, 'readonly', all => all.get(key));
   const write = (store, value, key) => run(store, 'readwrite', all => key === undefined ? all.put(value) : all.put(value, key));
+  const say = async reason => { await isReady; notice(reason); };
   const changed = () => dispatchEvent(new Event('mmchat-list'));
 
   const files = history => history.flatMap(turn => turn.content).filter(part => part.type === 'file').map(part => part.file);
@@ -43,22 +44,30 @@ mmchat.store = (() => {
     paper.drawImage(picture, 0, 0, canvas.width, canvas.height);
     return new Promise(resolve => canvas.toBlob(resolve, 'image/jpeg', 0.9));
   };
-  const keepPicture = async file => {
-    if (await read('pictures', file.path)) return;
+  const dropped = new Set(); // paths of pictures and ids of conversations; each is told once, not with each save
+  const drop = (key, reason, error) => {
+    console.debug(reason, error);
+    if (!dropped.has(key)) say(reason);
+    dropped.add(key);
+  };
+  const keepPicture = async (path, url) => {
+    if (dropped.has(path) || await read('pictures', path)) return;
     try {
-      const answer = await fetch(file.url);
-      if (answer.ok) await write('pictures', await shrink(await answer.blob()), file.path);
-    } catch (error) { console.debug('picture', error); notice('not_kept'); }
+      const answer = await fetch(url); // not ok: it is gone already, which the next question tells
+      if (answer.ok) await write('pictures', await shrink(await answer.blob()), path);
+    } catch (error) { drop(path, 'not_kept', error); }
+  };
+  const keepChat = async chat => {
+    try { await write('chats', chat); dropped.delete(chat.id); } catch (error) { drop(chat.id, 'full', error); }
   };
 
   const write_chat = async history => {
-    for (const file of files(history)) await keepPicture(file);
+    for (const {path, url} of files(history)) await keepPicture(path, url);
     const id = idOf(history), old = await read('chats', id);
     if (old && JSON.stringify(old.history) === JSON.stringify(history)) return;
     const first = history.find(turn => turn.role === 'user');
     const title = old?.title ?? ((first && textOf(first).trim().slice(0, 60)) || 'Picture');
-    try { await write('chats', {...old, id, title, time: Date.now(), history, thumbs: thumbs(id)}); }
-    catch (error) { console.debug('conversation', error); notice('full'); }
+    await keepChat({...old, id, title, time: Date.now(), history, thumbs: thumbs(id)});
     changed();
   };
   const lit = {}; // id of a conversation -> its thumbs, as thumbs.js names them
@@ -80,27 +89,38 @@ mmchat.store = (() => {
     return [];
   };
 
+  const gone = part => `(${part.alt_text || 'Picture'} is gone.)`;
+
   // Pictures that the server has deleted are sent again from the copy.
+  const isThere = async file => {
+    try { return file.url && (await fetch(file.url, {method: 'HEAD', cache: 'no-store'})).ok; }
+    catch (error) { console.debug('look', error); return false; }
+  };
+  const sendAgain = async (part, blob) => {
+    await isReady;
+    const name = 'picture.' + blob.type.split('/')[1].replace('jpeg', 'jpg');
+    const sent = await upload(new File([blob], name, {type: blob.type}));
+    part.file = {path: sent.path, url: sent.url, orig_name: name, mime_type: blob.type, meta: {_type: 'gradio.FileData'}};
+    try { await write('pictures', blob, sent.path); } catch (error) { drop(sent.path, 'not_kept', error); }
+  };
   const restore = async history => {
-    let isChanged = false;
+    let isChanged = false, isUnsent = false;
     for (const turn of history) {
       const lost = [];
       for (const part of turn.content.filter(part => part.type === 'file')) {
-        if (part.file.url && (await fetch(part.file.url, {method: 'HEAD', cache: 'no-store'})).ok) continue;
+        if (await isThere(part.file)) continue;
         const blob = await read('pictures', part.file.path);
-        isChanged = true;
         if (!blob) { lost.push(part); continue; }
-        await isReady;
-        const name = 'picture.' + blob.type.split('/')[1].replace('jpeg', 'jpg');
-        const sent = await upload(new File([blob], name, {type: blob.type}));
-        part.file = {path: sent.path, url: sent.url, orig_name: name, mime_type: blob.type, meta: {_type: 'gradio.FileData'}};
-        await write('pictures', blob, part.file.path);
+        try { await sendAgain(part, blob); isChanged = true; }
+        catch (error) { console.debug('send again', error); isUnsent = true; } // the copy stays, for the next time
       }
       if (lost.length) {
-        notice('lost');
-        turn.content = turn.content.map(part => lost.includes(part) ? {type: 'text', text: `(${part.alt_text || 'Picture'} is gone.)`} : part);
+        isChanged = true;
+        say('lost');
+        turn.content = turn.content.map(part => lost.includes(part) ? {type: 'text', text: gone(part)} : part);
       }
     }
+    if (isUnsent) say('not_sent');
     return isChanged;
   };
   const revive = async history => {
@@ -115,7 +135,7 @@ mmchat.store = (() => {
     if (!chat) return [];
     lit[id] ??= chat.thumbs;
     sessionStorage.setItem(OPEN, id);
-    if (await restore(chat.history)) await write('chats', chat);
+    if (await restore(chat.history)) await keepChat(chat);
     changed();
     return chat.history;
   };
@@ -133,7 +153,7 @@ mmchat.store = (() => {
   };
 
   const list = async () => (await run('chats', 'readonly', all => all.getAll())).sort((a, b) => b.time - a.time);
-  const rename = async (id, title) => { await write('chats', {...await read('chats', id), title}); changed(); };
+  const rename = async (id, title) => { await keepChat({...await read('chats', id), title}); changed(); };
   const remove = async id => {
     await saving;
     await run('chats', 'readwrite', all => all.delete(id));
@@ -147,17 +167,17 @@ mmchat.store = (() => {
     if (!history.length && id) remove(id);
     return save(history);
   };
-  const add = async (title, history, blobs) => { // an imported conversation; ``blobs`` by the path of its files
+  const add = async ({title, history, blobs, thumbs}) => { // an imported conversation; ``blobs`` by the path of its files
     const id = newId();
     for (const [path, blob] of blobs) await write('pictures', blob, path);
     history[0] = {...history[0], metadata: {...history[0].metadata, id}};
-    await write('chats', {id, title, time: Date.now(), history});
+    await write('chats', {id, title, time: Date.now(), history, thumbs});
     changed();
     return id;
   };
 
   return {
-    save, open, fresh, settle, reopen, revive, undone, list, rename, remove, add, read, files, textOf, idOf, newId, thumbs, rate, OPEN,
+    save, open, fresh, settle, reopen, revive, undone, list, rename, remove, add, read, files, textOf, idOf, newId, gone, thumbs, rate, OPEN,
     connect: (give, tell) => { upload = give; notice = tell; ready(); },
   };
 })();
