@@ -61,6 +61,8 @@ class SamplingOptions:
         repetition_penalty: above 1, tokens already in the answer become less likely (Keskar et al. 2019,
             arXiv 1909.05858). None lets the engine choose: 1 with images, whose descriptions rightly repeat "a" and
             "in", and TEXT_PENALTY without, where a small model tends to loop.
+        no_repeat_ngram_size: no sequence of that many tokens occurs twice in an answer (Paulus et al. 2017,
+            arXiv 1705.04304); 0 turns it off. None lets the engine choose: the preset's with images, 0 without.
         beams: above 1, beam search with that many beams. The answer then comes in one piece, and temperature and top_p
             are ignored.
         seed: makes a sampled answer reproducible.
@@ -70,6 +72,7 @@ class SamplingOptions:
     top_p: float = 0.9
     max_new_tokens: int = 256
     repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
     beams: int = 1
     seed: int | None = None
 
@@ -82,6 +85,8 @@ class SamplingOptions:
             raise BadInput("The maximum length of an answer must be between 1 and 4096 tokens.")
         if self.repetition_penalty is not None and not 0.5 <= self.repetition_penalty <= 3:
             raise BadInput("The repetition penalty must be between 0.5 and 3.")
+        if self.no_repeat_ngram_size is not None and self.no_repeat_ngram_size < 0:
+            raise BadInput("The size of n-grams that may not repeat must be 0 or more.")
         if not 1 <= self.beams <= 16:
             raise BadInput("The number of beams must be between 1 and 16.")
 

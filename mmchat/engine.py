@@ -193,8 +193,7 @@ class LocalEngine(SpeechMixin):
         """
         options = options or SamplingOptions()
         messages = with_question(messages)
-        if options.repetition_penalty is None:
-            options = replace(options, repetition_penalty=1.0 if has_images(messages) else TEXT_PENALTY)
+        options = self._with_defaults(options, has_images(messages))
         with self._lock:  # the tokenizer is not thread-safe either
             encoded = self._fit(messages, options.max_new_tokens, notify)
         pieces = self._generate(encoded, options, with_adapter=has_images(messages))
@@ -209,6 +208,14 @@ class LocalEngine(SpeechMixin):
         finally:
             with self._lock.reentrant():  # garbage collection may run while this thread holds the lock
                 pieces.close()
+
+    def _with_defaults(self, options: SamplingOptions, has_images: bool) -> SamplingOptions:
+        penalty, ngram_size = options.repetition_penalty, options.no_repeat_ngram_size
+        if penalty is None:
+            penalty = 1.0 if has_images else TEXT_PENALTY
+        if ngram_size is None:
+            ngram_size = self.preset.no_repeat_ngram_size if has_images else 0
+        return replace(options, repetition_penalty=penalty, no_repeat_ngram_size=ngram_size)
 
     def _generate(
         self, encoded: TokenizedConversation, options: SamplingOptions, with_adapter: bool

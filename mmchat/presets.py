@@ -116,6 +116,7 @@ class Preset:
     weights: Path | HubRepository  # a repository holds a published checkpoint, which is imported into the cache
     prompt_template: PromptTemplate | None = None  # of the weights; None: the chat format's own
     chat_template: ChatTemplate | None = None  # of LLaVA weights
+    no_repeat_ngram_size: int = 0  # of answers about images, as in SamplingOptions
 
     @property
     def sources(self) -> dict[str, Source]:
@@ -239,6 +240,7 @@ SMOL = Preset(
     speech=WHISPER_BASE,
     projector=ProjectorPreset(kind="mlp", intermediate_size=1152),
     weights=WEIGHTS_FOLDER / "smol",
+    no_repeat_ngram_size=4,  # a small model repeats itself in long descriptions
 )
 
 CLIP = ImageEncoderPreset(

@@ -48,7 +48,7 @@ def recorded_logits() -> Iterator[list[torch.Tensor]]:
     choose = Sampler.__call__
 
     def record(sampler: Sampler, logits: torch.Tensor) -> int:
-        found.append(torch.tensor(sampler._penalized(logits)))
+        found.append(torch.tensor(sampler.scores(logits)))
         return choose(sampler, logits)
 
     with pytest.MonkeyPatch.context() as patched:

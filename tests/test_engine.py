@@ -71,6 +71,16 @@ def test_answers_about_pictures_may_repeat_words(engine, photo):
         assert answer(engine, message) == answer(engine, message, options=options)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_description_in_detail_does_not_repeat_itself(engine, photo, beams):
+    question = Message("user", "Describe the image in detail.", images=[photo])
+    said = answer(engine, question, options=SamplingOptions(temperature=0, max_new_tokens=96, beams=beams))
+    sentences = [sentence for sentence in said.split(".") if sentence.strip()]
+    assert len(sentences) >= 3 and len(set(sentences)) == len(sentences), said
+    anything = SamplingOptions(temperature=0, max_new_tokens=96, beams=beams, no_repeat_ngram_size=0)
+    assert answer(engine, question, options=anything) != said
+
+
 def test_a_picture_switches_the_adapter_on(engine, photo, monkeypatch):
     """With the adapter off, the same question about the same picture gets another answer."""
     question = Message("user", "Describe the image.", images=[photo])

@@ -60,6 +60,17 @@ def test_the_repetition_penalty_equals_that_of_generate(engine, embeddings, stop
     assert_same_choices(ours, generated(engine, embeddings, repetition_penalty=1.3), 1e-4)
 
 
+def test_ngrams_do_not_repeat(engine, embeddings, stop_ids):
+    options = SamplingOptions(temperature=0, repetition_penalty=1, no_repeat_ngram_size=1, max_new_tokens=24)
+    with recorded_logits() as ours:
+        list(stream_token_ids(TorchDecoder(engine.model.language_model), embeddings, options, stop_ids))
+    theirs = generated(engine, embeddings, no_repeat_ngram_size=1)
+    is_open = [row.isfinite() for row in theirs]
+    assert all(torch.equal(row.isfinite(), allowed) for row, allowed in zip(ours, is_open, strict=False))
+    assert not all(allowed.all() for allowed in is_open), "a token would have repeated"
+    assert_same_choices([row.clamp(min=-1e3) for row in ours], [row.clamp(min=-1e3) for row in theirs], 1e-4)
+
+
 def test_closing_stops_generation_within_a_token(engine, embeddings, stop_ids, monkeypatch):
     steps = count_steps(engine, monkeypatch)
     tokens = stream_token_ids(TorchDecoder(engine.model.language_model), embeddings, GREEDY, stop_ids)

@@ -14,11 +14,18 @@ VOCABULARY = 4999
 
 def expected(logits, written, options):
     """Probabilities of transformers' processors, [vocabulary]."""
-    from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+    from transformers import (
+        NoRepeatNGramLogitsProcessor,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopPLogitsWarper,
+    )
 
     token_ids, scores = torch.tensor([written], dtype=torch.long), logits[None]
     if written:
         scores = RepetitionPenaltyLogitsProcessor(options.repetition_penalty)(token_ids, scores)
+    if options.no_repeat_ngram_size:
+        scores = NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size)(token_ids, scores)
     scores = TemperatureLogitsWarper(options.temperature)(token_ids, scores)
     if options.top_p < 1:
         scores = TopPLogitsWarper(options.top_p)(token_ids, scores)
@@ -41,6 +48,21 @@ def test_distributions_equal_those_of_transformers(temperature, top_p, penalty):
         assert int(((ours > 0) ^ (exact > 0)).sum()) <= 2  # sums of thousands round differently
         assert_close(ours[in_both], exact[in_both], 2e-3 if spread == 0.01 else 1e-4)
         written.append(choose(logits))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_no_ngram_repeats(size):
+    torch.manual_seed(0)
+    options = SamplingOptions(1.0, 1.0, repetition_penalty=1.0, no_repeat_ngram_size=size, seed=0)
+    choose, written = Sampler(options), []
+    for _ in range(12 if size == 1 else 40):
+        logits = torch.cat([torch.randn(16), torch.full((16,), -2.0)])
+        token_ids, probabilities = map(torch.from_numpy, choose.distribution(logits))
+        ours = torch.zeros(len(logits)).index_copy(0, token_ids, probabilities)
+        assert_close(ours, expected(logits, written, options), 1e-5)
+        written.append(choose(logits))
+    ngrams = [tuple(written[start : start + size]) for start in range(len(written) - size + 1)]
+    assert len(ngrams) == len(set(ngrams))
 
 
 def test_one_token_is_always_left():

@@ -128,7 +128,13 @@ def evaluate_questions(options, files):
     limit, limits_by_kind = options.max_new_tokens, {}
     if limit is None:
         limit, limits_by_kind = DEFAULT_MAX_NEW_TOKENS, MAX_NEW_TOKENS
-    sampling = SamplingOptions(temperature=0, repetition_penalty=1.0, beams=options.beams, max_new_tokens=limit)
+    sampling = SamplingOptions(  # the engine's defaults for questions about images, but for the temperature
+        temperature=0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=preset.no_repeat_ngram_size,
+        beams=options.beams,
+        max_new_tokens=limit,
+    )
     results = []
     for weights in all_weights:
         model, tokenizer = load_model(preset, weights, device.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Hashable, Iterator, Sequence
 from contextlib import closing
 from itertools import count, takewhile
@@ -16,6 +17,9 @@ from .decoder import Cache, Decoder
 from .sampling import Sampler
 
 PREFILL_CHUNK = 128  # tokens
+
+# The answer alone should not repeat; transformers warns that the prompt is left out.
+warnings.filterwarnings("ignore", message=r"Passing `\w+` with `inputs_embeds` and without `input_ids` to `generate`")
 
 
 def stop_token_ids(model: nn.Module) -> set[int]:
@@ -155,6 +159,7 @@ def _beam_settings(options: SamplingOptions, stop_ids: set[int]) -> Any:
         num_beams=options.beams,
         max_new_tokens=options.max_new_tokens,
         repetition_penalty=options.repetition_penalty or 1.0,
+        no_repeat_ngram_size=options.no_repeat_ngram_size or 0,
         eos_token_id=sorted(stop_ids),
         pad_token_id=next(token_id for token_id in count() if token_id not in stop_ids),  # any token; it is cut off
     )

@@ -6,6 +6,8 @@ more, and take a core from ONNX Runtime while it computes the next token.
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import numpy as np
 import torch
 
@@ -13,27 +15,31 @@ from ..conversation import SamplingOptions
 
 
 class Sampler:
-    """Chooses the tokens of one answer; remembers them for the repetition penalty.
+    """Chooses the tokens of one answer; remembers them, so that they repeat less.
 
-    The order is that of transformers' logits processors: repetition penalty, temperature, top-p.
+    The order is that of transformers' logits processors: repetition penalty, n-grams, temperature, top-p.
 
     Args:
-        options: ``beams`` and ``max_new_tokens`` are ignored; a repetition penalty of None is none.
+        options: ``beams`` and ``max_new_tokens`` are ignored; a repetition penalty or n-gram size of None is none.
     """
 
     def __init__(self, options: SamplingOptions):
         self._penalty = options.repetition_penalty or 1.0
         self._temperature, self._top_p = options.temperature, options.top_p
         self._random = np.random.default_rng(options.seed)
-        self._written: dict[int, None] = {}  # distinct tokens of the answer
+        self._ngram_size = options.no_repeat_ngram_size or 0
+        self._written: list[int] = []  # tokens of the answer
+        self._followers: dict[tuple[int, ...], list[int]] = defaultdict(list)  # what came after the start of an n-gram
 
     def __call__(self, logits: torch.Tensor) -> int:
         """The id of the next token, from logits, [vocabulary]."""
         if self._temperature == 0:
-            token_id = int(self._penalized(logits).argmax())
+            token_id = int(self.scores(logits).argmax())
         else:
             token_id = self._draw(*self.distribution(logits), len(logits))
-        self._written[token_id] = None
+        if self._ngram_size:
+            self._followers[self._ngram_start()].append(token_id)
+        self._written.append(token_id)
         return token_id
 
     def _draw(self, token_ids: np.ndarray, probabilities: np.ndarray, vocabulary: int) -> int:
@@ -51,7 +57,7 @@ class Sampler:
         Of a vocabulary of V tokens, those less likely than (1 - top_p) / V have less than 1 - top_p together, so none
         of them is in the nucleus, and only the few others are sorted.
         """
-        scores = self._penalized(logits) / np.float32(self._temperature)
+        scores = self.scores(logits) / np.float32(self._temperature)
         probabilities = np.exp(scores - scores.max())
         probabilities /= probabilities.sum()  # [vocabulary]
         if self._top_p == 1:
@@ -63,14 +69,20 @@ class Sampler:
         count = max(int((before < self._top_p).sum()), 1)
         return token_ids[order[:count]], likeliest[:count] / likeliest[:count].sum()
 
-    def _penalized(self, logits: torch.Tensor) -> np.ndarray:
-        """Logits with those of tokens already in the answer lowered (Keskar et al. 2019, arXiv 1909.05858)."""
-        values = logits.float().cpu().numpy()
-        if self._penalty == 1 or not self._written:
-            return values
-        written = np.fromiter(self._written, dtype=np.int64)
-        values = values.copy()
-        values[written] = np.where(
-            values[written] < 0, values[written] * self._penalty, values[written] / self._penalty
-        )
-        return values
+    def scores(self, logits: torch.Tensor) -> np.ndarray:
+        """Logits, [vocabulary]: lower for tokens that are in the answer, -inf for those that would repeat an n-gram."""
+        scores = logits.float().cpu().numpy()
+        if self._penalty != 1 and self._written:
+            written = np.unique(self._written)
+            scores = scores.copy()
+            scores[written] = np.where(
+                scores[written] < 0, scores[written] * self._penalty, scores[written] / self._penalty
+            )
+        if self._ngram_size and (repeating := self._followers.get(self._ngram_start())):
+            scores = scores.copy()
+            scores[repeating] = -np.inf
+        return scores
+
+    def _ngram_start(self) -> tuple[int, ...]:
+        """The last tokens, which the next one would complete to an n-gram; fewer at the start of the answer."""
+        return tuple(self._written[max(len(self._written) - self._ngram_size + 1, 0) :])

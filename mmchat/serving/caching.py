@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from threading import Lock
 
 from ..conversation import Engine, Message, SamplingOptions, logger
@@ -82,4 +83,4 @@ def _key(messages: Sequence[Message], options: SamplingOptions) -> Hashable | No
     if options.temperature > 0 and options.beams == 1:
         return None
     said = tuple((each.role, each.text.strip(), tuple(map(picture_digest, each.images))) for each in messages)
-    return said, options.max_new_tokens, options.repetition_penalty, options.beams
+    return said, replace(options, temperature=0, top_p=1, seed=None)
