@@ -22,6 +22,9 @@ sys.path.insert(0, str(ROOT))
 
 PHOTOS = sorted((ROOT / "examples").glob("*.jpg"))
 SPEECH = ROOT / "tests" / "data" / "jfk.flac"
+SPEECH_TEXT = (
+    "And so, my fellow Americans, ask not what your country can do for you, ask what you can do for your country."
+)
 STORY = (
     "The old lighthouse stood on a cliff above the sea. Every evening the keeper climbed the stairs and lit the lamp."
 )
@@ -123,6 +126,49 @@ def readback(engine) -> None:
     print(f"word error rate of the voice, heard by Whisper: {easy} on plain sentences, {whole} on all")
 
 
+def noise(engine) -> None:
+    """Word error rate of each offline speech model on 40 sentences of our voice and a real speech, in pink noise."""
+    import numpy as np
+
+    from mmchat.media import SAMPLE_RATE, read_audio
+    from mmchat.models.speech_recognition import SpeechRecognizer
+    from mmchat.models.text_to_speech import write_wav
+    from mmchat.presets import OFFLINE_SPEECH
+    from mmchat.training.evaluation.metrics import word_error_rate
+
+    entries = json.loads((ROOT / "tests" / "data" / "spoken.json").read_text(encoding="utf-8"))
+    said = [entry.get("said", entry["text"]) for entry in entries] + [SPEECH_TEXT]
+    random_numbers = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "said.wav"
+        recordings = []
+        for entry in entries:
+            write_wav(path, *engine.speak(entry["text"]))
+            recordings.append(read_audio(path))
+        recordings.append(read_audio(SPEECH))
+        for name, preset in OFFLINE_SPEECH.items():
+            recognizer = SpeechRecognizer(preset)
+            for ratio in (None, 10, 0):
+                heard = []
+                for samples in recordings:
+                    if ratio is not None:
+                        samples = samples + _pink_noise(samples, ratio, random_numbers)
+                    write_wav(path, 0.5 * samples / np.abs(samples).max(), SAMPLE_RATE)
+                    heard.append(recognizer.transcribe(path, "en").text)
+                condition = "clean" if ratio is None else f"noise at {ratio} dB"
+                print(f"{name}, {condition}: word error rate {word_error_rate(heard, said)}")
+
+
+def _pink_noise(samples, ratio, random_numbers):
+    """Noise with a power inversely proportional to the frequency, ``ratio`` dB below the samples' power."""
+    import numpy as np
+
+    spectrum = np.fft.rfft(random_numbers.standard_normal(len(samples)))
+    spectrum[1:] /= np.sqrt(np.arange(1, len(spectrum)))
+    pink = np.fft.irfft(spectrum, len(samples))
+    return pink * np.sqrt((samples**2).mean() / (pink**2).mean() / 10 ** (ratio / 10))
+
+
 def hearing(_) -> None:
     """Time of each offline speech model on eleven seconds of real speech, its language detected or given."""
     from mmchat.models.speech_recognition import SpeechRecognizer
@@ -146,6 +192,7 @@ MEASURES = {
     "first-sound": first_sound,
     "beside": beside,
     "readback": readback,
+    "noise": noise,
     "hearing": hearing,
 }
 
