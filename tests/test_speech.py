@@ -243,6 +243,17 @@ def test_other_languages_are_detected_and_translated(engine, recording, language
     assert translated.language == language and english in translated.text
 
 
+def test_a_window_is_encoded_once_for_its_language_and_its_words(engine, monkeypatch):
+    from faster_whisper import WhisperModel
+
+    encoded, encode = [], WhisperModel.encode
+    monkeypatch.setattr(WhisperModel, "encode", lambda *given: encoded.append(given) or encode(*given))
+    for recording, language in ((SPEECH, "en"), (SPEECH.parent / "de.flac", "de")):
+        encoded.clear()
+        assert engine.transcribe(recording).language == language
+        assert len(encoded) == 1
+
+
 def test_a_language_is_named_by_code_or_name(engine, tiny_en):
     assert engine.languages["de"] == "German" and len(engine.languages) == 99
     assert tiny_en.transcribe(SPEECH, "English").language == "en"

@@ -151,11 +151,23 @@ def _faster_whisper(preset: SpeechPreset, folder: Path) -> Listen:
     import torch
     from faster_whisper import WhisperModel
 
+    class Recognizer(WhisperModel):
+        """Encodes a window once, not first to detect its language and again to transcribe it."""
+
+        last: tuple[Any, Any] = (None, None)  # features, [mels, frames], and what they were encoded to
+
+        def encode(self, features: np.ndarray) -> Any:
+            encoded_features, encoded = self.last
+            if encoded_features is None or not np.array_equal(encoded_features, features):
+                encoded = super().encode(features)
+                self.last = features, encoded
+            return encoded
+
     options = {"compute_type": "int8", "cpu_threads": preset.threads, "local_files_only": True}
     cores = torch.get_num_threads()
     # A single-threaded model transcribes several parts in parallel; each worker takes extra memory.
     workers = min(cores, MAX_WORKERS) if preset.threads == 1 else 1
-    model = WhisperModel(str(folder), device="cpu", num_workers=workers, **options)
+    model = Recognizer(str(folder), device="cpu", num_workers=workers, **options)
     torch.set_num_threads(cores)  # loading CTranslate2 changes it
 
     def listen(samples: np.ndarray, language: str | None, task: str) -> Iterator[Transcript]:
@@ -202,7 +214,12 @@ def _detect(model: Any, samples: np.ndarray) -> str:
     """The most probable language; English unless another one is far more probable, for English with an accent."""
     if not model.model.is_multilingual:
         return "en"
-    language, _, probabilities = model.detect_language(samples, vad_filter=True)
+    from faster_whisper.vad import collect_chunks, get_speech_timestamps
+
+    speech, _ = collect_chunks(samples, get_speech_timestamps(samples))
+    features = model.feature_extractor(np.concatenate(speech))  # [mels, frames]
+    # Without the last frame, which transcribing leaves out, too: so the same features are encoded, once.
+    language, _, probabilities = model.detect_language(features=features[:, :-1])
     likely = dict(probabilities)
     return str(language) if likely[language] > ENGLISH_PRIOR * likely["en"] else "en"
 
