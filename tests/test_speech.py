@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import wave
+from dataclasses import replace
 from threading import Event
 from threading import enumerate as enumerate_threads
 
@@ -112,6 +113,13 @@ def test_samples_are_16_khz_mono(tmp_path):
 def test_recordings_without_speech_are_rejected(engine, tmp_path, sound):
     with pytest.raises(BadInput, match="I heard no speech in that recording"):
         engine.transcribe(write_wav(tmp_path / "sound.wav", sound, 16_000))
+
+
+def test_near_silence_is_rejected_before_a_model_is_loaded(tmp_path):
+    nobody = SpeechRecognizer(replace(SMOL.speech, source=HubRepository("nobody/nothing")))
+    hiss = np.random.default_rng(0).uniform(-5e-4, 5e-4, size=(32_000, 1))
+    with pytest.raises(BadInput, match="I heard no speech in that recording"):
+        nobody.transcribe(write_wav(tmp_path / "hiss.wav", hiss, 16_000))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a recording at all" * 50, b"RIFF\x24\x00\x00\x00WAVEfmt "])

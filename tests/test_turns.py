@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 
 import gradio as gr
 import pytest
@@ -12,10 +13,11 @@ from mmchat.conversation import Message, SamplingOptions, Transcript
 from mmchat.errors import BadInput, MmchatError
 from mmchat.fetching import expect, megabytes_fetched, progress
 from mmchat.fetching.sources import WheelFolder, WheelMember
+from mmchat.models.text_to_speech import Voice
 from mmchat.serving.loading import LoadingEngine
 from mmchat.serving.page import Page, Visit, branches, to_messages, turns
 from mmchat.serving.page.conversations import with_id
-from mmchat.serving.page.history import said, user_turn
+from mmchat.serving.page.history import is_folded, said, text_of, user_turn
 from mmchat.serving.page.settings import default_settings, read_settings
 from mmchat.serving.page.voice import VoicePage
 from mmchat.serving.request_queue import Gate, QueuedEngine
@@ -267,6 +269,27 @@ def test_stop_before_the_first_word_of_a_retry_gives_the_old_answer_back():
     turns.stop_reply(visit)
     shown = [value for value in page.reply(cut, visit, asked) if isinstance(value, list)]
     assert shown[-1][-1]["content"] == "first"
+
+
+def test_an_answer_that_has_no_voice_is_written_to_its_end(capsys):
+    class Slow(Engine):
+        def reply(self, messages, options=None, notify=None):
+            yield "Der Hund liegt unter dem Tisch. "
+            time.sleep(1)  # the voice refuses meanwhile
+            yield "Er schläft. Ja."
+
+        def read_aloud(self, pieces):
+            return voice.read_aloud(pieces)
+
+    voice = Voice()
+    voice.load()
+    visit = Visit()
+    *shown, (_, last) = VoicePage(Page(Slow())).reply([question()], visit, visit.request(), *default_settings(), True)
+    history = [conversation for conversation, _ in shown if isinstance(conversation, list)][-1]
+    assert text_of(history[-1]) == "Der Hund liegt unter dem Tisch. Er schläft. Ja."
+    assert is_folded(history[-2]), "the details stand before the answer"
+    assert json.loads(last)["done"] and not json.loads(last)["clips"]
+    assert "only speak English" in capsys.readouterr().out
 
 
 def test_the_seconds_of_speech_are_kept_for_the_details():

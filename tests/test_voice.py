@@ -26,6 +26,10 @@ OTHER_LANGUAGES = [
     "To jest czerwony samochód.",
     "Собака спит под столом.",
     "犬がテーブルの下で寝ています。",
+    "Is het een hond of een kat?",
+    "¿Has visto el perro?",
+    "El are un câine.",
+    "buenos días",
 ]
 
 

@@ -28,7 +28,7 @@ SAMPLE_RATE = 24_000  # Hz
 PAUSE = 0.15  # seconds of silence after a sentence
 MIN_KNOWN = 0.75  # share of a sentence's words in the English lexicon, below which it is taken for another language
 # Words that English sentences use all the time, and that other languages in Latin script do not.
-ENGLISH = frozenset("the and of with this that these you are have has from they which there what your its".split())
+ENGLISH = frozenset("the with this that these you from they which there what your its".split())
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 NO_VOICE = BadInput("I can only speak English; for other languages there is no voice.")
 
@@ -109,7 +109,9 @@ class Voice:
         if sum(character.isascii() for character in letters) < len(letters) / 2:
             return False  # another script
         words = [word for word in WORD.findall(sentence) if not word.isupper()]  # abbreviations are in no lexicon
-        if len(words) < 3 or ENGLISH.intersection(word.lower() for word in words):
+        if len(words) < 3:
+            words = [word for word in words if word.islower()]  # the others may be names
+        if not words or ENGLISH.intersection(word.lower() for word in words):
             return True
         return sum(map(self._is_known, words)) >= MIN_KNOWN * len(words)
 

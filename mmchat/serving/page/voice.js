@@ -80,16 +80,18 @@ const halt = () => {
 };
 const listen = async () => {
   if (context) return halt();
+  let tap;
   try {
     media = await navigator.mediaDevices.getUserMedia({audio: {echoCancellation: true, noiseSuppression: true}});
+    context = new AudioContext({sampleRate: RATE});
+    await context.audioWorklet.addModule(URL.createObjectURL(new Blob([worklet], {type: 'text/javascript'})));
+    tap = new AudioWorkletNode(context, 'tap');
+    context.createMediaStreamSource(media).connect(tap);
   } catch (error) {
+    console.debug('microphone', error);
+    halt();
     return tell('The browser gives no microphone: allow it for this page. Over a network, the page needs https.');
   }
-  context = new AudioContext({sampleRate: RATE});
-  const code = URL.createObjectURL(new Blob([worklet], {type: 'text/javascript'}));
-  await context.audioWorklet.addModule(code);
-  const tap = new AudioWorkletNode(context, 'tap');
-  context.createMediaStreamSource(media).connect(tap);
   let floor = 0.01, parts = [], before = [], talking = false, said = 0, quiet = 0, whole = 0;
   show(); tell('Listening …');
   tap.port.onmessage = async ({data}) => {

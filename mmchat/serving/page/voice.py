@@ -164,17 +164,14 @@ class VoicePage:
                     if is_draft_spoken and text.startswith(said):
                         reader.feed(text[len(said) :])
                         said = text
-                    for sentence in reader.ready():
-                        yield gr.skip(), clips.add(sentence)
+                    yield from clips.of(reader.ready())
             if reader and not visit.is_over(request_id):
                 reader.feed(text[len(said) :])
                 reader.finish()
-                for sentence in reader.rest():
+                for shown_clip in clips.of(reader.rest()):
                     if visit.is_over(request_id):
                         break
-                    yield gr.skip(), clips.add(sentence)
-        except BadInput as error:  # no voice for the language
-            gr.Info(str(error))
+                    yield shown_clip
         except gr.Error:
             yield gr.skip(), clips.done()  # hands-free, listening goes on
             raise
@@ -276,6 +273,14 @@ class Clips:
         wav = base64.b64encode(wav_bytes(sentence.samples, sentence.rate)).decode()
         self._last = [*self._last[-1:], {"number": next(clip_numbers), "audio": wav}]
         return self._value()
+
+    def of(self, spoken: Iterator[SpokenSentence]) -> Iterator[tuple[Any, str]]:
+        """The outputs that play sentences. A language without a voice is named, and ends them, not the answer."""
+        try:
+            for sentence in spoken:
+                yield gr.skip(), self.add(sentence)
+        except BadInput as error:
+            gr.Info(str(error))
 
     def done(self) -> str:
         """The value that says that nothing follows."""
