@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
+
+# Package → modules that come with it under another name, or by its own requirements.
+BROUGHT_BY = {
+    "faster_whisper": "av ctranslate2",
+    "gradio": "anyio brotli fastapi httpx numpy pydantic requests starlette uvicorn",
+    "hibari_tts": "hibari",
+    "markdown_it_py": "markdown_it",
+    "openai_whisper": "whisper",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "transformers": "huggingface_hub jinja2 tokenizers",
+}
 
 
 def imported_by(*modules: str) -> set[str]:
@@ -37,6 +51,18 @@ def test_nothing_outside_training_imports_training():
     imports = {path: set(imports_in(path)) for path in files}
     assert any("mmchat.errors.BadInput" in names for names in imports.values())
     assert not [path for path, names in imports.items() if any(name.startswith("mmchat.training") for name in names)]
+
+
+def test_every_package_that_the_app_imports_is_installed_with_it():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    for extra in ("gpu", "server", "operate", "whisper", "train"):
+        lines += project["optional-dependencies"][extra]
+    required = {re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in lines}
+    known = {name for package, names in BROUGHT_BY.items() if package in required for name in names.split()}
+    for path in [ROOT / "app.py", *(ROOT / "mmchat").rglob("*.py")]:
+        names = {name.partition(".")[0] for name in imports_in(path)} - sys.stdlib_module_names - {"mmchat"}
+        assert not names - known - required, path.name
 
 
 def test_conversation_and_model_server_client_import_no_torch():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,16 @@ RECIPES = sorted(FOLDER.glob("*.yaml"))  # of earlier projects; ours are in fold
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_names_its_preset(path):
     assert read_recipe(path)["preset"] in PRESETS
+
+
+def test_one_script_runs_the_recipes_of_smol_in_order():
+    script = (FOLDER.parent / "train_smol.sh").read_text(encoding="utf-8")
+    named = re.findall(r"^finetune (\S+) runs/smol-(\d)$", script, re.MULTILINE)
+    assert [f"{name}.yaml" for name, _ in named] == sorted(path.name for path in (FOLDER / "smol").glob("*.yaml"))
+    for name, number in named:
+        recipe = read_recipe(FOLDER / "smol" / f"{name}.yaml")
+        assert recipe["out"] == f"runs/smol-{number}"
+        assert all(path in script for path in recipe["train"])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
