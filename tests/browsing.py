@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 import wave
+from contextlib import closing
 from importlib.resources import files
 from pathlib import Path
 
@@ -95,6 +97,20 @@ def page(visitor, address):
     page.evaluate(FORGET)
     page.close()
     assert strangers == []
+
+
+@pytest.fixture
+def slow_writing(engine, monkeypatch):
+    """A long answer takes ten seconds or more, so that the browser of a busy machine meets it half-written."""
+    reply = engine.reply
+
+    def slowly(*arguments, **options):
+        with closing(reply(*arguments, **options)) as pieces:
+            for piece in pieces:
+                time.sleep(0.05)
+                yield piece
+
+    monkeypatch.setattr(engine, "reply", slowly)
 
 
 def question(page):

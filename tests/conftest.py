@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.browsing import SPEECH, browser, page, visitor  # noqa: F401 (fixtures)
+from tests.browsing import SPEECH, browser, page, slow_writing, visitor  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parent.parent
 

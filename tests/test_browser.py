@@ -57,7 +57,7 @@ def test_a_spoken_question_is_transcribed_and_answered(page):
     expect(answers(page).last).to_contain_text(re.compile(r"\w+"))
 
 
-def test_stop_ends_the_reply_and_the_page_still_works(page, engine, monkeypatch):
+def test_stop_ends_the_reply_and_the_page_still_works(page, slow_writing, engine, monkeypatch):
     ended, reply = [], engine.reply
 
     def watched(*arguments, **options):
@@ -80,7 +80,7 @@ def test_stop_ends_the_reply_and_the_page_still_works(page, engine, monkeypatch)
     expect(answers(page).last).to_contain_text("Paris")
 
 
-def test_undo_during_a_reply_restores_the_question(page):
+def test_undo_during_a_reply_restores_the_question(page, slow_writing):
     ask(page, "Tell me a very long story about a dragon.")
     expect(answers(page).last).to_contain_text(re.compile(r"\w+ \w+ \w+"))
     page.get_by_role("button", name="Undo").click()
@@ -109,7 +109,7 @@ def test_an_undo_the_moment_an_answer_ends_is_not_overwritten(page):
         expect(page.locator("#list li")).to_have_count(0)
 
 
-def test_a_new_question_ends_the_previous_reply(page):
+def test_a_new_question_ends_the_previous_reply(page, slow_writing):
     ask(page, "Tell me a very long story about a dragon.")
     expect(answers(page).last).to_contain_text(re.compile(r"\w+ \w+ \w+"))
     ask(page, "Name the capital of France.")
@@ -119,7 +119,7 @@ def test_a_new_question_ends_the_previous_reply(page):
     expect(page.locator("#chat .user .prose")).to_have_count(2)
 
 
-def test_a_new_chat_resets_everything_even_during_a_reply(page, photo):
+def test_a_new_chat_resets_everything_even_during_a_reply(page, slow_writing, photo):
     ask(page, "Tell me a very long story about a dragon.")
     expect(answers(page).last).to_contain_text(re.compile(r"\w+ \w+ \w+"))
     show(page, photo)

@@ -131,7 +131,7 @@ def test_an_exact_answer_is_greedy_and_a_rewritten_one_keeps_its_draft(page, eng
     expect(page.locator("#chat .thought-group").get_by_text("Draft")).to_have_count(1)
 
 
-def test_a_busy_page_shows_the_place_in_line(page, address):
+def test_a_busy_page_shows_the_place_in_line(page, slow_writing, address):
     client = Client(address, verbose=False)
     jobs = [client.submit("Tell me a very long story about a dragon.", api_name="/ask") for _ in range(5)]
     page.wait_for_timeout(500)

@@ -108,12 +108,15 @@ def test_the_transcript_waits_in_the_box_for_checking(page, spoken_question):
 
 
 def unfolded(page):
-    """The details of the last answer, which are in the page only once they are opened."""
-    details = page.locator("#chat .thought-group").last
-    if "Time to the first token" not in details.inner_text():
-        details.locator(".title").click()
-    expect(details).to_contain_text("Time to the first token")
-    return details.inner_text()
+    """The details of the last answer, which are in the page only while they are open."""
+    found = page.wait_for_function(
+        """() => {
+        const details = [...document.querySelectorAll('#chat .thought-group')].at(-1);
+        if (details.innerText.includes('Time to the first token')) return details.innerText;
+        details.querySelector('.title').click(); }""",
+        polling=500,
+    )
+    return found.json_value()
 
 
 def test_a_recording_is_sent_at_once_and_the_browser_keeps_the_switches(page, spoken_question):
@@ -156,7 +159,7 @@ def test_the_speaker_button_reads_an_answer_and_stop_silences_it(page):
     page.wait_for_function("!mmchatVoice.speaking()")
 
 
-def test_answers_are_read_while_they_are_written_and_stop_ends_the_voice(page):
+def test_answers_are_read_while_they_are_written_and_stop_ends_the_voice(page, slow_writing):
     turn_reading_on(page)
     ask(page, "Tell me a very long story about a dragon.")
     wait_for_clips(page, 1)
