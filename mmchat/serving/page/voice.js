@@ -67,6 +67,7 @@ const toWav = parts => {
   }
   return new Blob([view], {type: 'audio/wav'});
 };
+const NO_MICROPHONE = 'The browser gives no microphone: allow it for this page. Over a network, the page needs https.';
 let context = null, media = null, waiting = false;
 const button = () => document.querySelector('#talk button, button#talk');
 const tell = text => { const note = document.querySelector('#talk-note'); if (note) note.textContent = text; };
@@ -90,7 +91,7 @@ const listen = async () => {
   } catch (error) {
     console.debug('microphone', error);
     halt();
-    return tell('The browser gives no microphone: allow it for this page. Over a network, the page needs https.');
+    return tell(NO_MICROPHONE);
   }
   let floor = 0.01, parts = [], before = [], talking = false, said = 0, quiet = 0, whole = 0;
   show(); tell('Listening …');
@@ -123,5 +124,10 @@ const listen = async () => {
     }
   };
 };
+document.addEventListener('click', async event => {  // the recorder itself fails without a word
+  if (!event.target.closest?.('#mic .record-button')) return;
+  try { (await navigator.mediaDevices.getUserMedia({audio: true})).getTracks().forEach(track => track.stop()); }
+  catch (error) { console.debug('microphone', error); tell(NO_MICROPHONE); }
+});
 setInterval(() => { if (context && !playing && !waiting) tell('Listening …'); }, 300);
 window.mmchatVoice = {hush, halt, listen, played: 0, speaking: () => playing, hearing: () => Boolean(context)};
