@@ -270,7 +270,7 @@ PHI_2 = Preset(
 PHI_3_5 = Preset(
     name="phi-3.5",
     description="Phi-3.5-mini-instruct, CLIP ViT-B/32 (pooled, one token per picture) and Whisper base: for a GPU. The "
-    "author of its weights calls their training insufficient (10 iterations at first) and their answers suboptimal",
+    "author of its weights names short training, 10 to 15 hours a session, and answers that often miss the picture",
     language_model=LanguageModelPreset(
         name="Phi-3.5-mini-instruct",
         source=HubRepository("microsoft/Phi-3.5-mini-instruct", "2fe192450127e6a83f7441aef6e3ca586c338b77"),
