@@ -113,8 +113,8 @@ def test_the_same_greedy_answers_about_pictures(tiny, trained, tmp_path, monkeyp
 
 def assert_same_answers(engine, exported, address, tiny, monkeypatch, margin):
     """Greedy answers about pictures are llama.cpp's."""
-    assert exported.mmproj and not exported.notes
     encoder = engine.image_encoder
+    assert exported.mmproj and ["one place off" in note for note in exported.notes] == [True] * encoder.has_class_token
     if encoder.has_class_token:
         monkeypatch.setattr(encoder, "forward", lambda pixels: class_token_last(encoder, pixels))
     count = 12 if encoder.has_class_token else 4  # llama.cpp looks SigLIP's GELU up in half precision: it drifts off
@@ -183,6 +183,34 @@ def test_a_token_that_begins_every_text_is_in_the_prompt(tmp_path):
     assert engine.tokenize([Message("user", "Is it?")]).token_ids[0] == first[1]
     with llama_server(exported) as address:
         assert_same_prompts(engine, address)
+
+
+def test_4_bits_by_llama_cpps_quantizer(tiny, tmp_path, monkeypatch):
+    from gguf import GGUFReader
+
+    def export(out):
+        result = run_script(f"training_scripts/export_gguf.py llava --out {out} --type q4_k_m", tmp_path)
+        if result.returncode:
+            return result.stderr, set()
+        written = GGUFReader(tmp_path / out / "model.gguf").tensors
+        return result.stdout, {tensor.tensor_type.name for tensor in written}
+
+    llava.make(tmp_path / "llava", tiny / "phi3")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    said, types = export("without")
+    assert "model.gguf is q8_0, since llama.cpp's llama-quantize is not on the PATH" in said and "Q8_0" in types
+    program = tmp_path / "bin" / "llama-quantize"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n/bin/cp "$1" "$2"\n')
+    program.chmod(0o755)
+    said, types = export("with")
+    assert "q8_0" not in said and types == {"F16", "F32"}  # as it was handed over
+    folder = tmp_path / "with"
+    assert (tmp_path / "asked").read_text() == "with/model-f16.gguf with/model.gguf Q4_K_M\n"
+    assert {file.name for file in folder.iterdir()} == {"model.gguf", "mmproj.gguf"}
+    program.write_text("#!/bin/sh\nexit 1\n")
+    assert export("failed")[0].startswith("llama-quantize could not quantize the text model. Choose --type q8_0")
+    assert not list((tmp_path / "failed").iterdir())
 
 
 def test_a_chat_template_that_counts_turns_is_refused(tiny, tmp_path):
