@@ -20,6 +20,7 @@ from mmchat.checkpoints.gguf_export import export_gguf
 from mmchat.checkpoints.weights_folder import infer_preset
 from mmchat.engine import LocalEngine, load
 from mmchat.models.image_encoder import load_image_encoder
+from mmchat.models.language_model import switch_adapter
 from mmchat.presets import PRESETS, SMOL, HubRepository, ImageEncoderPreset, Preset
 from mmchat.training.data.features import embed_folder
 from mmchat.training.recipe import Recipe
@@ -267,11 +268,20 @@ def test_phi_3s_tokenizer_and_long_rotary_factors(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_smol_exports_its_text_side_and_adapter(tmp_path):
+@torch.no_grad()
+def test_smol_exports_its_text_side_and_adapter(engine, tmp_path):
     exported = export_gguf(bundled("weights/smol"), tmp_path, SMOL, "q8_0")
     assert exported.adapter and not exported.mmproj and "no image encoder like efficientnet" in exported.notes[0]
-    with llama_server(exported, with_adapter=False) as address:
-        assert "Paris" in said(address, "Name the capital of France.", count=20)
+    question = "Name the capital of France."
+    prompt = torch.tensor([engine.tokenize([Message("user", question)]).token_ids])
+    answers = []
+    for with_adapter in (True, False):
+        switch_adapter(engine.model.language_model, with_adapter)
+        tokens = engine.model.language_model.generate(prompt, max_new_tokens=20, do_sample=False)[0, prompt.shape[1] :]
+        answers.append(engine.tokenizer.decode(tokens, skip_special_tokens=True))
+        with llama_server(exported, with_adapter) as address:
+            assert said(address, question, count=20) == answers[-1]
+    assert answers[0] != answers[1] and "Paris" in answers[1]  # the adapter makes it brief
 
 
 def test_pooled_features_are_the_reason_for_no_mmproj(tiny, tmp_path):
