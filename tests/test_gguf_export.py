@@ -255,7 +255,9 @@ def test_phi_3s_tokenizer_and_long_rotary_factors(tiny, tmp_path, monkeypatch):
     preset, weights = weights_for(tiny, "longrope", tmp_path)
     exported = export_gguf(weights, tmp_path / "gguf", preset, "f32")
     messages = [{"role": "user", "content": "A brown dog runs on the grass."}]
-    ours = LocalEngine(preset, weights).tokenize([Message("user", messages[0]["content"])]).token_ids
+    engine = LocalEngine(preset, weights)
+    assert engine.context_length == 512  # as long as the short factors hold
+    ours = engine.tokenize([Message("user", messages[0]["content"])]).token_ids
     with torch.no_grad():
         expected = model(torch.tensor([ours])).logits[0, -1].log_softmax(dim=-1).topk(3)
     with llama_server(exported, with_adapter=False, context=512) as address:  # beyond, other factors hold
