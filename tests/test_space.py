@@ -83,6 +83,12 @@ def test_a_space_for_a_large_preset_lists_what_it_needs(tmp_path):
     assert "bitsandbytes" not in (tmp_path / "smol" / "requirements.txt").read_text()
 
 
+def test_a_preset_without_weights_gets_no_space(tmp_path, capsys):
+    assert main(["space", "--out", str(tmp_path / "space"), "--preset", "phi-2"]) == 1
+    assert capsys.readouterr().err.startswith("No weights come with the preset 'phi-2'. Train some")
+    assert not (tmp_path / "space").exists()
+
+
 def test_front_matter_matches_the_installed_versions():
     settings = front_matter(ROOT / "README.md")
     assert f"gradio=={settings['sdk_version']}" in (ROOT / "constraints.txt").read_text().splitlines()

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from ..bundle import INSIDE, PACKAGE, bundled
+from ..checkpoints.weights_folder import default_weights
 from ..errors import BadInput
 from ..fetching.sources import HubRepository
 from ..folders import empty_folder
@@ -35,8 +36,11 @@ def assemble(out: str | Path, preset: str = SMOL.name) -> list[Path]:
 
     Raises:
         BadInput: the folder is not empty, or the result would not run as a Space.
+        WeightsError: no weights come with the preset.
     """
-    out = empty_folder(out)
+    out, chosen = empty_folder(out), get_preset(preset)
+    if isinstance(chosen.weights, Path):
+        default_weights(chosen)  # raises if there are none
     for name, source in {"mmchat": PACKAGE, **{name: bundled(name) for name in FILES}}.items():
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +49,7 @@ def assemble(out: str | Path, preset: str = SMOL.name) -> list[Path]:
         else:
             shutil.copy(source, target)
     if preset != SMOL.name:
-        _for_zero_gpu(out, get_preset(preset))
+        _for_zero_gpu(out, chosen)
     return check(out)
 
 
