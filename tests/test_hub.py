@@ -71,7 +71,12 @@ ASK = ["ask", "What is it?", "--max-new-tokens", "4", "--temperature", "0"]
 
 
 def ask(environment, endpoint, *arguments, preset="phi-3.5"):
-    """``mmchat ask`` in this process; huggingface_hub reads its environment when it is imported."""
+    """``mmchat ask`` in this process."""
+    return run(environment, endpoint, *ASK, "--preset", preset, *arguments)
+
+
+def run(environment, endpoint, *arguments):
+    """``mmchat`` in this process; huggingface_hub reads its environment when it is imported."""
     settings = {
         "ENDPOINT": endpoint,
         "HUGGINGFACE_CO_URL_TEMPLATE": f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
@@ -84,7 +89,7 @@ def ask(environment, endpoint, *arguments, preset="phi-3.5"):
         patched.setenv("MMCHAT_CACHE", environment["MMCHAT_CACHE"])
         for name, value in settings.items():
             patched.setattr(f"huggingface_hub.constants.{name}", value)
-        return run_mmchat(*ASK, "--preset", preset, *arguments)
+        return run_mmchat(*arguments)
 
 
 def page_answers(environment, endpoint, preset, photo, log):
@@ -130,6 +135,21 @@ def test_from_a_llava_repository_to_an_answer_on_the_page_and_in_the_terminal(hu
         assert nobody.returncode == 1 and "There is no folder 'nobody/nothing' here" in nobody.stderr
     again = ask(fresh, "http://127.0.0.1:9", "--image", str(photo), preset="llava-phi-3")  # the Hub is gone
     assert again.returncode == 0 and "Fetching" not in again.stderr, again.stderr
+
+
+def test_a_space_preloads_the_commits_that_it_reads(hub, fresh, tmp_path):
+    import yaml
+
+    with serve(hub) as endpoint:
+        result = run(fresh, endpoint, "space", "--out", str(tmp_path / "space"), "--preset", "phi-3.5")
+    assert result.returncode == 0 and "does not list" not in result.stderr, result.stderr
+    settings = yaml.safe_load((tmp_path / "space" / "README.md").read_text().split("---\n")[1])
+    items = [item.split() for item in settings["preload_from_hub"]]
+    sources = (PHI_3_5.language_model.source, PHI_3_5.image_encoder.source, PHI_3_5.weights)
+    assert [(name, revision) for name, _, revision in items] == [(one.name, one.revision) for one in sources]
+    *models, (_, checkpoint, _) = items
+    assert all({"config.json", "model.safetensors"} <= set(files.split(",")) for _, files, _ in models)
+    assert checkpoint == "lora_weights.pt,image_projector.pth"
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,7 @@ def test_nothing_typed_is_a_picture_or_a_turn(folder, pictures):
 
 def test_no_other_part_is_in_the_language_models_memory(folder):
     preset = infer_preset(folder)
+    assert not preset.language_model.languages  # nothing in its files names them
     model, _ = load_model(preset, folder, torch.float32)
     assert not [name for name, _ in model.named_parameters() if "vision" in name]
     assert sum(weight.numel() for weight in model.language_model.parameters()) == preset.language_model.parameters

@@ -96,24 +96,33 @@ VLLM_LAYER = (
     "layer_norm1 layer_norm2 mlp.fc1 mlp.fc2 self_attn.k_proj self_attn.out_proj self_attn.q_proj self_attn.v_proj"
 )
 VLLM_TOWER = "vision_tower.vision_model."
+VLLM_CLIP = "pre_layrnorm.weight pre_layrnorm.bias embeddings.class_embedding"
+VLLM_SIGLIP = (
+    "embeddings.patch_embedding.bias head.probe head.attention.in_proj_weight head.attention.in_proj_bias "
+    "head.attention.out_proj.weight head.attention.out_proj.bias head.layernorm.weight head.layernorm.bias "
+    "head.mlp.fc1.weight head.mlp.fc1.bias head.mlp.fc2.weight head.mlp.fc2.bias"
+)
 
 
-def test_tensor_names_are_those_of_vllm(exported):
-    """The parameters of vLLM's llava.py and clip.py; its language models load the names of transformers."""
+def assert_names_of_vllm(folder, preset, of_tower):
+    """The parameters of vLLM's llava.py, clip.py and siglip.py; its language models load the names of transformers."""
     from safetensors import safe_open
 
-    preset, _, folder = exported
     with safe_open(folder / "model.safetensors", "pt") as file:
         names = set(file.keys())
-    modules = {f"{VLLM_TOWER}{norm}" for norm in ("pre_layrnorm", "post_layernorm")}
-    modules |= {f"{VLLM_TOWER}encoder.layers.{layer}.{name}" for layer in range(3) for name in VLLM_LAYER.split()}
-    modules |= {"multi_modal_projector.linear_1", "multi_modal_projector.linear_2"}
+    modules = {f"{VLLM_TOWER}encoder.layers.{layer}.{name}" for layer in range(3) for name in VLLM_LAYER.split()}
+    modules |= {f"{VLLM_TOWER}post_layernorm", "multi_modal_projector.linear_1", "multi_modal_projector.linear_2"}
     expected = {f"{module}.{part}" for module in modules for part in ("weight", "bias")}
-    embeddings = ("class_embedding", "patch_embedding.weight", "position_embedding.weight")
-    expected |= {f"{VLLM_TOWER}embeddings.{name}" for name in embeddings}
+    both = ["embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"]
+    expected |= {f"{VLLM_TOWER}{name}" for name in [*both, *of_tower.split()]}
     base, _ = load_language_model(preset.language_model, torch.float32)
     assert not base.config.tie_word_embeddings  # there, no output layer is stored
     assert names == expected | {f"language_model.{name}" for name in base.state_dict()}
+
+
+def test_tensor_names_are_those_of_vllm(exported):
+    preset, _, folder = exported
+    assert_names_of_vllm(folder, preset, VLLM_CLIP)
 
 
 def test_no_file_names_a_folder_of_this_machine(tiny, exported):
@@ -227,6 +236,7 @@ def test_siglip_is_exported_too(tiny, tmp_path):
     )
     train(recipe)
     export_llava(tmp_path / "weights", tmp_path / "llava", PRESETS["phi3-patches"], torch.float32)
+    assert_names_of_vllm(tmp_path / "llava", PRESETS["phi3-patches"], VLLM_SIGLIP)
     processor = AutoProcessor.from_pretrained(tmp_path / "llava")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "llava", dtype=torch.float32).eval()
     picture = Image.open(tiny / "pictures" / "1.png").convert("RGB")

@@ -51,6 +51,15 @@ def test_picture_tokens_replace_their_placeholders(kind):
     assert_close(embeddings[1, [0, 1, 5]], tokens(torch.tensor([4, 5, 6])))
 
 
+@torch.no_grad()
+def test_residual_blocks_add_an_mlp_of_the_norm():
+    projector = build_projector(
+        ProjectorConfig("resblock", image_dim=8, intermediate_size=12, hidden_size=16, feature_count=3)
+    )
+    tokens = projector.linear(features := torch.randn(2, 3, 8))
+    assert_close(projector(features), tokens + projector.mlp.proj(projector.mlp.pre_norm(tokens)))
+
+
 def test_an_end_of_image_token_follows_every_image():
     config = ProjectorConfig("linear", 8, 0, 16, feature_count=3, end_of_image_token=True)
     projector = build_projector(config)

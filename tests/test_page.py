@@ -171,6 +171,15 @@ def test_a_late_transcript_does_not_overwrite_a_newer_request(engine, monkeypatc
     assert list(page.reply([], visit, asked, 0, 16, False)) == [gr.skip()]
 
 
+@pytest.mark.parametrize(("answers_in", "warns"), [(("en",), True), (("en", "de"), False), ((), False)])
+def test_a_language_that_the_model_lacks_is_named_where_that_is_known(engine, monkeypatch, answers_in, warns):
+    monkeypatch.setattr(engine, "answers_in", answers_in)
+    monkeypatch.setattr(engine, "listen", lambda *_: (part for part in [Transcript("Guten Tag", "de", ())]))
+    page, visit = ui.Page(engine), ui.Visit()
+    *_, (*_, note, _) = VoicePage(page).add_voice("recording.wav", {"text": "", "files": []}, [], visit)
+    assert note.startswith("Heard German") and ("does not know" in note) == warns
+
+
 def test_stop_does_not_wait_for_what_is_being_heard(engine, monkeypatch):
     page, visit, is_over, segment = ui.Page(engine), ui.Visit(), Event(), speech_recognition._segment
 

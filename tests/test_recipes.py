@@ -51,6 +51,7 @@ def test_a_tiny_model_is_built_as_the_recipe_says(tiny, tmp_path, path):
     model, _ = build_model(small, PRESETS[kind])
     assert model.projector_config.kind == recipe.projector
     assert model.projector_config.depth == recipe.projector_depth
+    assert model.projector_config.dropout == recipe.projector_dropout
     assert model.has_adapter == bool(recipe.lr)
     if recipe.target_modules != ["all-linear"]:
         names = [name for name, _ in model.named_parameters() if ".lora_A." in name]

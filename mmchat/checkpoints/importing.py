@@ -34,6 +34,7 @@ from .weights_folder import save_weights
 logger = logging.getLogger(__name__)
 
 PROJECTOR_FILES = ("image_projector.pth", "projector.pth", "resblock.pth")
+PUBLISHED_FILES = (LORA_FILE, PROJECTOR_FILES[0])  # of a preset whose weights others published
 
 
 def import_checkpoint(
@@ -174,7 +175,7 @@ def import_published(source: HubRepository, preset: Preset) -> Path:
 
     def convert(target: Path) -> None:
         logger.info("Importing the weights that %s published", source.name)
-        report = import_checkpoint(fetch(source, (LORA_FILE, PROJECTOR_FILES[0])), target, preset)
+        report = import_checkpoint(fetch(source, PUBLISHED_FILES), target, preset)
         for note in report.notes:
             logger.info("%s", note)
 

@@ -70,7 +70,7 @@ def llava_preset(source: HubRepository, preset: Preset | None = None) -> Preset:
     if known:
         language_model = known.language_model
     else:
-        language_model = LanguageModelPreset(name, source, LLAVA, 0)
+        language_model = LanguageModelPreset(name, source, LLAVA, 0, languages=())
         count = sum(weight.numel() for weight in empty_language_model(language_model).parameters())
         language_model = replace(language_model, parameters=count)
     base = preset or known or SMOL

@@ -43,16 +43,19 @@ def is_repository_here(repository: HubRepository) -> bool:
 
 def can_fetch(repository: HubRepository) -> bool:
     """Whether the repository is on this machine, or available on the Hub."""
-    if is_repository_here(repository):
-        return True
+    return is_repository_here(repository) or files_on_hub(repository) is not None
+
+
+def files_on_hub(repository: HubRepository) -> list[str] | None:
+    """The files on the Hub that transformers reads; None if the repository is not available now."""
     from huggingface_hub import HfApi
 
     try:
-        HfApi().model_info(repository.name, revision=repository.revision, timeout=5)
+        info = HfApi().model_info(repository.name, revision=repository.revision, timeout=5)
     except Exception as error:  # any error means that it is not available now
         logger.debug("%s", repository.name, exc_info=error)
-        return False
-    return True
+        return None
+    return _needed([sibling.rfilename for sibling in info.siblings or []])
 
 
 def _record(repository: HubRepository) -> Path:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from pathlib import Path
 
 from ..bundle import INSIDE, PACKAGE, bundled
+from ..checkpoints.importing import PUBLISHED_FILES
+from ..checkpoints.weights_folder import default_weights
 from ..errors import BadInput
+from ..fetching.hub import files_on_hub
 from ..fetching.sources import HubRepository
 from ..folders import empty_folder
 from ..presets import SMOL, Preset, get_preset
+
+logger = logging.getLogger(__name__)
 
 SCREENSHOTS = ("docs/page.png", "docs/page-dark.png", "docs/page-phone.png")
 FILES = ("app.py", "weights", "examples", "requirements.txt", "README.md", "LICENSE", *SCREENSHOTS)
@@ -35,8 +41,11 @@ def assemble(out: str | Path, preset: str = SMOL.name) -> list[Path]:
 
     Raises:
         BadInput: the folder is not empty, or the result would not run as a Space.
+        WeightsError: no weights come with the preset.
     """
-    out = empty_folder(out)
+    out, chosen = empty_folder(out), get_preset(preset)
+    if isinstance(chosen.weights, Path):
+        default_weights(chosen)  # raises if there are none
     for name, source in {"mmchat": PACKAGE, **{name: bundled(name) for name in FILES}}.items():
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +54,7 @@ def assemble(out: str | Path, preset: str = SMOL.name) -> list[Path]:
         else:
             shutil.copy(source, target)
     if preset != SMOL.name:
-        _for_zero_gpu(out, get_preset(preset))
+        _for_zero_gpu(out, chosen)
     return check(out)
 
 
@@ -56,7 +65,7 @@ def _for_zero_gpu(out: Path, preset: Preset) -> None:
     lines = [ZERO_GPU_TORCH if re.match(r"torch\b", line) else line for line in lines]
     path.write_text("\n".join([*lines, *GPU_PACKAGES]) + "\n", encoding="utf-8")
     sources = [source for source in dict.fromkeys(preset.sources.values()) if isinstance(source, HubRepository)]
-    preload = "".join(f"  - {source.name}\n" for source in sources)  # a revision would need a list of files
+    preload = "".join(f"  - {_preload(source, preset)}\n" for source in sources)
     readme = out / "README.md"
     text = readme.read_text(encoding="utf-8")
     settings = f"suggested_hardware: zero-a10g\npreload_from_hub:\n{preload}"
@@ -65,6 +74,18 @@ def _for_zero_gpu(out: Path, preset: Preset) -> None:
     app = out / "app.py"
     code = app.read_text(encoding="utf-8")
     app.write_text(code.replace('["serve", ', f'["serve", "--preset", "{preset.name}", '), encoding="utf-8")
+
+
+def _preload(source: HubRepository, preset: Preset) -> str:
+    """An item of ``preload_from_hub``: a repository, or the files of a commit, which the Hub must list for that."""
+    if not source.revision:
+        return source.name
+    is_checkpoint = source == preset.weights and not preset.language_model.is_llava
+    files = PUBLISHED_FILES if is_checkpoint else files_on_hub(source)
+    if not files:
+        logger.warning("The Hub does not list the files of %s now, so the Space preloads the latest ones", source.name)
+        return source.name
+    return f"{source.name} {','.join(files)} {source.revision}"
 
 
 def check(folder: Path) -> list[Path]:
