@@ -14,6 +14,7 @@ from mmchat.errors import BadInput, MmchatError
 from mmchat.fetching import expect, megabytes_fetched, progress
 from mmchat.fetching.sources import WheelFolder, WheelMember
 from mmchat.models.text_to_speech import Voice
+from mmchat.serving.caching import CachedText
 from mmchat.serving.loading import LoadingEngine
 from mmchat.serving.page import Page, Visit, branches, to_messages, turns
 from mmchat.serving.page.conversations import with_id
@@ -152,6 +153,23 @@ def test_details_stand_before_the_answer_and_are_not_seen_by_the_model():
     assert told["metadata"]["title"] == "Details" and told["metadata"]["log"] == "3 tokens"
     assert "Model: tiny" in told["content"] and "Speech: 2.5 s" in told["content"]
     assert [message.text for message in to_messages(answered)] == ["What is it?", "A cat."]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "rewrite", "is_told"),
+    [
+        (["It ", "is ", "a cat."], False, True),
+        (["It is a cat."], False, False),  # of a beam search
+        ([CachedText("It is "), CachedText("a cat.")], False, False),
+        (["It ", "is ", "a cat."], True, False),  # its time is the draft's, too
+    ],
+)
+def test_a_speed_is_told_only_of_an_answer_that_is_timed_while_it_is_written(pieces, rewrite, is_told):
+    engine = Engine()
+    engine.reply = engine.rewrite = lambda *_, **__: (piece for piece in pieces)
+    engine.details = lambda *_: {"tokens": 6}
+    told = reply(Page(engine), [question()], Visit(), 0.2, 16, rewrite)[1]["content"]
+    assert "Length: 6 tokens" in told and ("Speed" in told) == is_told
 
 
 def test_settings_reach_the_engine():
