@@ -172,8 +172,8 @@ def test_a_speed_is_told_only_of_an_answer_that_is_timed_while_it_is_written(pie
     assert "Length: 6 tokens" in told and ("Speed" in told) == is_told
 
 
-def test_settings_reach_the_engine():
-    engine = Engine("Yes.", "Yes.")
+def test_settings_reach_the_engine(photo):
+    engine = Engine("Yes.", "Yes.", "Yes.")
     reply(Page(engine), [question()], Visit(), 0.5, 32.0, False, 0.7, 3.0, False, 11.0, "  Be brief. ")
     messages, options = engine.asked[0]
     assert options == SamplingOptions(temperature=0.5, max_new_tokens=32, top_p=0.7, beams=3, seed=11)
@@ -181,6 +181,11 @@ def test_settings_reach_the_engine():
     reply(Page(engine), [question()], Visit(), 0.5, 32.0, False, 0.7, 1.0, True, None, "")
     messages, options = engine.asked[1]
     assert options.temperature == 0 and messages[0].role == "user"
+    picture = {"type": "file", "file": {"path": turns.cached(str(photo))}}
+    about_picture = {"role": "user", "content": [picture, *question()["content"]]}
+    reply(Page(engine), [about_picture], Visit(), 0.5, 32.0, False, 0.7, 1.0, False, None, "Be brief.")
+    (message,) = engine.asked[2][0]
+    assert message.role == "user" and message.images, "the system prompt is for conversations without pictures"
     assert read_settings(*default_settings()) == (SamplingOptions(), False, "")
 
 
