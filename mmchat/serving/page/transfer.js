@@ -37,7 +37,7 @@ mmchat.transfer = (() => {
         if (part.type !== 'file') continue;
         const name = part.alt_text || 'Picture', kept = await mmchat.store.read('pictures', part.file.path);
         const answer = kept ? null : await fetch(part.file.url);
-        if (kept || answer.ok) parts.push({picture: await toUrl(kept ?? await answer.blob()), name});
+        if (kept || answer.ok) parts.push({picture: await toUrl(await mmchat.store.typed(kept ?? await answer.blob())), name});
         else parts.push({text: mmchat.store.gone(part)});
       }
       const metadata = clean(turn.metadata, ['title', 'log', 'duration', 'status']);
