@@ -183,6 +183,11 @@ def test_export_and_import_lose_nothing(page, photo, tmp_path):
     expect(titles(page)).to_have_count(2)
     page.wait_for_timeout(1_000)
     assert json.loads(export(page)) == conversation(photo)
+    long = conversation(photo, title="Long", turns=[{"role": "user", "parts": [{"text": "Hi"}]}] * 2_000)
+    page.evaluate(
+        "text => mmchat.transfer.read(new File([text], 'long.json'))", json.dumps(long)
+    )  # to draw it takes long
+    expect(titles(page).first).to_have_text("Long")
 
 
 def test_the_browser_keeps_small_copies_which_can_be_exported_and_imported(page, small_picture, tmp_path):
@@ -214,7 +219,7 @@ def test_a_file_of_somebody_else_is_refused_in_words(page, photo, tmp_path):
         json.dumps(conversation(photo, format="other")),
         json.dumps(conversation(photo, version=99)),
         json.dumps(conversation(photo, turns=[])),
-        json.dumps(conversation(photo, turns=[turn] * 2000)),
+        json.dumps(conversation(photo, turns=[turn] * 20_000)),
         json.dumps(conversation(photo, turns=[{**turn, "role": "system"}])),
         json.dumps(conversation(photo, turns=[{**turn, "parts": [component]}])),
         json.dumps(conversation(photo, turns=[{**turn, "parts": [{"picture": svg}]}])),
