@@ -61,10 +61,11 @@ window.mmchat = (() => {
   const repair = () => {
     document.querySelectorAll('#chat .examples[role=list], .thumbnail-wrapper[role=listitem]')
       .forEach(element => element.setAttribute('role', 'group'));
-    document.querySelectorAll('#batch .icon-button:has(.upload-container)').forEach(element => { // a button in a button
+    const addFiles = document.querySelectorAll('#batch .icon-button:has(.upload-container)');
+    addFiles.forEach(element => element.ariaLabel = element.title = 'Add files');
+    [...addFiles, ...document.querySelectorAll('.toast-header')].forEach(element => { // a button in a button
       element.setAttribute('role', 'group');
       element.tabIndex = -1;
-      element.ariaLabel = element.title = 'Add files';
     });
     document.querySelectorAll('#box [data-testid=submit-button]').forEach(element => element.ariaLabel = element.innerText);
     document.querySelectorAll('#box textarea').forEach(element => name(element, 'Your question'));
