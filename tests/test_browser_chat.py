@@ -242,7 +242,7 @@ def test_at_200_percent_zoom_everything_is_in_view(page):
     assert page.locator("#chat").evaluate("e => e.clientHeight") >= 100
 
 
-def test_the_page_is_light_and_says_where_conversations_are(page):
+def test_the_page_is_light(page):
     sizes = json.loads(
         page.evaluate("JSON.stringify(performance.getEntriesByType('resource').map(e => e.decodedBodySize))")
     )
