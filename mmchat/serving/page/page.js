@@ -46,7 +46,8 @@ window.mmchat = (() => {
     give(files);
   }, true);
   document.addEventListener('paste', event => {
-    if (!event.target.closest?.('#box') && give(event.clipboardData.files)) event.preventDefault();
+    const {files, types} = event.clipboardData, isText = event.target.matches?.('input, textarea') && types.includes('text/plain');
+    if (!isText && !event.target.closest?.('#box') && give(files)) event.preventDefault();
   });
 
   // Names and roles that gradio's components lack for screen readers.
