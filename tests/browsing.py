@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 import subprocess
@@ -39,6 +40,12 @@ WHOLE = """() => {
     const titles = answer.filter(isFolded).map(row => row.innerText);
     return answer.length && !isFolded(answer.at(-1)) && titles.some(title => title.includes('Details'))
         && ![...document.querySelectorAll('#status button')].some(button => button.checkVisibility()); }"""
+GIVE = """([kind, data, where]) => { const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+    const given = new DataTransfer(), told = {bubbles: true, cancelable: true};
+    given.items.add(new File([bytes], 'photo.jpg', {type: 'image/jpeg'}));
+    document.querySelector(where).dispatchEvent(kind === 'drop'
+        ? new DragEvent('drop', {...told, dataTransfer: given})
+        : new ClipboardEvent('paste', {...told, clipboardData: given})); }"""
 PATIENCE = 60_000  # milliseconds; two cores may be busy
 
 
@@ -140,6 +147,11 @@ def show(page, path):
         page.locator("#box").get_by_test_id("upload-button").click()
     chooser.value.set_files(str(path))
     expect(thumbnails(page)).to_have_count(count + 1)
+
+
+def give(page, kind, photo, where="body"):
+    """Drops or pastes a JPEG on an element."""
+    page.evaluate(GIVE, [kind, base64.b64encode(photo.read_bytes()).decode(), where])
 
 
 def thumbnails(page):

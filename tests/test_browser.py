@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import re
 
 import pytest
 
 from mmchat.serving import page as ui
-from tests.browsing import answers, ask, expect, finished, is_still, question, record_replies, show, thumbnails
+from tests.browsing import answers, ask, expect, finished, give, is_still, question, record_replies, show, thumbnails
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.browser
@@ -180,28 +179,22 @@ def test_several_pictures_are_numbered_in_each_question(page, photo, engine, mon
     assert [len(message.images) for message in asked[-1] if message.role == "user"] == [1, 2, 0]
 
 
-GIVE = """([kind, data]) => { const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
-    const given = new DataTransfer(), told = {bubbles: true, cancelable: true};
-    given.items.add(new File([bytes], 'photo.jpg', {type: 'image/jpeg'}));
-    document.body.dispatchEvent(kind === 'drop' ? new DragEvent('drop', {...told, dataTransfer: given})
-        : new ClipboardEvent('paste', {...told, clipboardData: given})); }"""
-
-
 def test_pictures_can_be_dropped_and_pasted_anywhere_also_while_speaking(page, photo):
-    data = base64.b64encode(photo.read_bytes()).decode()
     shown = page.locator("#box .thumbnail-item:visible")
-    page.evaluate(GIVE, ["drop", data])
+    give(page, "drop", photo)
     expect(shown).to_have_count(1)
     page.get_by_role("tab", name="Voice").click()
     page.locator("#mic").wait_for()
-    page.evaluate(GIVE, ["paste", data])
+    give(page, "paste", photo)
     expect(shown).to_have_count(2)
+    give(page, "drop", photo, "#mic button")
+    expect(shown).to_have_count(3)
     expect(question(page)).to_be_hidden()
     page.get_by_role("button", name="Remove file").first.click()
-    expect(shown).to_have_count(1)
+    expect(shown).to_have_count(2)
     page.get_by_role("tab", name="Text").click()
     expect(question(page)).to_be_visible()
-    expect(shown).to_have_count(1)
+    expect(shown).to_have_count(2)
 
 
 def test_a_text_file_named_as_a_picture_gets_a_toast(page, tmp_path):

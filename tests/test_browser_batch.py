@@ -17,6 +17,7 @@ from mmchat import Message
 from mmchat.serving.page import Page, Visit
 from mmchat.serving.page.batch import BatchPage
 from mmchat.serving.rate_limit import RateLimit
+from tests import browsing
 from tests.browsing import expect, question, violations
 from tests.raw import endpoints, served, upload
 
@@ -57,7 +58,7 @@ def download(page, kind):
     return given.value.path()
 
 
-def test_pictures_and_a_zip_are_answered_and_downloaded(batch, pictures, tmp_path):
+def test_pictures_and_a_zip_are_answered_and_downloaded(batch, pictures, photo, tmp_path):
     with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
         archive.write(pictures[1], "inside/green.png")
         archive.write(pictures[2], "inside/blue.png")
@@ -70,6 +71,8 @@ def test_pictures_and_a_zip_are_answered_and_downloaded(batch, pictures, tmp_pat
     assert all(row["answer"] and not row["error"] for row in rows)
     told = [json.loads(line) for line in download(batch, "JSONL").read_text(encoding="utf-8").splitlines()]
     assert [row["answer"] for row in told] == [row["answer"] for row in rows]
+    browsing.give(batch, "drop", photo)
+    expect(batch.locator("#batch tr.file")).to_have_count(3)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -12,7 +12,7 @@ import mmchat
 from mmchat.serving import feedback
 from mmchat.serving import page as ui
 from mmchat.training.data.llava_json import read_conversations
-from tests.browsing import DESKTOP, answers, ask, expect, finished, reload, show
+from tests.browsing import DESKTOP, answers, ask, expect, finished, reload, show, violations
 from tests.conftest import ROOT
 from tests.raw import endpoints, served, upload
 
@@ -52,6 +52,8 @@ def test_a_better_answer_is_stored_with_its_picture(page, folder, photo):
     page.get_by_role("button", name="Dislike", exact=True).last.click()
     better = page.get_by_label("A better answer")
     better.wait_for()
+    expect(page.locator(".toast-body")).to_have_css("opacity", "1")  # else it is still faded in
+    assert violations(page) == [], "the form, and a toast"
     assert len(json.loads((folder / "disliked.json").read_text())) == 1
     assert page.locator("#box").bounding_box()["y"] + page.locator("#box").bounding_box()["height"] <= 844
     better.fill("Eileen Collins, an astronaut.")

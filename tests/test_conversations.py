@@ -6,6 +6,7 @@ import base64
 import json
 
 import gradio as gr
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,6 +19,12 @@ TRICKY = "## User\n\\## Assistant\n<!-- mmchat {} -->\n# title\n![a](b)\n\n  two
 CLEAR_COPIES = """() => new Promise(resolve => { const request = indexedDB.open('mmchat');
     request.onsuccess = () => { const all = request.result.transaction('pictures', 'readwrite');
         all.objectStore('pictures').clear(); all.oncomplete = () => { request.result.close(); resolve(); }; }; })"""
+
+
+COPIES = """async () => { const [chat] = await mmchat.store.list();
+    return Promise.all(mmchat.store.files(chat.history).map(async file => {
+        const blob = await mmchat.store.read('pictures', file.path), {width, height} = await createImageBitmap(blob);
+        return [blob.type, width, height]; })); }"""
 
 
 def titles(page):
@@ -176,6 +183,28 @@ def test_export_and_import_lose_nothing(page, photo, tmp_path):
     expect(titles(page)).to_have_count(2)
     page.wait_for_timeout(1_000)
     assert json.loads(export(page)) == conversation(photo)
+    long = conversation(photo, title="Long", turns=[{"role": "user", "parts": [{"text": "Hi"}]}] * 2_000)
+    page.evaluate(
+        "text => mmchat.transfer.read(new File([text], 'long.json'))", json.dumps(long)
+    )  # to draw it takes long
+    expect(titles(page).first).to_have_text("Long")
+
+
+def test_the_browser_keeps_small_copies_which_can_be_exported_and_imported(page, small_picture, tmp_path):
+    small_picture.save(tmp_path / "small.bmp")  # the server sends it without its type
+    noise = np.random.default_rng(0).integers(0, 255, (1500, 2000, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.jpg")
+    for name in ("small.bmp", "large.jpg"):
+        show(page, tmp_path / name)
+    ask(page, "What is this?")
+    finished(page)
+    expect(titles(page)).to_have_count(1)
+    copies = [["image/bmp", 96, 64], ["image/jpeg", 1024, 768]]
+    assert page.evaluate(COPIES) == copies
+    (tmp_path / "saved.json").write_text(export(page))
+    load(page, tmp_path / "saved.json")
+    expect(titles(page)).to_have_count(2)
+    assert page.evaluate(COPIES) == copies
 
 
 def test_a_file_of_somebody_else_is_refused_in_words(page, photo, tmp_path):
@@ -190,7 +219,7 @@ def test_a_file_of_somebody_else_is_refused_in_words(page, photo, tmp_path):
         json.dumps(conversation(photo, format="other")),
         json.dumps(conversation(photo, version=99)),
         json.dumps(conversation(photo, turns=[])),
-        json.dumps(conversation(photo, turns=[turn] * 2000)),
+        json.dumps(conversation(photo, turns=[turn] * 20_000)),
         json.dumps(conversation(photo, turns=[{**turn, "role": "system"}])),
         json.dumps(conversation(photo, turns=[{**turn, "parts": [component]}])),
         json.dumps(conversation(photo, turns=[{**turn, "parts": [{"picture": svg}]}])),

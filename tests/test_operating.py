@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 import logging
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
-from mmchat import BadInput, Message, SamplingOptions
-from mmchat.serving import filtering
+from mmchat import BadInput, Message, MmchatError, SamplingOptions
+from mmchat.serving import filtering, serve
 from mmchat.serving import page as ui
 from mmchat.serving.caching import CachedText, CachingEngine
 from mmchat.serving.filtering import ANSWER_HELD, QUESTION_HELD, REST_HELD, FilteringEngine, load_filter
@@ -151,6 +152,34 @@ def test_settings_equip_an_engine(monkeypatch):
     with pytest.raises(BadInput, match="whole number"):
         build_middleware()
     assert filtering.DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("switched_on", "paths"),
+    [
+        ({}, {"/healthz"}),
+        ({"MMCHAT_API": "1"}, {"/healthz", "/v1/models", "/v1/models/{name:path}", "/v1/chat/completions"}),
+        ({"MMCHAT_METRICS": "1"}, {"/healthz", "/metrics"}),
+    ],
+)
+def test_the_api_and_the_metrics_are_there_only_if_they_are_switched_on(monkeypatch, switched_on, paths):
+    for name in ("MMCHAT_API", "MMCHAT_METRICS", "MMCHAT_SIGN_IN", "MMCHAT_FEEDBACK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in switched_on.items():
+        monkeypatch.setenv(name, value)
+    served = []
+
+    def launch(demo, app_kwargs, **_):
+        served.extend(route.path for route in app_kwargs["routes"])
+        raise OSError  # nothing is served here
+
+    monkeypatch.setattr(ui, "launch", launch)
+    options = SimpleNamespace(
+        rate_limit="0", preset="smol", weights=None, server=None, host=None, port=None, metrics=False, api=False
+    )
+    with pytest.raises(MmchatError, match="address"):
+        serve.serve(options)
+    assert set(served) == paths
 
 
 @pytest.mark.slow

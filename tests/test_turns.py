@@ -14,6 +14,7 @@ from mmchat.errors import BadInput, MmchatError
 from mmchat.fetching import expect, megabytes_fetched, progress
 from mmchat.fetching.sources import WheelFolder, WheelMember
 from mmchat.models.text_to_speech import Voice
+from mmchat.serving.caching import CachedText
 from mmchat.serving.loading import LoadingEngine
 from mmchat.serving.page import Page, Visit, branches, to_messages, turns
 from mmchat.serving.page.conversations import with_id
@@ -154,8 +155,25 @@ def test_details_stand_before_the_answer_and_are_not_seen_by_the_model():
     assert [message.text for message in to_messages(answered)] == ["What is it?", "A cat."]
 
 
-def test_settings_reach_the_engine():
-    engine = Engine("Yes.", "Yes.")
+@pytest.mark.parametrize(
+    ("pieces", "rewrite", "is_told"),
+    [
+        (["It ", "is ", "a cat."], False, True),
+        (["It is a cat."], False, False),  # of a beam search
+        ([CachedText("It is "), CachedText("a cat.")], False, False),
+        (["It ", "is ", "a cat."], True, False),  # its time is the draft's, too
+    ],
+)
+def test_a_speed_is_told_only_of_an_answer_that_is_timed_while_it_is_written(pieces, rewrite, is_told):
+    engine = Engine()
+    engine.reply = engine.rewrite = lambda *_, **__: (piece for piece in pieces)
+    engine.details = lambda *_: {"tokens": 6}
+    told = reply(Page(engine), [question()], Visit(), 0.2, 16, rewrite)[1]["content"]
+    assert "Length: 6 tokens" in told and ("Speed" in told) == is_told
+
+
+def test_settings_reach_the_engine(photo):
+    engine = Engine("Yes.", "Yes.", "Yes.")
     reply(Page(engine), [question()], Visit(), 0.5, 32.0, False, 0.7, 3.0, False, 11.0, "  Be brief. ")
     messages, options = engine.asked[0]
     assert options == SamplingOptions(temperature=0.5, max_new_tokens=32, top_p=0.7, beams=3, seed=11)
@@ -163,6 +181,11 @@ def test_settings_reach_the_engine():
     reply(Page(engine), [question()], Visit(), 0.5, 32.0, False, 0.7, 1.0, True, None, "")
     messages, options = engine.asked[1]
     assert options.temperature == 0 and messages[0].role == "user"
+    picture = {"type": "file", "file": {"path": turns.cached(str(photo))}}
+    about_picture = {"role": "user", "content": [picture, *question()["content"]]}
+    reply(Page(engine), [about_picture], Visit(), 0.5, 32.0, False, 0.7, 1.0, False, None, "Be brief.")
+    (message,) = engine.asked[2][0]
+    assert message.role == "user" and message.images, "the system prompt is for conversations without pictures"
     assert read_settings(*default_settings()) == (SamplingOptions(), False, "")
 
 

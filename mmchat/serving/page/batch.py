@@ -112,7 +112,13 @@ def build_batch(page: Page) -> None:
     with gr.Column(elem_id="batch", scale=1, min_width=0):
         gr.Markdown(f"# Batch\n\n{INTRODUCTION}")
         gr.HTML('<a href=".">Back to the conversation</a>', padding=False)
-        files = PictureFiles(label="Pictures or a ZIP", file_count="multiple", file_types=["image", ".zip"], height=160)
+        files = PictureFiles(
+            label="Pictures or a ZIP",
+            file_count="multiple",
+            file_types=["image", ".zip"],
+            height=160,
+            elem_id="files",
+        )
         question = gr.Textbox(label="Question about each picture", placeholder="What is this?", lines=1, max_lines=4)
         with gr.Row():
             start = gr.Button("Start", variant="primary", min_width=80)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...conversation import Engine, Message
 from ..caching import CachedText
-from .history import Turn, said
+from .history import History, Turn, said
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +33,11 @@ class Stopwatch:
 
     begun: float = field(default_factory=time.monotonic)
     first: float | None = None  # seconds to the first piece of text
+    pieces: int = 0
 
     def piece(self) -> None:
         """A piece of the answer has come."""
+        self.pieces += 1
         if self.first is None:
             self.first = self.seconds
 
@@ -44,15 +46,19 @@ class Stopwatch:
         return time.monotonic() - self.begun
 
 
-def details(engine: Engine, messages: list[Message], text: str, watch: Stopwatch, speech_seconds: float = 0) -> Turn:
-    """The folded message about an answer."""
+def details(
+    engine: Engine, messages: list[Message], answer: History, watch: Stopwatch, speech_seconds: float = 0
+) -> Turn:
+    """The folded message about an answer, which its draft may precede."""
+    text, is_rewritten = answer[-1]["content"], len(answer) > 1
     seconds, first = watch.seconds, watch.first or 0
     told = _ask(engine, text, messages)
     tokens = told.get("tokens", 0)
     lines = [f"Model: {told['model']}"] if told.get("model") else []
     if tokens:
         lines.append(f"Length: {_count(tokens, 'token')}")
-    if tokens >= MIN_TOKENS and seconds > first:
+    is_timed = watch.pieces > 1 and not is_rewritten and not isinstance(text, CachedText)  # while it was written
+    if is_timed and tokens >= MIN_TOKENS and seconds > first:
         lines.append(f"Speed: {(tokens - 1) / (seconds - first):.0f} tokens per second")
     lines.append(f"Time to the first token: {first:.2f} s")
     if speech_seconds:

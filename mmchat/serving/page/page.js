@@ -19,10 +19,12 @@ window.mmchat = (() => {
     },
   };
 
-  // Drop and paste anywhere: the files go to the question box's own input.
-  const images = list => [...(list || [])].filter(file => file.type.startsWith('image/'));
-  const give = files => {
-    const input = document.querySelector('#box input[type=file]');
+  // Drop and paste anywhere: the files go to the input of the question box, or of the page "Batch".
+  const hasFiles = event => [...event.dataTransfer.types].includes('Files');
+  const images = list => [...list].filter(file => file.type.startsWith('image/'));
+  const give = list => {
+    const box = document.querySelector('#box input[type=file]'), batch = document.querySelector('#files input[type=file]');
+    const input = box ?? batch, files = box ? images(list) : [...list]; // the page "Batch" says what it does not take
     if (!input || !files.length) return false;
     const all = new DataTransfer();
     files.forEach(file => all.items.add(file));
@@ -34,15 +36,18 @@ window.mmchat = (() => {
     if (event.target.matches('input[type=file]')) event.target.value = '';
   }, true);
   document.addEventListener('dragover', event => {
-    if ([...event.dataTransfer.types].includes('Files')) event.preventDefault();
+    if (hasFiles(event)) event.preventDefault();
   });
-  document.addEventListener('drop', event => {
-    if (event.target.closest('#box, #mic')) return;
+  document.addEventListener('drop', event => { // before the microphone, which takes recordings only
+    const files = event.dataTransfer.files, isRecording = event.target.closest('#mic') && !images(files).length;
+    if (!hasFiles(event) || isRecording || event.target.closest('#box, #files')) return;
     event.preventDefault();
-    give(images(event.dataTransfer.files));
-  });
+    event.stopPropagation();
+    give(files);
+  }, true);
   document.addEventListener('paste', event => {
-    if (!event.target.closest?.('#box') && give(images(event.clipboardData.files))) event.preventDefault();
+    const {files, types} = event.clipboardData, isText = event.target.matches?.('input, textarea') && types.includes('text/plain');
+    if (!isText && !event.target.closest?.('#box') && give(files)) event.preventDefault();
   });
 
   // Names and roles that gradio's components lack for screen readers.
@@ -57,10 +62,11 @@ window.mmchat = (() => {
   const repair = () => {
     document.querySelectorAll('#chat .examples[role=list], .thumbnail-wrapper[role=listitem]')
       .forEach(element => element.setAttribute('role', 'group'));
-    document.querySelectorAll('#batch .icon-button:has(.upload-container)').forEach(element => { // a button in a button
+    const addFiles = document.querySelectorAll('#batch .icon-button:has(.upload-container)');
+    addFiles.forEach(element => element.ariaLabel = element.title = 'Add files');
+    [...addFiles, ...document.querySelectorAll('.toast-header')].forEach(element => { // a button in a button
       element.setAttribute('role', 'group');
       element.tabIndex = -1;
-      element.ariaLabel = element.title = 'Add files';
     });
     document.querySelectorAll('#box [data-testid=submit-button]').forEach(element => element.ariaLabel = element.innerText);
     document.querySelectorAll('#box textarea').forEach(element => name(element, 'Your question'));

@@ -33,6 +33,12 @@ mmchat.store = (() => {
   const idOf = history => history[0]?.metadata?.id;
   const newId = () => [Date.now(), Math.random().toString(36).slice(2)].join('-');
 
+  const HEADS = {jpeg: /^\xff\xd8\xff/, png: /^\x89PNG/, gif: /^GIF8/, bmp: /^BM/, tiff: /^(II[*+]|MM\0[*+])/, webp: /^RIFF.{4}WEBP/s};
+  const typed = async blob => { // with the type of what is in it: the server names only some
+    const head = String.fromCharCode(...new Uint8Array(await blob.slice(0, 12).arrayBuffer()));
+    const kind = Object.keys(HEADS).find(name => HEADS[name].test(head));
+    return kind ? blob.slice(0, blob.size, `image/${kind}`) : blob;
+  };
   const shrink = async blob => {
     if (blob.size <= SMALL) return blob;
     const picture = await createImageBitmap(blob), scale = Math.min(1, SIDE / Math.max(picture.width, picture.height));
@@ -54,7 +60,7 @@ mmchat.store = (() => {
     if (dropped.has(path) || await read('pictures', path)) return;
     try {
       const answer = await fetch(url); // not ok: it is gone already, which the next question tells
-      if (answer.ok) await write('pictures', await shrink(await answer.blob()), path);
+      if (answer.ok) await write('pictures', await shrink(await typed(await answer.blob())), path);
     } catch (error) { drop(path, 'not_kept', error); }
   };
   const keepChat = async chat => {
@@ -177,7 +183,7 @@ mmchat.store = (() => {
   };
 
   return {
-    save, open, fresh, settle, reopen, revive, undone, list, rename, remove, add, read, files, textOf, idOf, newId, gone, thumbs, rate, OPEN,
+    save, open, fresh, settle, reopen, revive, undone, list, rename, remove, add, read, typed, files, textOf, idOf, newId, gone, thumbs, rate, OPEN,
     connect: (give, tell) => { upload = give; notice = tell; ready(); },
   };
 })();

@@ -1,7 +1,7 @@
 // Export and import of a conversation, as JSON and as Markdown, with its pictures. A file may come from anybody:
 // whatever is read is checked and rebuilt from what a conversation can hold.
 mmchat.transfer = (() => {
-  const VERSION = 1, MAX_FILE = 100e6, MAX_TURNS = 1000, MAX_TEXT = 200_000, MAX_OPTION = 500_000, MAX_PICTURE = 10e6;
+  const VERSION = 1, MAX_FILE = 100e6, MAX_TURNS = 10_000, MAX_TEXT = 200_000, MAX_OPTION = 500_000, MAX_PICTURE = 10e6;
   const PICTURE = /^data:image\/(png|jpeg|webp|gif|bmp|tiff);base64,[A-Za-z0-9+/=]+$/;
   const HEADS = /^\\*(# |## |<!-- mmchat |!\[)/; // what opens a line with a meaning in our Markdown
 
@@ -37,7 +37,7 @@ mmchat.transfer = (() => {
         if (part.type !== 'file') continue;
         const name = part.alt_text || 'Picture', kept = await mmchat.store.read('pictures', part.file.path);
         const answer = kept ? null : await fetch(part.file.url);
-        if (kept || answer.ok) parts.push({picture: await toUrl(kept ?? await answer.blob()), name});
+        if (kept || answer.ok) parts.push({picture: await toUrl(await mmchat.store.typed(kept ?? await answer.blob())), name});
         else parts.push({text: mmchat.store.gone(part)});
       }
       const metadata = clean(turn.metadata, ['title', 'log', 'duration', 'status']);

@@ -135,7 +135,7 @@ class Page:
                 watch.piece()
                 yield [working("Writing"), *answer]
         if answer:
-            yield [details(self.engine, messages, answer[-1]["content"], watch, speech_seconds), *answer]
+            yield [details(self.engine, messages, answer, watch, speech_seconds), *answer]
 
     def ask(
         self, question: str, image: str | None = None, rewrite: bool = False, request: gr.Request | None = None
