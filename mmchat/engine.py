@@ -214,7 +214,7 @@ class LocalEngine(SpeechMixin):
         if penalty is None:
             penalty = 1.0 if has_images else TEXT_PENALTY
         if ngram_size is None:
-            ngram_size = self.preset.no_repeat_ngram_size if has_images else 0
+            ngram_size = self.preset.language_model.no_repeat_ngram_size if has_images else 0
         return replace(options, repetition_penalty=penalty, no_repeat_ngram_size=ngram_size)
 
     def _generate(

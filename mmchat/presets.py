@@ -28,6 +28,7 @@ class LanguageModelPreset:
     chat_format: str  # a key of chat_formats.CHAT_FORMATS, or LLAVA: the chat template beside the weights
     parameters: int
     languages: tuple[str, ...] = ("en",)  # that it answers in, as Whisper's codes; empty if they are not known
+    no_repeat_ngram_size: int = 0  # in answers about images, as in SamplingOptions
     overflows_float16: bool = False  # its attention gives NaN there, as Phi-2's does (transformers issue 28163)
 
     @property
@@ -116,7 +117,6 @@ class Preset:
     weights: Path | HubRepository  # a repository holds a published checkpoint, which is imported into the cache
     prompt_template: PromptTemplate | None = None  # of the weights; None: the chat format's own
     chat_template: ChatTemplate | None = None  # of LLaVA weights
-    no_repeat_ngram_size: int = 0  # of answers about images, as in SamplingOptions
 
     @property
     def sources(self) -> dict[str, Source]:
@@ -235,12 +235,12 @@ SMOL = Preset(
         ),
         chat_format="smollm2",
         parameters=134_515_008,
+        no_repeat_ngram_size=4,  # a small model repeats itself in long descriptions
     ),
     image_encoder=EFFICIENTNET_LITE2,
     speech=WHISPER_BASE,
     projector=ProjectorPreset(kind="mlp", intermediate_size=1152),
     weights=WEIGHTS_FOLDER / "smol",
-    no_repeat_ngram_size=4,  # a small model repeats itself in long descriptions
 )
 
 CLIP = ImageEncoderPreset(

@@ -131,7 +131,7 @@ def evaluate_questions(options, files):
     sampling = SamplingOptions(  # the engine's defaults for questions about images, but for the temperature
         temperature=0,
         repetition_penalty=1.0,
-        no_repeat_ngram_size=preset.no_repeat_ngram_size,
+        no_repeat_ngram_size=preset.language_model.no_repeat_ngram_size,
         beams=options.beams,
         max_new_tokens=limit,
     )
