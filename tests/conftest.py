@@ -20,8 +20,21 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="mmchat-uploads-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the `smol` preset must work without the Hub
 
-# Fixtures that serve the page, start a server, or train. Tests that use them are slow, and `make check` skips them.
-SLOW_FIXTURES = {"address", "described", "exported", "fresh", "hub", "pair", "prepared", "served", "trained", "tuned"}
+# Fixtures that load the real models, serve the page, start a server, or train. Tests that use them are slow, and
+# `make check` skips them.
+SLOW_FIXTURES = {
+    "address",
+    "described",
+    "engine",
+    "exported",
+    "fresh",
+    "hub",
+    "pair",
+    "prepared",
+    "served",
+    "trained",
+    "tuned",
+}
 
 
 # Files that take longest. They start first, so that both processes of `make test` end at about the same time.

@@ -529,6 +529,7 @@ def test_the_overridden_private_hooks_are_listed():
     assert hooks and all(re.search(rf"\b{name}\b", VisionLanguageTrainer.__doc__) for name in hooks)
 
 
+@pytest.mark.slow
 def test_averaged_weights_lie_between_two_runs(tiny, tmp_path):
     train(recipe(tiny, tmp_path / "one"))
     first = tmp_path / "one" / "checkpoint-6"
