@@ -73,11 +73,8 @@ class Sampler:
         """Logits, [vocabulary]: lower for tokens that are in the answer, -inf for those that would repeat an n-gram."""
         scores = logits.float().cpu().numpy()
         if self._penalty != 1 and self._written:
-            written = np.unique(self._written)
-            scores = scores.copy()
-            scores[written] = np.where(
-                scores[written] < 0, scores[written] * self._penalty, scores[written] / self._penalty
-            )
+            scores, written = scores.copy(), scores[self._written]
+            scores[self._written] = np.where(written < 0, written * self._penalty, written / self._penalty)
         if self._ngram_size and (repeating := self._followers.get(self._ngram_start())):
             scores = scores.copy()
             scores[repeating] = -np.inf
