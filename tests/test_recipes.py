@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +36,30 @@ def test_one_script_runs_the_recipes_of_smol_in_order():
         recipe = read_recipe(FOLDER / "smol" / f"{name}.yaml")
         assert recipe["out"] == f"runs/smol-{number}"
         assert all(path in script for path in recipe["train"])
+
+
+def test_the_script_repeats_an_interrupted_step_and_skips_finished_ones(tmp_path):
+    """Python is a stand-in here that writes what it was called with, and stops once in the middle of the features."""
+    scripts, data = tmp_path / "training_scripts", tmp_path / "research"
+    scripts.mkdir()
+    for folder in ("flickr8k", "world"):
+        (data / folder / "images").mkdir(parents=True)
+    script = shutil.copy(FOLDER.parent / "train_smol.sh", scripts)
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        'echo "$@" >> calls\n'
+        'case "$*" in *embed_images*) mkdir -p data/features-lite2; touch data/features-lite2/manifest.json;; esac\n'
+        'case "$*" in *embed_images*) [ -e stopped ] || { touch stopped; exit 130; };; esac\n'
+        'case "$*" in *fit_tagger*) exit 7;; esac\n'
+    )
+    python.chmod(0o755)
+    environment = {**os.environ, "DATA": str(data), "PYTHON": str(python)}
+    statuses = [subprocess.run(["bash", script], env=environment, capture_output=True).returncode for _ in range(2)]
+    assert statuses == [130, 7]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len([call for call in calls if "embed_images" in call]) == 2
+    assert len([call for call in calls if "prepare_data" in call]) == len({*calls} - {*calls[-2:]}) == 6
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -26,7 +26,7 @@ from mmchat.training.averaging import average_weights
 from mmchat.training.data.llava_json import entry_of, write_conversations
 from mmchat.training.int8 import DECISION_FILE, Int8Linear, is_exact, use_faster_multiplication
 from mmchat.training.recipe import Recipe, write_recipe
-from mmchat.training.run import build_model, train
+from mmchat.training.run import INTERRUPTED, build_model, train
 from mmchat.training.trainer import (
     STAGING,
     EpochSampler,
@@ -473,7 +473,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_curve(tiny, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Stopping after this step" in said, said
+    assert process.returncode == INTERRUPTED and "Stopping after this step" in said, said
     (saved,) = checkpoints(tmp_path / "run")
     last = history(tmp_path / "run")[-1]["step"]
     assert saved.name == f"checkpoint-{last}" and int(last) < 5000 and (tmp_path / "run" / "curve.png").exists()

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains weights/smol from the data, step by step. A step whose result is there is skipped; an interrupted one resumes.
+# Trains weights/smol from the data, step by step. Run it again after an interruption: finished steps are skipped, an
+# interrupted one resumes.
 #
 #     DATA=research/ training_scripts/train_smol.sh
 #
@@ -18,12 +19,13 @@ EASY="--images data/pictures/easy-vqa/train --folder easy-vqa/train --split trai
 stage() { # what it makes, then the command
     local made="$1"
     shift
-    if [ -e "$made" ]; then
+    if [ -e "$made.done" ]; then # what an interrupted command made is there, too, but not whole
         echo "== $made is there"
         return
     fi
     echo "== $made"
     "$@"
+    touch "$made.done"
 }
 
 prepare() { # the file to write, then prepare_data.py's arguments
@@ -31,7 +33,7 @@ prepare() { # the file to write, then prepare_data.py's arguments
 }
 
 finetune() { # a recipe's name, and the folder that it writes
-    stage "$2/mmchat.json" "$PYTHON" training_scripts/finetune_qlora.py --resume \
+    stage "$2" "$PYTHON" training_scripts/finetune_qlora.py --resume \
         --recipe "training_scripts/recipes/smol/$1.yaml"
 }
 
@@ -53,18 +55,18 @@ prepare data/world-daquar-train.json labels --labels "$DATA/world/questions.json
 prepare data/easy-train.json easy-vqa $EASY --per-image 5 --turns 1 --limit 2400 --seed 7
 
 # 2. Features of all pictures
-stage data/features-lite2/manifest.json "$PYTHON" training_scripts/embed_images.py --images data/pictures \
+stage data/features-lite2 "$PYTHON" training_scripts/embed_images.py --images data/pictures \
     --image-encoder efficientnet-lite2 --out data/features-lite2
 
 # 3. The tagger
-stage runs/tagger/tagger.safetensors "$PYTHON" training_scripts/fit_tagger.py --features data/features-lite2 \
+stage runs/tagger "$PYTHON" training_scripts/fit_tagger.py --features data/features-lite2 \
     --classes "$DATA/imagenet_classes.json" --out runs/tagger \
     --captions flickr8k="$DATA/flickr8k/captions.json" world="$DATA/world/captions.json" \
     --labels world="$DATA/world/labels.json" world="$DATA/world/questions.json" \
     --splits flickr8k="$DATA/flickr8k/splits.json" world="$DATA/world/splits.json"
 
 # 4. Cross-entropy on answers, in three runs, from the projector and adapter of the release before
-stage runs/previous/mmchat.json bash -c \
+stage runs/previous bash -c \
     'mkdir -p runs/previous && git archive b371864 weights/smol | tar -x --strip-components=2 -C runs/previous'
 finetune 1-answers runs/smol-1
 finetune 2-longer runs/smol-2
@@ -88,6 +90,6 @@ prepare data/flickr-part.json captions $FLICKR --split train --agreement 1 --per
 prepare data/world-names.json labels $LABELS --make names
 prepare data/easy-few.json easy-vqa $EASY --per-image 5 --turns 1 --limit 400 --seed 38
 finetune 5-things runs/smol-5
-stage runs/smol-average/mmchat.json "$PYTHON" training_scripts/average_weights.py runs/smol-4 runs/smol-5 --share 0.55 \
+stage runs/smol-average "$PYTHON" training_scripts/average_weights.py runs/smol-4 runs/smol-5 --share 0.55 \
     --out runs/smol-average
 echo "Chat with the weights: make run OPTIONS=\"--weights runs/smol-average\""

@@ -40,10 +40,14 @@ from .trainer import VisionLanguageTrainer, checkpoints
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
+INTERRUPTED = 130  # exit status, as of a command that Ctrl-C ends, so that scripts stop, too
 
 
-def train(recipe: Recipe) -> None:
+def train(recipe: Recipe) -> bool:
     """Trains, and writes weights ready for chat, checkpoints, the recipe, history and samples to ``recipe.out``.
+
+    Returns:
+        Whether training ran to its end; False after Ctrl-C.
 
     Raises:
         BadInput: the data or the features are unusable.
@@ -71,7 +75,8 @@ def train(recipe: Recipe) -> None:
 
     train_set = dataset(recipe.train)
     logger.info("Training on %d conversations in %d sequences", train_set.count, len(train_set))
-    callbacks = [HistoryCallback(), StopOnSignal()]
+    stop = StopOnSignal()
+    callbacks = [HistoryCallback(), stop]
     if recipe.patience:
         callbacks.append(EarlyStoppingCallback(recipe.patience))
     if recipe.shard:
@@ -99,6 +104,7 @@ def train(recipe: Recipe) -> None:
     if recipe.eval and recipe.samples and (is_first or recipe.shard):  # a sharded model needs every process
         evaluator = Evaluator(model, tokenizer, chat_format_of(preset))
         write_samples(evaluator, recipe.eval[0], features, recipe.samples, out if is_first else None)
+    return not stop.is_requested
 
 
 def _newest_checkpoint(recipe: Recipe) -> str | None:
@@ -219,11 +225,17 @@ def _base_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def run_from_terminal(recipe: Recipe) -> None:
-    """Calls ``train`` from a script: logs to the terminal and exits with one sentence on an error."""
+    """Calls ``train`` from a script: logs to the terminal and exits with one sentence on an error.
+
+    After Ctrl-C, the exit status is 130.
+    """
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # only the first of several processes logs
     logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, format="%(message)s")
     try:
-        train(recipe)
+        is_finished = train(recipe)
     except MmchatError as error:
         sys.exit(str(error))
+    if not is_finished:
+        logger.info("Stopped before the last step; --resume continues")
+        sys.exit(INTERRUPTED)
     logger.info("Chat with the weights: python app.py --weights %s", recipe.out)
