@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import threading
 import time
 import wave
 
@@ -176,6 +179,15 @@ def test_the_background_reader_speaks_while_text_arrives(voice):
     reader.feed(" is round.")
     reader.finish()
     assert [one.text for one in [*found, *reader.rest()]] == ["The ball is red.", "It is round."]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, a thread has no niceness of its own")
+def test_the_background_reader_leaves_the_cores_to_the_answer():
+    def niceness(_pieces=()):
+        yield os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    reader = BackgroundReader(niceness)
+    assert next(reader.rest()) > next(niceness())
 
 
 def test_the_background_reader_reports_another_language_and_stops(voice):

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
+import sys
 import wave
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
-from threading import Lock, Thread
+from threading import Lock, Thread, get_native_id
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ MIN_KNOWN = 0.75  # share of a sentence's words in the English lexicon, below wh
 # Words that English sentences use all the time, and that other languages in Latin script do not.
 ENGLISH = frozenset("the with this that these you from they which there what your its".split())
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
+NICENESS = 10  # of the thread that speaks beside an answer, above that of the process
 NO_VOICE = BadInput("I can only speak English; for other languages there is no voice.")
 
 
@@ -151,6 +154,8 @@ class Reader:
 class BackgroundReader:
     """Reads one answer aloud in a background thread while the rest of it is still being generated.
 
+    The thread has a low priority, so it takes what the generation leaves of the cores.
+
     Args:
         read_aloud: of an engine or a voice.
     """
@@ -198,6 +203,7 @@ class BackgroundReader:
         return found
 
     def _run(self) -> None:
+        _lower_priority()
         try:
             with closing(self._read_aloud(iter(self._pieces.get, None))) as spoken:  # type: ignore[type-var]
                 for sentence in spoken:
@@ -209,6 +215,13 @@ class BackgroundReader:
         except Exception:  # a sentence that the voice fails on must not end the answer
             logger.exception("voice")
         self._spoken.put(None)
+
+
+def _lower_priority() -> None:
+    """Lowers the priority of the current thread. Only on Linux: elsewhere, a thread has no niceness of its own."""
+    if sys.platform == "linux":
+        thread = get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
 
 
 def write_wav(path: str | Path, samples: np.ndarray, rate: int) -> None:
