@@ -61,11 +61,7 @@ def take(browser: Browser, name: str, width: int, height: int, theme: str) -> No
 
 
 def converse(page: Page) -> None:
-    """Shows the picture, asks every question, and unfolds what happened at the last one.
-
-    The picture is drawn small, so that the exchange fits.
-    """
-    page.add_style_tag(content="#chat .user img { max-height: 150px !important; width: auto !important; }")
+    """Shows the picture, asks every question, and unfolds what happened at the last one."""
     page.locator("#box input[type=file]").set_input_files(PICTURE)
     page.locator("#box .thumbnail-item").wait_for()
     details = page.locator("#chat .thought-group .title", has_text="Details")

@@ -38,6 +38,9 @@ def parse():
         type=int,
         help="maximum tokens of an answer (default: 96 for the kind detail, 32 for others)",
     )
+    answers.add_argument(
+        "--no-repeat-ngram-size", type=int, help="let no n tokens in a row repeat; 0: let them (default: the preset's)"
+    )
     answers.add_argument("--batch-size", type=int, default=32, help="questions per batch (default: 32)")
     answers.add_argument(
         "--conditions",
@@ -128,10 +131,11 @@ def evaluate_questions(options, files):
     limit, limits_by_kind = options.max_new_tokens, {}
     if limit is None:
         limit, limits_by_kind = DEFAULT_MAX_NEW_TOKENS, MAX_NEW_TOKENS
+    ngram_size = options.no_repeat_ngram_size
     sampling = SamplingOptions(  # the engine's defaults for questions about images, but for the temperature
         temperature=0,
         repetition_penalty=1.0,
-        no_repeat_ngram_size=preset.language_model.no_repeat_ngram_size,
+        no_repeat_ngram_size=preset.language_model.no_repeat_ngram_size if ngram_size is None else ngram_size,
         beams=options.beams,
         max_new_tokens=limit,
     )
