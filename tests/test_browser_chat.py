@@ -234,7 +234,7 @@ def test_the_page_works_with_the_keyboard_alone(page):
     assert not wanted - reached, reached
 
 
-def test_at_200_percent_zoom_everything_is_in_view(page):
+def test_at_200_percent_zoom_everything_is_in_view(page, photo):
     page.set_viewport_size({"width": 640, "height": 450})  # 1280 x 900 at 200%
     reload(page)
     ask(page, "What is the capital of France?")
@@ -242,6 +242,14 @@ def test_at_200_percent_zoom_everything_is_in_view(page):
     assert page.evaluate("document.documentElement.scrollWidth") <= 640
     assert page.locator("#composer").evaluate("e => e.getBoundingClientRect().bottom") <= 450
     assert page.locator("#chat").evaluate("e => e.clientHeight") >= 100
+    show(page, photo)
+    page.get_by_role("tab", name="Voice").click()
+    for name in ("Send recording", "Talk hands-free"):
+        button = page.get_by_role("button", name=name)
+        button.scroll_into_view_if_needed()
+        assert button.evaluate("e => e.getBoundingClientRect().bottom") <= 450
+    assert page.locator("#chat").evaluate("e => e.clientHeight") >= 100
+    assert page.evaluate("document.documentElement.scrollWidth") <= 640
 
 
 def test_the_page_is_light(page):

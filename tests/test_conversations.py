@@ -141,6 +141,22 @@ def test_what_the_browser_cannot_keep_is_said_once(browser, address, photo, tmp_
     context.close()
 
 
+def test_a_browser_that_keeps_nothing_is_told(browser, address):
+    context = browser.new_context(viewport=DESKTOP)
+    context.set_default_timeout(PATIENCE)
+    context.add_init_script("indexedDB.open = () => { throw new DOMException('denied', 'SecurityError'); }")
+    page = context.new_page()
+    page.goto(address)
+    question(page).wait_for()
+    for number, text in enumerate(("Name a color.", "Name an animal."), start=1):
+        ask(page, text)
+        expect(answers(page)).to_have_count(number)
+        finished(page)
+    expect(toasts(page)).to_have_count(1)
+    expect(toasts(page)).to_contain_text("a reload loses this conversation")
+    context.close()
+
+
 def test_conversations_are_listed_found_renamed_and_deleted(page):
     page.on("dialog", lambda dialog: dialog.accept("Trains and boats" if dialog.type == "prompt" else None))
     texts = []

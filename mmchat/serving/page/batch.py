@@ -111,7 +111,6 @@ def build_batch(page: Page) -> None:
     batch = BatchPage(page)
     with gr.Column(elem_id="batch", scale=1, min_width=0):
         gr.Markdown(f"# Batch\n\n{INTRODUCTION}")
-        gr.HTML('<a href=".">Back to the conversation</a>', padding=False)
         files = PictureFiles(
             label="Pictures or a ZIP",
             file_count="multiple",

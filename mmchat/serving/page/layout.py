@@ -33,6 +33,7 @@ MAX_WAITING = 16  # questions in the queue; the next one is turned away
 CONTENT_SECURITY = (
     "<meta http-equiv=\"Content-Security-Policy\" content=\"img-src 'self' data: blob:; media-src 'self' data: blob:\">"
 )
+MAIN_PAGE = "Conversation"  # in the bar that leads to the other page, "Batch"
 PLACEHOLDER = "<h2>Ask about a picture</h2><p>Drop one anywhere and type or speak, or begin with an example.</p>"
 
 
@@ -75,12 +76,14 @@ def build(
         if feedback:
             _connect_thumbs(ThumbsPage(feedback, page.admit), parts)
         _add_endpoint(page)
-    with demo.route("Batch", "/batch", show_in_navbar=False):  # the bar would take height from the conversation
+    with demo.route("Batch", "/batch"):
+        gr.Navbar(main_page_name=MAIN_PAGE)
         build_batch(page)
     return demo.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
 
 
 def _place(page: Page, has_thumbs: bool) -> Parts:
+    gr.Navbar(main_page_name=MAIN_PAGE)
     with gr.Sidebar(open=False, width=280, elem_id="side"):
         fresh = gr.Button("New chat", size="sm")
         listing = conversations.build_list()
@@ -88,7 +91,6 @@ def _place(page: Page, has_thumbs: bool) -> Parts:
             save, save_json = (gr.Button(name, size="sm", min_width=80) for name in ("Save", "Save JSON"))
         settings = build_settings()
         reset = gr.Button("Reset settings", size="sm")
-        gr.HTML('<a href="batch">Batch: many pictures, one question</a>', padding=False)
         about = gr.Markdown(elem_id="about")
     with gr.Column(elem_id="app", scale=1, min_width=0):
         gr.Markdown("# mmchat", elem_id="top")
@@ -167,8 +169,7 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
     voice = VoicePage(page)
 
     keep = {"fn": None, "inputs": chat, "js": "(history) => mmchat.store.save(history)", **quick}
-    # Pictures that the server has deleted meanwhile are sent again.
-    revive = "async (history, ...rest) => [await mmchat.store.revive(history), ...rest]"
+    revive = "(...values) => mmchat.store.reviveFirst(values)"
 
     def answered(event: Any, aloud: Any = parts.voice.aloud) -> None:
         """What follows a question: its answer, which is read aloud where ``aloud`` is ticked."""

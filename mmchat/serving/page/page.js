@@ -19,6 +19,14 @@ window.mmchat = (() => {
     },
   };
 
+  // Switches of the Voice tab, each kept by itself.
+  const SWITCHES = {check: true, aloud: false}; // and their defaults
+  const switches = {
+    write: (name, on) => { localStorage.setItem(`mmchat-${name}`, JSON.stringify({on})); return []; },
+    read: () => Object.entries(SWITCHES).map(([name, on]) => JSON.parse(localStorage.getItem(`mmchat-${name}`))?.on ?? on),
+  };
+  const openText = () => document.querySelector('#tabs [role=tab]').click();
+
   // Drop and paste anywhere: the files go to the input of the question box, or of the page "Batch".
   const hasFiles = event => [...event.dataTransfer.types].includes('Files');
   const images = list => [...list].filter(file => file.type.startsWith('image/'));
@@ -86,5 +94,5 @@ window.mmchat = (() => {
     if (!due) { due = true; requestAnimationFrame(() => { due = false; repair(); }); }
   }).observe(document, {childList: true, subtree: true});
 
-  return {openSidebar, settings};
+  return {openSidebar, openText, settings, switches};
 })();

@@ -50,7 +50,7 @@ mmchat.store = (() => {
     paper.drawImage(picture, 0, 0, canvas.width, canvas.height);
     return new Promise(resolve => canvas.toBlob(resolve, 'image/jpeg', 0.9));
   };
-  const dropped = new Set(); // paths of pictures and ids of conversations; each is told once, not with each save
+  const dropped = new Set(); // paths of pictures, ids of conversations, or 'all'; each is told once, not with each save
   const drop = (key, reason, error) => {
     console.debug(reason, error);
     if (!dropped.has(key)) say(reason);
@@ -90,7 +90,7 @@ mmchat.store = (() => {
     if (history?.length && idOf(history)) {
       const copy = structuredClone(history);
       if (isOpen) sessionStorage.setItem(OPEN, idOf(history));
-      saving = saving.then(() => write_chat(copy)).catch(error => console.debug('save', error));
+      saving = saving.then(() => write_chat(copy)).catch(error => drop('all', 'nothing_kept', error));
     }
     return [];
   };
@@ -135,6 +135,7 @@ mmchat.store = (() => {
       return await restore(copy) ? copy : history;
     } catch (error) { console.debug('revive', error); return history; }
   };
+  const reviveFirst = async ([history, ...rest]) => [await revive(history), ...rest]; // of an event's inputs
   const open = async id => {
     await saving;
     const chat = await read('chats', id);
@@ -183,7 +184,7 @@ mmchat.store = (() => {
   };
 
   return {
-    save, open, fresh, settle, reopen, revive, undone, list, rename, remove, add, read, typed, files, textOf, idOf, newId, gone, thumbs, rate, OPEN,
+    save, open, fresh, settle, reopen, reviveFirst, undone, list, rename, remove, add, read, typed, files, textOf, idOf, newId, gone, thumbs, rate, OPEN,
     connect: (give, tell) => { upload = give; notice = tell; ready(); },
   };
 })();

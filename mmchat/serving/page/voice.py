@@ -22,11 +22,6 @@ from .turns import NO_REQUEST, Page, asked
 from .visit import Visit
 
 DETECT = ("Detect the language", "")
-KEPT = ("check", "aloud")  # switches that the browser keeps
-LOAD_SWITCHES = """() => ['check', 'aloud'].map(name => {
-    const kept = localStorage.getItem('mmchat-' + name);
-    return kept === null ? name === 'check' : JSON.parse(kept).on;
-})"""
 clip_numbers = count()
 
 
@@ -219,10 +214,8 @@ def connect_voice(demo: gr.Blocks, voice: VoicePage, parts: Any, answered: Any, 
     )
     send.failure(lambda: gr.Button(visible=False), None, parts.stop, queue=False, **quick)
     send.success(_heard, parts.request_id, parts.stop, queue=False, **quick)
-    open_text = (
-        "(check, id) => { if (check && id === -1) document.querySelector('#tabs [role=tab]').click(); return []; }"
-    )
-    send.success(None, [tab.check, parts.request_id], None, js=open_text, **quick)
+    to_box = f"(check, id) => {{ if (check && id === {NO_REQUEST}) mmchat.openText(); return []; }}"
+    send.success(None, [tab.check, parts.request_id], None, js=to_box, **quick)
     answered(send)
     always, done = gr.Checkbox(value=True, visible=False), {"queue": False, **quick}
     spoken = tab.speaker.spoken(voice.add_spoken, [box, chat, visit, tab.language, tab.translate], heard, **quick)
@@ -239,10 +232,9 @@ def connect_voice(demo: gr.Blocks, voice: VoicePage, parts: Any, answered: Any, 
         js="() => { mmchatVoice.hush(); return []; }",
         **quick,
     )
-    for name, switch in zip(KEPT, (tab.check, tab.aloud), strict=True):
-        keep = f"on => {{ localStorage.setItem('mmchat-{name}', JSON.stringify({{on}})); return []; }}"
-        switch.input(None, switch, None, js=keep, **quick)
-    demo.load(None, None, [tab.check, tab.aloud], js=LOAD_SWITCHES, **quick)
+    for name, switch in (("check", tab.check), ("aloud", tab.aloud)):
+        switch.input(None, switch, None, js=f"on => mmchat.switches.write('{name}', on)", **quick)
+    demo.load(None, None, [tab.check, tab.aloud], js="() => mmchat.switches.read()", **quick)
     demo.load(voice.languages, None, tab.language, **done)
 
 
