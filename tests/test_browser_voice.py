@@ -181,6 +181,20 @@ def test_the_speaker_button_ends_a_voice_that_goes_on_after_the_text(page):
     assert not page.evaluate("mmchatVoice.speaking()")
 
 
+def test_an_answer_in_another_language_is_written_and_the_page_says_that_it_has_no_voice(page, engine, monkeypatch):
+    german = "Der Hund liegt unter dem Tisch. Er schläft."
+    monkeypatch.setattr(engine, "reply", lambda *_, **__: (piece for piece in [german]))
+    turn_reading_on(page)
+    ask(page, "What is the dog doing?")
+    expect(page.locator(".toast-body")).to_contain_text("only speak English")
+    expect(answers(page).last).to_contain_text("Er schläft.")
+    finished(page)
+    page.locator(".toast-close").click()
+    page.get_by_role("button", name="Read aloud").click()
+    expect(page.locator(".toast-body")).to_contain_text("only speak English")
+    assert clips(page) == 0
+
+
 def test_hands_free_talk_goes_on_after_an_error(page, engine, monkeypatch):
     def fail(*_, **__):
         monkeypatch.undo()

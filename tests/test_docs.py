@@ -179,4 +179,5 @@ def test_the_workflows_run_the_documented_commands():
     for path in (ROOT / ".github" / "workflows").glob("*.yml"):
         jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
         runs += [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
-    assert sorted(runs) == ["make check", "make test"]
+    packages = "sudo apt-get install"
+    assert sorted(run for run in runs if not run.startswith(packages)) == ["make check", "make test"]

@@ -115,6 +115,28 @@ def test_recordings_without_speech_are_rejected(engine, tmp_path, sound):
         engine.transcribe(write_wav(tmp_path / "sound.wav", sound, 16_000))
 
 
+def pink_noise(count):
+    """Noise with a power inversely proportional to the frequency, as of rain or a fan: [count], −1 to 1."""
+    spectrum = np.fft.rfft(np.random.default_rng(0).normal(size=count))
+    spectrum[1:] /= np.sqrt(np.arange(1, len(spectrum)))
+    noise = np.fft.irfft(spectrum, count)
+    return noise / np.abs(noise).max()
+
+
+def test_loud_noise_without_speech_is_rejected(engine, tmp_path):
+    path = write_wav(tmp_path / "rain.wav", 0.8 * pink_noise(12 * 16_000)[:, None], 16_000)
+    with pytest.raises(BadInput, match="I heard no speech in that recording"):
+        engine.transcribe(path)
+
+
+def test_speech_in_noise_is_understood(engine, tmp_path):
+    speech = read_audio(SPEECH)
+    noise = pink_noise(len(speech))
+    noise *= np.sqrt((speech**2).mean() / (noise**2).mean() / 10)  # 10 dB below the speech
+    mixed = (speech + noise) / np.abs(speech + noise).max()
+    assert word_errors(engine.transcribe(write_wav(tmp_path / "street.wav", mixed[:, None], 16_000)).text) <= 0.1
+
+
 def test_near_silence_is_rejected_before_a_model_is_loaded(tmp_path):
     nobody = SpeechRecognizer(replace(SMOL.speech, source=HubRepository("nobody/nothing")))
     hiss = np.random.default_rng(0).uniform(-5e-4, 5e-4, size=(32_000, 1))

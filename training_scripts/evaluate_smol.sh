@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures weights/smol, or the folders that are named, on dev photos: the table of the model card.
+# Measures weights/smol, or the folders that are named, on dev photos: the figures of its model card. Takes hours on two cores.
 #
 #     DATA=research/ training_scripts/evaluate_smol.sh [FOLDER ...]
 #
@@ -30,10 +30,11 @@ prepare captions captions --captions "$DATA/world/captions.json" $WORLD --make d
 prepare details captions --captions "$DATA/world/captions.json" $WORLD --make details
 prepare flickr-captions captions $FLICKR --limit 400 --make descriptions
 prepare flickr-questions captions $FLICKR --limit 400 --make questions
-prepare easy easy-vqa --split test --images data/pictures/easy-vqa/test --folder easy-vqa/test --limit 400 \
-    --per-image 1 --make questions
+prepare easy easy-vqa --split test --images data/pictures/easy-vqa/test --folder easy-vqa/test --limit 100 \
+    --make questions
 "$PYTHON" training_scripts/embed_images.py --images data/pictures --image-encoder efficientnet-lite2 \
     --out data/features-lite2
 
-evaluate figures --questions data/dev-{labels,daquar,captions,details,flickr-captions,flickr-questions,easy}.json
+evaluate everyday --questions data/dev-{labels,daquar}.json
+evaluate others --questions data/dev-{captions,details,flickr-captions,flickr-questions,easy}.json
 evaluate repeating --questions data/dev-{captions,details}.json --conditions real --no-repeat-ngram-size 0
