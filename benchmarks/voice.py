@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measures the voice and the ears of `smol` on this machine. Takes about three minutes on two cores.
+"""Measures text to speech and speech recognition of `smol` on this machine. Takes about three minutes on two cores.
 
 python benchmarks/voice.py
 python benchmarks/voice.py --only readback hearing

@@ -63,7 +63,7 @@ class SamplingOptions:
             "in", and TEXT_PENALTY without, where a small model tends to loop.
         no_repeat_ngram_size: no sequence of that many tokens occurs twice in an answer (Paulus et al. 2017,
             arXiv 1705.04304); 0 turns it off. None lets the engine choose: the preset's with images, 0 without.
-        beams: above 1, beam search with that many beams. The answer then comes in one piece, and temperature and top_p
+        beams: above 1, beam search with that many beams. The answer then comes all at once, and temperature and top_p
             are ignored.
         seed: makes a sampled answer reproducible.
     """

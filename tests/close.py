@@ -12,19 +12,19 @@ import torch
 from mmchat.inference.sampling import Sampler
 
 ROUNDING = 1e-5  # relative to the largest value; 80 times float32 rounding, enough for a few layers
-# Two runs of the ONNX decoder that sum in another order differ by float32 rounding, until an input of a layer falls on
-# the other side of a border between two of its 8-bit codes. In the end they differ as much as each does from float32:
-# the logits of `smol` by 2% of their spread, at most 10%, which is 1% of the largest.
-BITS_8 = 0.02
-# Inputs in 8 bits are off by about half a percent of their spread. Two layers of a model with random weights, whose
-# attention is sharp, make a few percent of the logits' spread of it. A missing part changes them by more than half.
-OF_8_BITS = 0.1
+# Two ONNX runs that sum in another order differ by fp32 rounding until an input crosses the boundary between two 8-bit
+# codes. By the last layer they differ as much as each does from fp32: the logits of `smol` by 2% of their spread, at
+# most 10%, which is 1% of the largest.
+ONNX_RUN_TO_RUN = 0.02
+# 8-bit inputs are off by about 0.5% of their spread. Two random layers with sharp attention amplify that to a few
+# percent of the logits' spread. A missing part changes them by more than half.
+INT8_INPUT_ERROR = 0.1
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, relative: float = ROUNDING) -> None:
     """No value differs by more than ``relative`` times the largest one of the tensor.
 
-    Not times itself: a sum that comes out near 0 is rounded as much as its terms, which are not.
+    Relative to the largest, not to each value itself: a sum near 0 carries the rounding of its terms.
     """
     largest = float(expected.abs().max())
     torch.testing.assert_close(found, expected, atol=relative * largest, rtol=0)

@@ -14,7 +14,7 @@ from mmchat.inference.generation import stream_token_ids
 from mmchat.inference.onnx_decoder import load_onnx_decoder
 from mmchat.models.language_model import add_adapter, load_language_model
 from mmchat.presets import get_preset
-from tests.close import BITS_8, OF_8_BITS, certain_answer
+from tests.close import INT8_INPUT_ERROR, ONNX_RUN_TO_RUN, certain_answer
 from tests.conftest import ROOT
 
 
@@ -103,7 +103,7 @@ def test_rows_have_the_logits_of_alone(decoders):
         assert list(map(len, found)) == list(map(len, tokens))
         for one, other in zip(found, alone, strict=True):
             one, other = torch.stack(one), torch.stack(other)
-            assert (one - other).std() < OF_8_BITS * other.std()
+            assert (one - other).std() < INT8_INPUT_ERROR * other.std()
 
 
 def test_answers_advance_in_one_pass(decoders, monkeypatch):
@@ -156,7 +156,7 @@ def test_the_real_model_answers_the_same_side_by_side(engine):
         Message("user", "What is this?", [ROOT / "examples" / "bus.jpg"]),
         Message("user", "Why is the sky blue?"),
     ]
-    alone = [certain_answer(engine, [question], options, BITS_8)[0] for question in questions]
+    alone = [certain_answer(engine, [question], options, ONNX_RUN_TO_RUN)[0] for question in questions]
     replies = {index: engine.reply([question], options) for index, question in enumerate(questions)}
     said = [""] * len(questions)
     while replies:

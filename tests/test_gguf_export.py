@@ -115,7 +115,7 @@ def test_the_same_greedy_answers_about_pictures(tiny, trained, tmp_path, monkeyp
 def assert_same_answers(engine, exported, address, tiny, monkeypatch, margin):
     """Greedy answers about pictures are llama.cpp's."""
     encoder = engine.image_encoder
-    assert exported.mmproj and ["one place off" in note for note in exported.notes] == [True] * encoder.has_class_token
+    assert exported.mmproj and ["position off" in note for note in exported.notes] == [True] * encoder.has_class_token
     if encoder.has_class_token:
         monkeypatch.setattr(encoder, "forward", lambda pixels: class_token_last(encoder, pixels))
     count = 12 if encoder.has_class_token else 4  # llama.cpp looks SigLIP's GELU up in half precision: it drifts off
@@ -217,7 +217,7 @@ def test_4_bits_by_llama_cpps_quantizer(tiny, tmp_path, monkeypatch):
 def test_a_chat_template_that_counts_turns_is_refused(tiny, tmp_path):
     template = llava.PARTS_TEMPLATE.replace("message['role'].upper()", "message['role'] ~ loop.index")
     base = llava.make(tmp_path / "llava", tiny / "phi3", template=template)
-    with pytest.raises(BadInput, match="more than to put fixed texts around messages"):
+    with pytest.raises(BadInput, match="more than put fixed texts around messages"):
         export_gguf(base, tmp_path / "gguf", infer_preset(base))
 
 

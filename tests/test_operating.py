@@ -14,7 +14,7 @@ from mmchat import BadInput, Message, MmchatError, SamplingOptions
 from mmchat.serving import filtering, serve
 from mmchat.serving import page as ui
 from mmchat.serving.caching import CachedText, CachingEngine
-from mmchat.serving.filtering import ANSWER_HELD, QUESTION_HELD, REST_HELD, FilteringEngine, load_filter
+from mmchat.serving.filtering import ANSWER_HELD, CONTINUATION_HELD, QUESTION_HELD, FilteringEngine, load_filter
 from mmchat.serving.json_log import JsonFormatter
 from mmchat.serving.metrics import Metrics
 from mmchat.serving.middleware import build_middleware
@@ -110,7 +110,7 @@ def test_no_held_back_word_is_ever_shown(size):
 
     _, held = filtered(*split("The farmer has a big field, and in it there grows a turnip and more of it."))
     shown = list(held.reply(COLORS))
-    assert shown[-1] in (REST_HELD, ANSWER_HELD) and "turn" not in "".join(shown[:-1])
+    assert shown[-1] in (CONTINUATION_HELD, ANSWER_HELD) and "turn" not in "".join(shown[:-1])
     _, held = filtered(*split("On the second day of it all my true love gave to me two turtle doves and a partridge."))
     assert "two" not in "".join(list(held.reply(COLORS))[:-1])
     harmless = "A plain answer of a good number of words, which stays as it is.\n\n1. One\n2. Two"

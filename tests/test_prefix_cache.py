@@ -15,7 +15,7 @@ from mmchat.inference.onnx_decoder import OnnxDecoder
 from mmchat.presets import PRESETS
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
-from tests.close import BITS_8, assert_same_choices, certain_answer, recorded_logits
+from tests.close import ONNX_RUN_TO_RUN, assert_same_choices, certain_answer, recorded_logits
 
 OPTIONS = SamplingOptions(temperature=0, max_new_tokens=6)
 
@@ -97,7 +97,7 @@ def test_answers_are_the_same_with_and_without_the_cache(pair, steps):
                 pieces.close()
             chosen.append(logits)
         # The cache is filled in other pieces, which are summed in another order.
-        assert_same_choices(*chosen, BITS_8 if isinstance(cached.decoder, OnnxDecoder) else 1e-4)
+        assert_same_choices(*chosen, ONNX_RUN_TO_RUN if isinstance(cached.decoder, OnnxDecoder) else 1e-4)
         turns = [*turns, Message("assistant", "".join(said[0]))]
 
 
@@ -144,7 +144,7 @@ def test_concurrent_conversations_are_independent(pair):
         [Message("user", "Is there a dog?")],
         [Message("user", "Describe the image.", pictures[1:2])],
     ]
-    expected = [certain_answer(uncached, talk, options, BITS_8)[0] for talk in talks]
+    expected = [certain_answer(uncached, talk, options, ONNX_RUN_TO_RUN)[0] for talk in talks]
     answers: dict[int, list[str]] = {number: [] for number in range(3)}
 
     def talk(number):

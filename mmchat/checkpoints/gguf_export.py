@@ -1,6 +1,6 @@
-"""Weights → GGUF files for llama.cpp and what is built on it: the text model, the adapter, and the image part.
+"""Weights → GGUF files for llama.cpp and programs built on it: the text model, the adapter, and the image part.
 
-The tensor names come from the ``gguf`` package; llama.cpp's loader (tools/mtmd/clip.cpp) defines what the picture part
+The tensor names come from the ``gguf`` package; llama.cpp's loader (tools/mtmd/clip.cpp) defines what the image part
 ("mmproj") may hold: the patches of CLIP or SigLIP after one layer, then Linear → GELU → Linear. A question without a
 picture uses the adapter there, too, unless the request switches it off.
 """
@@ -38,7 +38,7 @@ QUANTIZER = "llama-quantize"  # llama.cpp's program, which can
 class Exported:
     """The files that were written; None where the weights have no such part.
 
-    ``notes`` say why, and what else differs from what was asked for or from mmchat.
+    ``notes`` say why, and how the result differs from the request or from mmchat.
     """
 
     model: Path
@@ -92,7 +92,7 @@ def export_gguf(
     else:
         _write_mmproj(model, preset.image_encoder, folder / "mmproj.gguf", kind)
         if _is_clip(preset.image_encoder):
-            notes.append("llama.cpp reads CLIP's patches one place off, so answers about pictures may differ there.")
+            notes.append("llama.cpp reads CLIP's patches one position off, so answers about pictures may differ there.")
     return Exported(
         folder / "model.gguf",
         folder / "adapter.gguf" if adapter else None,

@@ -46,7 +46,7 @@ def _llava_template(template: ChatTemplate, tokenizer: Any) -> str:
     expected = [first + image, before_answer, after_answer + image, before_answer, after_answer, last]
     if not image.startswith(template.image_token) or texts(seen, answer, seen, answer, question) != expected:
         raise BadInput(
-            "The chat template of these weights does more than to put fixed texts around messages, so it cannot be "
+            "The chat template of these weights does more than put fixed texts around messages, so it cannot be "
             "written for llama.cpp. export_llava.py exports them for transformers and vLLM."
         )
     before_system, after_system, *_ = texts(Message("system", "s"), question)
@@ -109,7 +109,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
     if described["model"].get("byte_fallback"):
         writer.add_token_scores([-float(index) for index in range(rows)])  # merges stand in the order of the vocabulary
         writer.add_add_space_prefix(True)
-    special.add_special_token = {"bos": False, "eos": False}  # the chat template says all that is to be said
+    special.add_special_token = {"bos": False, "eos": False}  # the chat template writes these tokens
     special.chat_template = None
     special.add_to_gguf(writer, quiet=True)
 

@@ -1,7 +1,7 @@
 """Import checkpoints of other projects into a weights folder.
 
-The projector, the adapter, and the project that the checkpoint comes from: every tensor is accounted for. Pickled files
-are read with ``weights_only=True``, so they cannot run code.
+It finds the projector, the adapter, and the project that the checkpoint comes from, and accounts for every tensor.
+Pickled files are read with ``weights_only=True``, so they cannot run code.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def import_checkpoint(
             preset's own, or "auto" to recognize it by the names of the projector's tensors.
         image_encoder: the repository or folder of the image encoder that the projector reads; by default the
             project's, else the preset's. Tensors do not show which: ViT-B/16 and B/32 are equally wide.
-        image_features, image_layer, class_token: what is taken of it, as ``find_image_encoder`` has them.
+        image_features, image_layer, class_token: which features the projector reads; see ``find_image_encoder``.
 
     Raises:
         BadInput: ``out`` is not empty.

@@ -104,10 +104,10 @@ class StoredProjector:
 
     kind: str  # of ProjectorConfig
     project: str  # whose it is, a key of PROJECTS
-    names: dict[str, str]  # what their names begin with -> what ours begin with
+    names: dict[str, str]  # tensor-name prefixes: theirs -> ours
     first: str  # our name of the matrix that reads features
-    hidden: str | None  # of the one whose rows are the intermediate size
-    last: str  # of one that writes tokens
+    hidden: str | None  # our name of the matrix whose number of rows is the intermediate size
+    last: str  # our name of the matrix that outputs tokens
 
 
 STORED_PROJECTORS = (

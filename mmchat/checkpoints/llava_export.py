@@ -120,7 +120,7 @@ def _config(preset: Preset, image_token_id: int, text_config: Any) -> Any:
 
 
 def image_network(encoder: ImageEncoderPreset, model_class: Any) -> nn.Module:
-    """An image encoder without what a contrastive model or a LLaVA model has beside it, in 32 bits."""
+    """An image encoder in fp32, without the rest of its contrastive or LLaVA model."""
     folder = fetch(encoder.source)
     if is_llava_folder(folder):
         return llava_image_encoder(folder, encoder.name)[1]

@@ -25,7 +25,7 @@ from .published_files import ImportReport, read_tensors
 
 Tensors = dict[str, torch.Tensor]
 TRAINED = "model_state_dict"  # in files that hold the trainer's state, too
-SNAPSHOT_PREFIX = "initial_weights"  # copies that the second kind keeps to see how far it has moved
+SNAPSHOT_PREFIX = "initial_weights"  # frozen initial copies that the second kind keeps to measure drift
 
 
 def read_projector(files: Sequence[Path], report: ImportReport) -> Tensors:

@@ -1,6 +1,6 @@
 """mmchat.json: what a weights folder says about the models that its weights were trained for.
 
-It also holds the prompt template of weights that were trained with another one than ours, the image encoder that was
+It also holds the prompt template of weights that were trained with one other than ours, the image encoder that was
 chosen in place of the preset's, and the name of the LLaVA model that the weights were trained on.
 """
 
@@ -34,7 +34,7 @@ def _identity(preset: Preset) -> dict:
 
 
 def _encoder_of_choice(preset: Preset) -> dict:
-    """All about an image encoder that was chosen in place of the preset's; empty for the preset's own."""
+    """The chosen image encoder's fields; empty for the preset's own."""
     encoder = preset.image_encoder
     if preset.language_model.is_llava and encoder.source == preset.language_model.source:
         return {}
@@ -75,7 +75,7 @@ def read_config(folder: Path) -> dict:
 
 
 def why_no_weights(folder: Path, name: str = "") -> str:
-    """Why a folder is no weights, neither trained ones nor a LLaVA model, in a sentence.
+    """Says in a sentence why a folder holds neither trained weights nor a LLaVA model.
 
     Args:
         name: what to call it; the folder's name if empty.

@@ -216,7 +216,8 @@ def load_model(
 
     Args:
         any_encoder: the weights may have been made for another image encoder, whose features have the same shape: a
-            start to go on from with the preset's. Their tagger, which reads the other's features, is left out then.
+            starting point for training with the preset's own. Their tagger, which reads the other encoder's features,
+            is then left out.
 
     Raises:
         WeightsError: the folder is not a weights folder, or was made for other models.

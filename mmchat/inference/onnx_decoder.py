@@ -3,8 +3,8 @@
 Decoding reads every weight once per token, so it is bound by memory bandwidth: smaller weights are faster. PyTorch also
 spends as long on launching its many small operations as on computing. In a GGUF file of type Q4_1, a block of 32
 weights has 16 levels (embeddings: 256). Packing keeps these levels, so the weights are lossless up to fp32 rounding.
-Like llama.cpp, the decoder rounds the inputs of a product to 8 bits, but for outlier channels, so its logits are close
-to PyTorch's, not equal. The fp32 weights stay memory-mapped on disk.
+Like llama.cpp, the decoder rounds the inputs of each matrix product to 8 bits, but keeps outlier channels in fp32, so
+its logits are close but not equal to PyTorch's. The fp32 weights stay memory-mapped on disk.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class OnnxDecoder:
 
 
 class _Graph:
-    """The session, and what it takes beside embeddings, keys and values."""
+    """The ONNX session, and its inputs other than embeddings, keys and values."""
 
     def __init__(self, path: Path, model: nn.Module):
         import onnxruntime

@@ -179,7 +179,7 @@ class Clip(ImageEncoder):
 
 
 def load_image_processor(preset: ImageEncoderPreset) -> Any:
-    """What turns pictures into the pixels that CLIP or SigLIP reads.
+    """The image processor that prepares pixels for CLIP or SigLIP.
 
     Raises:
         WeightsError: its file is missing or damaged.

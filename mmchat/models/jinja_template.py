@@ -1,7 +1,7 @@
 """Renders the Jinja chat template in a model's files, as transformers does. The built-in formats: chat_formats.py.
 
-The template is rendered around placeholders for what people wrote, so that we know which characters are theirs: these
-can neither open a turn nor stand for an image.
+During rendering, placeholders stand for what people wrote, so we know which characters are theirs: these can neither
+open a turn nor stand for an image.
 """
 
 from __future__ import annotations

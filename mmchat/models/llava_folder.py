@@ -191,7 +191,7 @@ def load_part(
 
 
 def llava_template(folder: Path, name: str = "") -> ChatTemplate:
-    """The chat template of a LLaVA folder, and its picture's token.
+    """The chat template of a LLaVA folder, and its image token.
 
     Raises:
         WeightsError: there is no template.

@@ -48,9 +48,9 @@ def segments(
 ) -> Iterator[Segment]:
     """The segments of a conversation, in order.
 
-    Text-only conversations open with the format's default system message, which the base model was tuned on. Ones with
-    an image do not: the adapter was trained without, and every token counts on a small machine. If the weights have a
-    prompt template, conversations with an image follow it.
+    Text-only conversations open with the format's default system message, which the base model was tuned on.
+    Conversations with an image have none: the adapter was trained without it, and every token costs time on a small
+    machine. If the weights have a prompt template, conversations with an image follow it.
     """
     if chat_format.prompt_template and has_images(messages):
         yield from _template_segments(messages, chat_format, chat_format.prompt_template, image_text)

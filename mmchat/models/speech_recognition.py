@@ -31,7 +31,7 @@ CANTONESE = "yue"  # came with large-v3; the vocabularies of smaller and older m
 CANTONESE_MODELS = ("large-v3", "turbo")  # in the names of the models that know it
 TASKS = ("transcribe", "translate")  # Whisper's own; it translates into English only
 WINDOW = 30  # seconds; Whisper's input length
-ENGLISH_PRIOR = 3  # another language must be this many times as probable, so that an accent does not count as one
+ENGLISH_PRIOR = 3  # another language must be this many times as probable as English, so an accent is not taken for one
 MAX_WORKERS = 4  # parts of a recording transcribed in parallel
 POLL_SECONDS = 0.2  # how often a caller may stop while a part is being transcribed
 MIN_SECONDS = 0.1
@@ -152,7 +152,7 @@ def _faster_whisper(preset: SpeechPreset, folder: Path) -> Listen:
     from faster_whisper import WhisperModel
 
     class Recognizer(WhisperModel):
-        """Encodes a window once, not first to detect its language and again to transcribe it."""
+        """Whisper that caches the last encoded window, so detecting its language and transcribing it encode once."""
 
         last: tuple[Any, Any] = (None, None)  # features, [mels, frames], and what they were encoded to
 
@@ -218,7 +218,7 @@ def _detect(model: Any, samples: np.ndarray) -> str:
 
     speech, _ = collect_chunks(samples, get_speech_timestamps(samples))
     features = model.feature_extractor(np.concatenate(speech))  # [mels, frames]
-    # Without the last frame, which transcribing leaves out, too: so the same features are encoded, once.
+    # Drop the last frame, as transcription does, so both encode the same features and the second call hits the cache.
     language, _, probabilities = model.detect_language(features=features[:, :-1])
     likely = dict(probabilities)
     return str(language) if likely[language] > ENGLISH_PRIOR * likely["en"] else "en"

@@ -1,6 +1,6 @@
 """Many questions: reads pictures, ZIPs and lines, answers one by one, writes CSV and JSON lines.
 
-The page "Batch" and the command `mmchat batch` differ in where the questions come from, and in nothing else.
+The page "Batch" and the command `mmchat batch` differ only in where the questions come from.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def read_line(line: str) -> Question:
     except (ValueError, AttributeError, KeyError) as error:
         raise BadInput('it is not of the form {"image": path or null, "question": text}.') from error
     if not isinstance(text, str) or not isinstance(image, (str, type(None))):
-        raise BadInput("the question must be text and the image a path or null.")
+        raise BadInput('"question" must be text, and "image" a path or null.')
     return Question(text, Picture(image, Path(image)) if image else None, entry)
 
 
@@ -158,9 +158,9 @@ def answer_questions(
 ) -> Iterator[dict[str, Any] | Waiting]:
     """Answers questions in order, for the page and the command: each question's entry with ``"answer"``.
 
-    Before the answer stands its ``"draft"``, if it was rewritten. While a question waits in line at a ``QueuedEngine``,
-    ``Waiting`` comes. One that cannot be answered gets ``"answer": None`` and an ``"error"``. Closing the iterator
-    stops the work; what it gave before stays.
+    A rewritten answer stands after its ``"draft"``. While a question waits in line at a ``QueuedEngine``, it yields
+    ``Waiting``. A question that cannot be answered gets ``"answer": None`` and an ``"error"``. Closing the iterator
+    stops the work; results already yielded stand.
     """
     for question in questions:
         row = dict(question.entry)

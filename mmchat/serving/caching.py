@@ -79,7 +79,7 @@ class CachingEngine(EngineWrapper):
 
 
 def _key(messages: Sequence[Message], options: SamplingOptions) -> Hashable | None:
-    """What an answer depends on; None if it depends on chance."""
+    """The cache key; None if the answer is sampled."""
     if options.temperature > 0 and options.beams == 1:
         return None
     said = tuple((each.role, each.text.strip(), tuple(map(picture_digest, each.images))) for each in messages)

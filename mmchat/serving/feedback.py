@@ -58,14 +58,14 @@ class FeedbackStore:
             if len(entries) >= MAX_ENTRIES:
                 raise BadInput("This server has all the feedback that it can keep. Thank you!")
             entry = _entry(question, [self._keep(picture) for picture in pictures], good_answer or answer)
-            # The newest word on a question counts: contradictions teach nothing.
+            # The latest rating of a question replaces earlier ones: contradictions teach nothing.
             entries = [old for old in entries if old["id"] != entry["id"]]
             extra = {"liked": liked, **({"said": answer} if better else {})}
             _replace(self.folder / name, [*entries, {**entry, **extra}])
             self._forget(entry["id"], "disliked.json" if good_answer else "conversations.json")
 
     def _forget(self, identifier: str, name: str) -> None:
-        """Removes an earlier word on the same question from the other file."""
+        """Removes an earlier rating of the same question from the other file."""
         entries = _read(self.folder / name)
         kept = [old for old in entries if old["id"] != identifier]
         if len(kept) < len(entries):

@@ -22,7 +22,7 @@ WINDOW = 2_000  # characters; of a long answer, its end is checked
 HELD_WORDS = 4  # the last words of an answer wait for the next ones, with which they may form a listed phrase
 QUESTION_HELD = "I would rather not answer that here. Please put your question in other words."
 ANSWER_HELD = "I would rather not say this here. Please ask in another way."
-REST_HELD = " … I would rather not go on here. Please ask in another way."
+CONTINUATION_HELD = " … I would rather stop here. Please ask in another way."
 
 
 @cache
@@ -86,7 +86,7 @@ class FilteringEngine(EngineWrapper):
             yield from self._checked(self.engine.rewrite(question, draft, options))
 
     def _checked(self, pieces: Iterator[str]) -> Iterator[str]:
-        """Passes on what is followed by a few words and was found harmless with them."""
+        """Yields text once the few words after it have passed the filter, too."""
         shown, waiting = "", ""
         with closing(pieces):  # type: ignore[type-var]
             for piece in pieces:
@@ -105,7 +105,7 @@ class FilteringEngine(EngineWrapper):
                     if waiting:
                         yield type(piece)(waiting)
                     return
-        yield REST_HELD if shown else ANSWER_HELD
+        yield CONTINUATION_HELD if shown else ANSWER_HELD
 
     def _is_held(self, text: str) -> bool:
         try:

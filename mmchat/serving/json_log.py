@@ -1,4 +1,4 @@
-"""Logs as JSON lines, for MMCHAT_LOG=json. Nobody's words get in: of an error only kind and place are logged."""
+"""JSON-lines logging for MMCHAT_LOG=json. It logs no user text; of an error, only its type and location."""
 
 from __future__ import annotations
 

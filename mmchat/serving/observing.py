@@ -1,4 +1,4 @@
-"""Watches an engine for metrics and logs: counts and times, never anybody's words."""
+"""Watches an engine for metrics and logs: counts and times, never user text."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class ObservedEngine(EngineWrapper):
 
     @contextmanager
     def _told(self, observation: Observation) -> Iterator[Observation]:
-        """Times what is done inside, notes how it ended, and tells the observers."""
+        """Times the block, records how it ended, and notifies the observers."""
         observation.started = time.monotonic()
         try:
             yield observation

@@ -26,7 +26,7 @@ from .request_queue import Busy, Gate
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.02  # how often a waiting request looks whether it is its turn
+POLL_SECONDS = 0.02  # between two checks whether it is a waiting request's turn
 STATUS = {BadInput: 400, Busy: 429, MmchatError: 503}  # the first that fits an error; otherwise 500
 FAILED = "Something went wrong on my side. Please try again."
 
@@ -137,7 +137,7 @@ class OpenAiApi:
         while not ticket.is_set():
             if await request.is_disconnected():
                 raise Refusal(499, "The request was ended.")
-            await anyio.sleep(LOOK_SECONDS)
+            await anyio.sleep(POLL_SECONDS)
 
     async def _events(
         self, head: dict[str, Any], asked: ChatRequest, first: str | None, pieces: AsyncGenerator[str, None]
@@ -187,7 +187,7 @@ async def _json(request: Request) -> Any:
 
 
 def _unheard(_: str) -> None:
-    """OpenAI's API has no place for notices."""
+    """Discards notices, which OpenAI's API cannot carry."""
 
 
 def _close(*iterators: Iterator[str]) -> None:

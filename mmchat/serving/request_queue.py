@@ -11,7 +11,7 @@ from ..conversation import Engine, Message, SamplingOptions, logger
 from ..errors import MmchatError
 from .wrapper import EngineWrapper
 
-LOOK_SECONDS = 0.5  # between two looks at a place in line
+POLL_SECONDS = 0.5  # between two checks of a position in line
 
 
 class Busy(MmchatError):
@@ -22,14 +22,14 @@ class Waiting(str):
     """An empty piece of text, sent while the question still waits in line.
 
     Attributes:
-        place: questions before it, this one included; 1 is the next.
+        position: its position in line; 1 is the next.
     """
 
-    place: int
+    position: int
 
-    def __new__(cls, place: int) -> Waiting:
+    def __new__(cls, position: int) -> Waiting:
         piece = super().__new__(cls)
-        piece.place = place
+        piece.position = position
         return piece
 
 
@@ -82,13 +82,13 @@ class Gate:
                 self._free += 1
 
     def places(self, ticket: Event) -> Iterator[int]:
-        """Waits for a question's turn, and yields its place in line every LOOK_SECONDS; 1 is the next."""
+        """Waits for a question's turn, and yields its position in line every POLL_SECONDS; 1 is the next."""
         while not ticket.is_set():
             with self._lock:
-                place = self._line.index(ticket) + 1 if ticket in self._line else 0
-            if place:
-                yield place
-            ticket.wait(LOOK_SECONDS)
+                position = self._line.index(ticket) + 1 if ticket in self._line else 0
+            if position:
+                yield position
+            ticket.wait(POLL_SECONDS)
 
     @contextmanager
     def turn(self) -> Iterator[Iterator[Waiting]]:

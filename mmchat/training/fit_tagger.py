@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 TAGS_FILE = "tags.json"  # picture → its out-of-fold tags
 MIN_WORD_PICTURES, MIN_LABEL_PICTURES = 15, 3  # pictures that must show a caption word, or a label, to include it
-WEAK_NEGATIVE = 0.15  # loss weight of words that no source covers; at 0 the tagger would see door knobs in the snow
+WEAK_NEGATIVE = 0.15  # loss weight of words that no source covers; at 0, the tagger would predict doorknobs in the snow
 FOLDS = 4
 EPOCHS, MIN_STEPS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, DROPOUT = 10, 500, 256, 2e-3, 0.3, 0.4
 DROP_ALL, DROP_ONE = 0.1, 0.15  # probability that training drops all tags of a picture, or one of them

@@ -168,7 +168,7 @@ def sample_answers(
     max_new_tokens = max(MIN_LIMIT, 1 + max(len(answer) for question in questions for answer in question.answers))
     is_training = model.training
     model.eval()  # in training mode, gradient checkpointing turns the KV cache off
-    with torch.compiler.set_stance("force_eager"):  # every step has a new length and would compile again
+    with torch.compiler.set_stance("force_eager"):  # each step has a new length and would recompile
         sampled = _sample(model, model.splice(token_ids, features), is_token, count, max_new_tokens)
     model.train(is_training)
     stop_ids = stop_token_ids(model.unwrapped_language_model)

@@ -155,7 +155,7 @@ class VisionLanguageTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         lengths = [len(row) for row in (train_dataset or self.train_dataset).rows]
-        # Accumulated batches, and those of all devices, form one step, so they get similar lengths, too.
+        # One step spans accumulated batches and all devices, so their lengths are matched, too.
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return EpochSampler(step, lengths, self.args.seed)
 

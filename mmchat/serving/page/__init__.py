@@ -1,6 +1,6 @@
 """The web page, in small files; it sends plain data to the engine and gets text back.
 
-layout.py         what is where on the page, and which event calls what
+layout.py         the layout, and which event calls which function
 turns.py          ask, retry, undo, stop: one turn of a conversation
 history.py        the page's conversation and the engine's messages, one made from the other
 branches.py       other answers to a question, and editing an earlier one

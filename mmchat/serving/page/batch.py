@@ -59,11 +59,11 @@ class BatchPage:
         try:
             with closing(self._rows(pictures, question, visit, request)) as answered:
                 for row in answered:
-                    place = f" · waiting in line, place {row.place}" if isinstance(row, Waiting) else ""
+                    position = f" · waiting in line, place {row.position}" if isinstance(row, Waiting) else ""
                     if isinstance(row, dict):
                         rows.append(row)
                         progress((len(rows), len(pictures)), desc=row["image"], unit="pictures")
-                    yield _table(rows), f"{len(rows)} of {len(pictures)}{place}", gr.skip(), gr.skip()
+                    yield _table(rows), f"{len(rows)} of {len(pictures)}{position}", gr.skip(), gr.skip()
                     if visit.latest != mine:
                         break
         except Exception as error:  # what is there can still be downloaded
@@ -81,7 +81,7 @@ class BatchPage:
     def _rows(
         self, pictures: list[Picture], question: str, visit: Visit, request: gr.Request | None
     ) -> Iterator[dict[str, Any] | Waiting | None]:
-        """An answer for each picture, its place while it waits in line, and None while it waits for the rate limit."""
+        """Each picture's answer, its position while it waits in line, or None while it waits for the rate limit."""
         options = SamplingOptions(temperature=0)
         for asked in about_each(pictures, question):
             while not self._is_admitted(request):

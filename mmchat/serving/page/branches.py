@@ -1,7 +1,7 @@
 """Other answers to the last question, to flip between, and earlier questions, to ask another way.
 
 The answers that a retry replaces travel with the conversation, in the options of its last message, which gradio shows
-as buttons. They come back from the browser, so nothing but texts is believed.
+as buttons. They come back from the browser, so only their texts are trusted.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def flip(history: History, visit: Visit, event: gr.SelectData) -> Any:
 
 
 def edit(history: History, visit: Visit, event: gr.EventData) -> tuple[History, Box]:
-    """Moves an earlier question back into the box; what is asked then goes on from there as a new conversation.
+    """Moves an earlier question back into the box; the next question starts a new conversation from there.
 
     The browser keeps the old conversation under its own id.
 

@@ -1,4 +1,4 @@
-"""Inputs that accept what was uploaded, and nothing else that a raw request may hold."""
+"""Inputs that accept uploaded files only, whatever else a raw request may hold."""
 
 from __future__ import annotations
 

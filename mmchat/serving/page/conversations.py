@@ -1,7 +1,7 @@
 """Conversations in the visitor's browser: the list of them in the sidebar.
 
-store.js keeps them, transfer.js exports and imports them. The server sees a conversation while it is asked about it,
-and keeps none.
+store.js keeps them, transfer.js exports and imports them. The server sees a conversation only while it answers
+a question in it, and keeps none.
 """
 
 from __future__ import annotations

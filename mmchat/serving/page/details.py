@@ -13,7 +13,7 @@ from .history import History, Turn, said
 
 logger = logging.getLogger(__name__)
 
-MIN_TOKENS = 5  # of an answer whose speed means anything
+MIN_TOKENS = 5  # shorter answers get no speed
 DETAILS = "Details"  # title of the folded message
 
 
@@ -22,9 +22,9 @@ def working(title: str, log: str = "") -> Turn:
     return {**said(""), "metadata": {"title": title, "log": log, "status": "pending"}}
 
 
-def in_line(place: int) -> Turn:
+def in_line(position: int) -> Turn:
     """The row of a question that waits for its turn."""
-    return working("Waiting in line", f"place {place}")
+    return working("Waiting in line", f"place {position}")
 
 
 @dataclass
@@ -74,7 +74,7 @@ def details(
 
 
 def _ask(engine: Engine, text: str, messages: list[Message]) -> dict[str, Any]:
-    """What the engine knows about its answer; nothing if it does not tell, or fails: the answer is there already."""
+    """Facts from the engine; none if it has no ``details`` or fails, because the answer is already complete."""
     try:
         return engine.details(text, messages[-1].images) if hasattr(engine, "details") else {}
     except Exception as error:

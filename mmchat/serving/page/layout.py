@@ -1,4 +1,4 @@
-"""What is where on the page, and which event calls what."""
+"""The page's layout, and which event calls which function."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Parts:
     chat: Conversation
     box: QuestionBox
     voice: VoiceTab
-    status: gr.Markdown  # a thin row above the box: place in line, progress, errors
+    status: gr.Markdown  # a thin row above the box: position in line, progress, errors
     stop: gr.Button
     fresh: gr.Button  # "New chat"
     listing: gr.HTML  # the conversations in the visitor's browser

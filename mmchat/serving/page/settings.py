@@ -20,8 +20,10 @@ def build_settings() -> list[Any]:
             gr.Slider(0, 1.5, defaults.temperature, step=0.1, label="Temperature", info="0 is the likeliest answer"),
             gr.Slider(16, 1024, defaults.max_new_tokens, step=16, label="Longest answer", info="in tokens"),
             gr.Checkbox(label="Rewrite answers", info="in better English, by the same model without its adapter"),
-            gr.Slider(0.05, 1, defaults.top_p, step=0.05, label="Top-p", info="how many of the likely words may come"),
-            gr.Slider(1, 8, defaults.beams, step=1, label="Careful", info="beams; the answer comes in one piece"),
+            gr.Slider(0.05, 1, defaults.top_p, step=0.05, label="Top-p", info="share of probability to sample from"),
+            gr.Slider(
+                1, 8, defaults.beams, step=1, label="Careful", info="above 1: beam search; the answer comes all at once"
+            ),
             gr.Checkbox(label="Exact", info="always the likeliest word, so an answer is repeatable"),
             gr.Number(None, label="Seed", info="makes a varied answer repeatable", precision=0),
             gr.Textbox(

@@ -106,7 +106,7 @@ class Page:
         yield gr.skip()  # gradio repeats the last value at the end, which could overwrite a newer page
 
     def _answers(self, history: History, visit: Visit, settings: tuple[Any, ...]) -> Iterator[History]:
-        """What is going on, the answer so far, and at last the answer, which may be stopped, with its details."""
+        """Yields a progress row, then the growing answer, then the final or stopped answer with its details."""
         try:
             options, rewrite, system = read_settings(*settings)
         except BadInput as error:
@@ -185,7 +185,7 @@ def cached(path: str) -> str:
 
 def as_turn(text: str) -> Turn:
     """An answer so far as a turn, or the row that says where its question waits in line."""
-    return in_line(text.place) if isinstance(text, Waiting) else said(text)
+    return in_line(text.position) if isinstance(text, Waiting) else said(text)
 
 
 def grow(pieces: Iterator[str]) -> Iterator[str]:

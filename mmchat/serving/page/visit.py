@@ -14,7 +14,7 @@ class Visit:
     """One visit to the page. Each request gets an id, and only the latest request may write to the page.
 
     This is how New chat, Undo and a new question end a reply; Stop ends it, too, and keeps what is there. With gradio's
-    own ``cancels``, the old reply would overwrite the new question, and cancelling works only once.
+    own ``cancels``, the old reply would overwrite the new question, and canceling works only once.
 
     Attributes:
         latest: id of the latest request.

@@ -53,8 +53,8 @@ def read_captions(path: str | Path) -> list[dict[str, Any]]:
         pictures = _from_json(json.loads(text)) if is_json else _from_list(text)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(
-            f"{path.name} is in no known caption format; use COCO or Karpathy JSON, a JSON list of image and captions, "
-            f"or Flickr8k's list ({error!r})."
+            f"{path.name} is in no known caption format; use COCO or Karpathy JSON, a JSON list of pictures and "
+            f"captions, or Flickr8k's list ({error!r})."
         ) from error
     if not pictures:
         raise BadInput(f"{path.name} holds no captions.")

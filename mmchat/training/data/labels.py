@@ -103,8 +103,8 @@ def _format_of(path: Path) -> str:
     if isinstance(first, dict) and "image" in first:
         return "daquar" if "question" in first else "list"
     raise BadInput(
-        f"{path.name} is in no known label format; use COCO instances, a JSON list of images with objects, a label or "
-        "a scene, or a JSON list of images with questions and answers."
+        f"{path.name} is in no known label format; use COCO instances, a JSON list of pictures with objects, a label "
+        "or a scene, or a JSON list of pictures with questions and answers."
     )
 
 
