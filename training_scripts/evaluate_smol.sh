@@ -36,5 +36,5 @@ prepare easy easy-vqa --split test --images data/pictures/easy-vqa/test --folder
     --out data/features-lite2
 
 evaluate everyday --questions data/dev-{labels,daquar}.json
-evaluate others --questions data/dev-{captions,details,flickr-captions,flickr-questions,easy}.json
+evaluate others --conditions real --questions data/dev-{captions,details,flickr-captions,flickr-questions,easy}.json
 evaluate repeating --questions data/dev-{captions,details}.json --conditions real --no-repeat-ngram-size 0
