@@ -55,9 +55,23 @@ def take(browser: Browser, name: str, width: int, height: int, theme: str) -> No
     page.goto(f"{ADDRESS}?__theme={theme}")
     page.locator("#box textarea").wait_for()
     page.wait_for_timeout(2_000)
+    be_exact(page)
     converse(page)
     page.screenshot(path=ROOT / "docs" / name)
     page.close()
+
+
+def be_exact(page: Page) -> None:
+    """Chooses the likeliest answers, so that the pictures can be repeated."""
+    sidebar, toggle = page.locator("#side"), page.locator("#side .toggle-button")
+    is_folded = "open" not in sidebar.get_attribute("class").split()
+    if is_folded:
+        toggle.click()
+    page.get_by_role("button", name="Settings", exact=True).click()
+    page.get_by_label("Exact").check()
+    page.get_by_role("button", name="Settings", exact=True).click()
+    if is_folded:
+        toggle.click()
 
 
 def converse(page: Page) -> None:
