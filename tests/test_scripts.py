@@ -158,6 +158,14 @@ def test_two_stages_of_training_teach_the_real_model_two_photos(prepared, engine
     assert "".join(taught.reply(text_only, greedy)) == "".join(engine.reply(text_only, greedy))
 
 
+def test_a_file_is_split_by_picture(prepared):
+    script(prepared, "prepare_data.py split train.json --share 0.5 --out half.json --rest rest.json")
+    half, rest = (
+        {entry["image"] for entry in json.loads((prepared / name).read_text())} for name in ("half.json", "rest.json")
+    )
+    assert len(half) == len(rest) == 1 and half != rest
+
+
 def test_mistakes_end_with_an_error_sentence(prepared):
     for command, says in (
         ("prepare_data.py captions --captions none.json --out x.json", "none.json cannot be read"),
