@@ -50,7 +50,7 @@ def conversation(photo, **changes):
     """A conversation as the page exports it."""
     picture = "data:image/jpeg;base64," + base64.b64encode(photo.read_bytes()).decode()
     turns = [
-        {"role": "user", "parts": [{"picture": picture, "name": "Picture 1"}, {"text": TRICKY}, {"text": ""}]},
+        {"role": "user", "parts": [{"picture": picture, "name": r"Sign [1] \o/"}, {"text": TRICKY}, {"text": ""}]},
         {
             "role": "assistant",
             "parts": [{"text": "- 7 tokens"}],

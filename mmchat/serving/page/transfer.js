@@ -56,7 +56,7 @@ mmchat.transfer = (() => {
       if (Object.keys(more).length) lines.push(comment(more));
       for (const [index, part] of parts.entries()) {
         if (!part.picture && index && !parts[index - 1].picture) lines.push(comment({})); // between two texts
-        if (part.picture) lines.push(`![${part.name.replace(/[[\]\n]/g, '')}](${part.picture})`, '');
+        if (part.picture) lines.push(`![${oneLine(part.name).replace(/[\\[\]]/g, '\\$&')}](${part.picture})`, '');
         else lines.push(...part.text.split('\n').map(line => HEADS.test(line) ? '\\' + line : line), '');
       }
     }
@@ -71,14 +71,14 @@ mmchat.transfer = (() => {
       said = null;
     };
     for (const line of text.replace(/\n$/, '').split('\n')) {
-      const head = /^## (User|Assistant)( \(.*\))?$/.exec(line), picture = /^!\[(.*?)\]\((data:[^)]*)\)$/.exec(line);
+      const head = /^## (User|Assistant)( \(.*\))?$/.exec(line), picture = /^!\[((?:\\.|[^\\\]])*)\]\((data:[^)]*)\)$/.exec(line);
       if (line.startsWith('# ') && !turn) chat.title = line.slice(2);
       else if (head) { flush(); turn = {role: head[1].toLowerCase(), parts: []}; chat.turns.push(turn); }
       else if (line.startsWith('<!-- mmchat ')) {
         if (turn) { flush(); Object.assign(turn, uncommented(line)); } else chat.title = uncommented(line).title;
       }
       else if (!turn) { if (line) throw new Error('text before the first turn'); }
-      else if (picture) { flush(); turn.parts.push({picture: picture[2], name: picture[1]}); turn.afterPicture = true; }
+      else if (picture) { flush(); turn.parts.push({picture: picture[2], name: picture[1].replace(/\\(.)/g, '$1')}); turn.afterPicture = true; }
       else if (turn.afterPicture && line === '') delete turn.afterPicture;
       else (said ??= []).push(HEADS.test(line) && line.startsWith('\\') ? line.slice(1) : line);
     }
