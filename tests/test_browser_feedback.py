@@ -157,11 +157,7 @@ def test_made_up_feedback_stores_nothing(address, folder, photo, tmp_path):
     assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
 
 
-def test_without_a_folder_there_are_no_thumbs(engine, monkeypatch):
-    from mmchat.serving.serve import feedback_store
-
-    monkeypatch.delenv("MMCHAT_FEEDBACK", raising=False)
-    assert feedback_store() is None
+def test_without_a_folder_there_are_no_thumbs(engine):
     config = ui.build(engine, ROOT / "examples").get_config_file()
     (chat,) = [part["props"] for part in config["components"] if part["type"] == "chatbot"]
     assert not chat.get("feedback_options")
