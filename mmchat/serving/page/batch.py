@@ -17,7 +17,7 @@ from ..bulk import MAX_PICTURES, Picture, about_each, answer_questions, list_pic
 from ..request_queue import Waiting
 from ..uploads import MAX_FILE, shown_error
 from .components import File, PictureFiles
-from .turns import Page, checked_question
+from .turns import Page, address_of, checked_question
 from .visit import Visit
 
 LIMIT_SECONDS = 1.0  # between two looks at the rate limit
@@ -84,17 +84,10 @@ class BatchPage:
         """Each picture's answer, its position while it waits in line, or None while it waits for the rate limit."""
         options = SamplingOptions(temperature=0)
         for asked in about_each(pictures, question):
-            while not self._is_admitted(request):
+            while not self._page.limit.admits(address_of(request)):
                 yield None
                 time.sleep(LIMIT_SECONDS)
             yield from answer_questions(self._page.engine, [asked], options)
-
-    def _is_admitted(self, request: gr.Request | None) -> bool:
-        try:
-            self._page.admit(request)
-        except gr.Error:
-            return False
-        return True
 
 
 def _table(rows: list[dict[str, Any]]) -> list[list[str]]:
