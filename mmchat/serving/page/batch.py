@@ -15,7 +15,7 @@ from ...conversation import SamplingOptions
 from ...errors import BadInput
 from ..bulk import MAX_PICTURES, Picture, about_each, answer_questions, list_pictures, write_csv, write_jsonl
 from ..request_queue import Waiting
-from ..uploads import MAX_FILE, shown_error
+from ..uploads import MAX_FILE, MAX_ZIP, shown_error
 from .components import File, PictureFiles
 from .turns import Page, address_of, checked_question
 from .visit import Visit
@@ -23,8 +23,8 @@ from .visit import Visit
 LIMIT_SECONDS = 1.0  # between two looks at the rate limit
 HEADERS = ["Picture", "Answer"]
 INTRODUCTION = (
-    f"One question about many pictures, or a ZIP of them: at most {MAX_PICTURES} pictures, {MAX_FILE >> 20} MB per "
-    "file. Each gets the likeliest answer."
+    f"One question about many pictures, or a ZIP of them: at most {MAX_PICTURES} pictures of {MAX_FILE >> 20} MB, "
+    f"{MAX_ZIP >> 20} MB per ZIP. Each gets the likeliest answer."
 )
 
 
