@@ -23,6 +23,9 @@ def test_the_answer_to_a_typed_question_streams_in(page):
     assert len(answers(page).last.inner_text()) > 20
     assert len(page.evaluate("[...window.lengths]")) > 5  # it grew
     expect(question(page)).to_have_value("")
+    details = page.locator("#chat .thought-group")
+    details.locator(".title").click()
+    expect(details).to_contain_text(re.compile(r"Speed: \d+ tokens per second"))
 
 
 def test_a_question_about_a_photo_and_a_follow_up(page, photo, engine, monkeypatch):
