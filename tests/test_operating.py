@@ -12,6 +12,8 @@ import httpx
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from mmchat import BadInput, Message, MmchatError, SamplingOptions
 from mmchat.serving import filtering, serve
@@ -161,6 +163,19 @@ def test_settings_equip_an_engine(monkeypatch):
     assert filtering.DEFAULT
 
 
+def serve_until_launch(monkeypatch, launched, rate_limit="0"):
+    """Runs `mmchat serve` up to the launch, which gets the routes beside the page."""
+
+    def launch(demo, app_kwargs, **_):
+        launched(app_kwargs["routes"])
+        raise OSError  # nothing is served here
+
+    monkeypatch.setattr(ui, "launch", launch)
+    options = {"preset": "smol", "weights": None, "server": None, "host": None, "port": None}
+    with pytest.raises(MmchatError, match="address"):
+        serve.serve(SimpleNamespace(rate_limit=rate_limit, metrics=False, api=False, **options))
+
+
 @pytest.mark.parametrize(
     ("switched_on", "paths"),
     [
@@ -175,18 +190,24 @@ def test_the_api_and_the_metrics_are_there_only_if_they_are_switched_on(monkeypa
     for name, value in switched_on.items():
         monkeypatch.setenv(name, value)
     served = []
-
-    def launch(demo, app_kwargs, **_):
-        served.extend(route.path for route in app_kwargs["routes"])
-        raise OSError  # nothing is served here
-
-    monkeypatch.setattr(ui, "launch", launch)
-    options = SimpleNamespace(
-        rate_limit="0", preset="smol", weights=None, server=None, host=None, port=None, metrics=False, api=False
-    )
-    with pytest.raises(MmchatError, match="address"):
-        serve.serve(options)
+    serve_until_launch(monkeypatch, lambda routes: served.extend(route.path for route in routes))
     assert set(served) == paths
+
+
+def test_the_metrics_of_a_server_have_its_refusals(monkeypatch):
+    for name in ("MMCHAT_API_KEY", "MMCHAT_SIGN_IN", "MMCHAT_FEEDBACK"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("MMCHAT_API", "MMCHAT_METRICS"):
+        monkeypatch.setenv(name, "1")
+    said = []
+
+    def ask(routes):
+        program = TestClient(Starlette(routes=routes))
+        said.extend(program.post("/v1/chat/completions", json={}).status_code for _ in range(2))
+        said.append(program.get("/metrics").text)
+
+    serve_until_launch(monkeypatch, ask, rate_limit="1")
+    assert said[:2] == [400, 429] and 'mmchat_errors_total{kind="RateLimit"} 1.0' in said[2]
 
 
 @pytest.mark.slow
