@@ -23,6 +23,9 @@ def test_the_answer_to_a_typed_question_streams_in(page):
     assert len(answers(page).last.inner_text()) > 20
     assert len(page.evaluate("[...window.lengths]")) > 5  # it grew
     expect(question(page)).to_have_value("")
+    details = page.locator("#chat .thought-group")
+    details.locator(".title").click()
+    expect(details).to_contain_text(re.compile(r"Speed: \d+ tokens per second"))
 
 
 def test_a_question_about_a_photo_and_a_follow_up(page, photo, engine, monkeypatch):
@@ -251,13 +254,17 @@ def assert_in_view(page, width, height):
     assert 0 < bottom <= height and page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_a_picture_linked_in_an_answer_is_not_fetched(page, address):
+@pytest.mark.parametrize(("kind", "file"), [("Image", "spy.png"), ("Audio", "spy.wav")])
+def test_a_picture_or_sound_linked_in_an_answer_is_not_fetched(page, address, kind, file):
     page = page.context.new_page()  # whose requests are not counted
     page.goto(address)
     question(page).wait_for()
-    blocked = page.evaluate("""() => new Promise(resolve => {
+    blocked = page.evaluate(
+        """([kind, url]) => new Promise(resolve => {
         document.addEventListener('securitypolicyviolation', event => resolve(event.blockedURI));
-        const image = new Image();
-        image.onload = image.onerror = () => setTimeout(() => resolve("not blocked"), 1000);
-        image.src = "https://example.com/spy.png"; })""")
-    assert blocked == "https://example.com/spy.png"
+        const linked = new window[kind]();
+        linked.onload = linked.onerror = () => setTimeout(() => resolve("not blocked"), 1000);
+        linked.src = url; })""",
+        [kind, f"https://example.com/{file}"],
+    )
+    assert blocked == f"https://example.com/{file}"

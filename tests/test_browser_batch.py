@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import threading
 import zipfile
 from io import BytesIO
@@ -59,6 +60,7 @@ def download(page, kind):
 
 def test_pictures_and_a_zip_are_answered_and_downloaded(batch, pictures, photo, tmp_path):
     with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
+        archive.writestr("Thumbs.db", bytes(11 << 20))  # larger than a picture may be
         archive.write(pictures[1], "inside/green.png")
         archive.write(pictures[2], "inside/blue.png")
     give(batch, [pictures[0], tmp_path / "two.zip"])
@@ -131,9 +133,10 @@ def test_a_bad_batch_gets_a_sentence(address, tmp_path, photo):
     assert "not a ZIP file that I can read" in served(address, answer_batch, [[bad], "Hi", None])
     assert "add pictures" in served(address, answer_batch, [None, "Hi", None])
     assert "type a question" in served(address, answer_batch, [[upload(address, photo)], " ", None])
-    (tmp_path / "large.zip").write_bytes(bytes((10 << 20) + 1))
-    large = upload(address, tmp_path / "large.zip")
-    assert "'large.zip' is larger than 10 MB" in served(address, answer_batch, [[large], "Hi", None])
+    for name, limit in (("large.zip", 100), ("large.jpg", 10)):
+        large = upload(address, photo, name)
+        os.truncate(large["path"], (limit << 20) + 1)
+        assert f"'{name}' is larger than {limit} MB" in served(address, answer_batch, [[large], "Hi", None])
     escaping = BytesIO()
     with zipfile.ZipFile(escaping, "w") as archive:
         archive.writestr("../../escaped.png", b"x")

@@ -217,7 +217,8 @@ def test_cards_and_the_buttons_of_an_answer_work_with_the_keyboard_alone(page):
     expect(thumbnails(page)).to_have_count(1)
 
 
-def test_the_page_works_with_the_keyboard_alone(page):
+def test_the_page_works_with_the_keyboard_alone(page, engine, monkeypatch):
+    asked = record_replies(engine, monkeypatch)
     page.locator("#box textarea").focus()
     page.keyboard.type("What is the capital")
     page.keyboard.press("Shift+Enter")
@@ -225,13 +226,33 @@ def test_the_page_works_with_the_keyboard_alone(page):
     page.keyboard.press("Enter")
     expect(answers(page).last).to_contain_text("Paris")
     finished(page)
-    expect(page.locator("#chat .user .prose")).to_contain_text("of France?")
+    assert asked[-1][-1].text == "What is the capital\nof France?"
     reached = set()
     for _ in range(60):
         page.keyboard.press("Tab")
         reached.add(page.evaluate(FOCUSED))
     wanted = {"New chat", "Search conversations", "Edit question", "Retry", "Undo", "Text", "Voice", "Send"}
     assert not wanted - reached, reached
+
+
+def test_the_sidebar_works_with_the_keyboard_alone(page):
+    page.on("dialog", lambda dialog: dialog.accept("Paints" if dialog.type == "prompt" else None))
+    titles, asked = page.locator("#list li button:first-child"), page.locator("#chat .user .prose")
+    ask(page, "Name a color.")
+    finished(page)
+    press(page, "Rename Name a color.")
+    expect(titles).to_have_text(["Paints"])
+    press(page, "New chat")
+    expect(asked).to_have_count(0)
+    press(page, "Open Paints")
+    expect(asked).to_have_text("Name a color.")
+    press(page, "Toggle Sidebar")
+    expect(titles).to_be_hidden()
+    press(page, "Toggle Sidebar")
+    expect(titles).to_be_visible()
+    press(page, "Delete Paints")
+    expect(titles).to_have_count(0)
+    expect(asked).to_have_count(0)
 
 
 def test_at_200_percent_zoom_everything_is_in_view(page, photo):

@@ -15,6 +15,7 @@ from mmchat.training.data.llava_json import read_conversations
 from tests.browsing import DESKTOP, answers, ask, expect, finished, reload, show, violations
 from tests.conftest import ROOT
 from tests.raw import endpoints, served, upload
+from tests.test_docs import commands
 
 pytestmark = pytest.mark.browser
 CORRECTIONS = {  # pictures -> a better answer
@@ -24,7 +25,6 @@ CORRECTIONS = {  # pictures -> a better answer
     ("coffee.jpg",): "Breakfast for a monkey.",
     ("coffee.jpg", "bus.jpg"): "A morning in the city.",
 }
-TRAINING = "--epochs 12 --batch-size 5 --lr 2e-3 --lr-scheduler-type constant --report-to none"
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +110,15 @@ def test_five_corrections_in_the_page_are_learned(page, visitor, folder, tmp_pat
         page.get_by_label("A better answer").fill(better)
         page.get_by_role("button", name="Store", exact=True).click()
         expect(page.get_by_label("A better answer")).to_have_count(0)
-    command = [sys.executable, "training_scripts/finetune_qlora.py", "--start-from", "weights/smol"]
-    command += ["--train", str(folder / "conversations.json"), "--images", str(folder / "pictures")]
-    command += ["--out", str(tmp_path / "run"), *TRAINING.split()]
-    subprocess.run(command, cwd=ROOT, check=True)
+    (command,) = [words for words, _ in commands(ROOT / "docs" / "training.md") if "feedback/pictures" in words]
+    places = {
+        "python": sys.executable,
+        "feedback/conversations.json": str(folder / "conversations.json"),
+        "feedback/pictures": str(folder / "pictures"),
+        "runs/corrected": str(tmp_path / "run"),
+    }
+    command = [places.get(word, word) for word in command]
+    subprocess.run([*command, "--report-to", "none"], cwd=ROOT, check=True)
     demo = ui.build(mmchat.load("smol", tmp_path / "run"), ROOT / "examples")
     ui.launch(demo, prevent_thread_lock=True, quiet=True)
     taught = visitor.new_page()
@@ -157,11 +162,7 @@ def test_made_up_feedback_stores_nothing(address, folder, photo, tmp_path):
     assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
 
 
-def test_without_a_folder_there_are_no_thumbs(engine, monkeypatch):
-    from mmchat.serving.serve import feedback_store
-
-    monkeypatch.delenv("MMCHAT_FEEDBACK", raising=False)
-    assert feedback_store() is None
+def test_without_a_folder_there_are_no_thumbs(engine):
     config = ui.build(engine, ROOT / "examples").get_config_file()
     (chat,) = [part["props"] for part in config["components"] if part["type"] == "chatbot"]
     assert not chat.get("feedback_options")

@@ -227,7 +227,7 @@ def test_a_file_of_somebody_else_is_refused_in_words(page, photo, tmp_path):
     page.on("dialog", lambda dialog: pytest.fail("a script ran"))
     turn = {"role": "user", "parts": [{"text": "Hi"}]}
     component = {"type": "component", "component": "html", "value": "<script>alert(1)</script>"}
-    svg = "data:image/svg+xml;base64,PHN2Zz48L3N2Zz4="
+    svg, large = "data:image/svg+xml;base64,PHN2Zz48L3N2Zz4=", "data:image/png;base64," + "A" * 14_000_000
     hostile = [
         "This is text.",
         "{",
@@ -239,6 +239,7 @@ def test_a_file_of_somebody_else_is_refused_in_words(page, photo, tmp_path):
         json.dumps(conversation(photo, turns=[{**turn, "role": "system"}])),
         json.dumps(conversation(photo, turns=[{**turn, "parts": [component]}])),
         json.dumps(conversation(photo, turns=[{**turn, "parts": [{"picture": svg}]}])),
+        json.dumps(conversation(photo, turns=[{**turn, "parts": [{"picture": large}]}])),
         json.dumps(conversation(photo, turns=[{**turn, "parts": [{"picture": "http://127.0.0.1:1/x.png"}]}])),
         json.dumps(conversation(photo, turns=[{**turn, "parts": [{"picture": "/etc/passwd"}]}])),
         json.dumps(conversation(photo, turns=[{**turn, "parts": [{"text": "x" * 300_000}]}])),
@@ -252,17 +253,29 @@ def test_a_file_of_somebody_else_is_refused_in_words(page, photo, tmp_path):
         expect(page.locator(".toast-body").last).to_contain_text("not a conversation that was exported here")
         page.locator(".toast-close").last.click()
         expect(page.locator(".toast-body")).to_have_count(0)
-    assert titles(page).count() == 0
+    refused = page.evaluate(
+        """text => mmchat.transfer.read(Object.defineProperty(new File([text], 'large.json'), 'size', {value: 1e8 + 1}))
+        .catch(error => error.message)""",
+        json.dumps(conversation(photo)),
+    )
+    assert refused == "size" and titles(page).count() == 0
 
 
-def test_what_an_imported_answer_says_is_not_run(page, photo, tmp_path):
+def test_what_an_imported_conversation_says_is_not_run(page, photo, tmp_path):
     page.on("dialog", lambda dialog: pytest.fail("a script ran"))
     script = "<img src=x onerror=alert(1)><script>alert(2)</script>"
     given = conversation(photo, title=script)
-    given["turns"][2]["parts"] = [{"text": script + " Harmless."}]
+    shown, folded, answer = given["turns"]
+    shown["parts"][0]["name"] = script
+    folded["metadata"].update(title=script, log=script)
+    answer["parts"] = [{"text": script + " Harmless."}]
+    for option in answer["options"]:
+        option["label"] = script
     path = tmp_path / "given.json"
     path.write_text(json.dumps(given))
     load(page, path)
     expect(answers(page).last).to_contain_text("Harmless.")
     expect(titles(page)).to_have_text([script])
+    expect(page.locator("#chat .option")).to_have_text([script] * 2)
+    expect(page.locator("#chat .thought-group .duration")).to_contain_text(script)
     page.wait_for_timeout(1_000)

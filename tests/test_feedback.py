@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import threading
 
+import gradio as gr
 import pytest
 from PIL import Image
 
 from mmchat import BadInput, Message
 from mmchat.serving import feedback
+from mmchat.serving import page as ui
 from mmchat.serving.feedback import FeedbackStore
+from mmchat.serving.page.thumbs import ThumbsPage
+from mmchat.serving.rate_limit import RateLimit
+from mmchat.serving.serve import feedback_store
 from mmchat.training.data.llava_json import read_conversations
 
 QUESTION = "What do you see here?"
@@ -84,6 +89,25 @@ def test_the_folder_is_bounded(tmp_path, monkeypatch):
         store.add(turn(question="3?"), liked=True)
     with pytest.raises(BadInput, match="under"):
         store.add(turn(), liked=False, better="x" * 5000)
+
+
+def test_feedback_counts_for_the_rate_limit(tmp_path):
+    thumbs = ThumbsPage(FeedbackStore(tmp_path), ui.Page(None, RateLimit(1)).admit)
+    thumbs.correct("A cat.", turn())
+    said = [{"role": message.role, "content": message.text} for message in turn(question="Who are you?")]
+    liked = gr.LikeData(None, {"index": 1, "value": "A dog.", "liked": True})
+    for one_too_many in (lambda: thumbs.correct("A cow.", turn()), lambda: thumbs.rate(said, liked)):
+        with pytest.raises(gr.Error, match="more than 1 questions per minute"):
+            one_too_many()
+    (conversation,) = read_conversations(tmp_path / "conversations.json")
+    assert conversation.messages[-1].text == "A cat."
+
+
+def test_it_is_stored_only_where_the_operator_asks_for_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("MMCHAT_FEEDBACK", raising=False)
+    assert feedback_store() is None
+    monkeypatch.setenv("MMCHAT_FEEDBACK", str(tmp_path / "stored"))
+    assert feedback_store().folder == tmp_path / "stored"
 
 
 def test_many_at_once_lose_nothing(tmp_path):

@@ -53,6 +53,12 @@ def test_nothing_outside_training_imports_training():
     assert not [path for path, names in imports.items() if any(name.startswith("mmchat.training") for name in names)]
 
 
+def test_no_code_that_comes_with_a_model_is_trusted():
+    sources = [*(ROOT / "mmchat").rglob("*.py"), *(ROOT / "training_scripts").rglob("*.*")]
+    assert len(sources) > 100
+    assert not [path for path in sources if b"trust_remote_code" in path.read_bytes()]
+
+
 def test_every_package_that_the_app_imports_is_installed_with_it():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()

@@ -89,6 +89,9 @@ def test_damaged_encrypted_and_lying_zips(tmp_path, monkeypatch):
     (tmp_path / "locked.zip").write_bytes(locked)
     with pytest.raises(BadInput, match="encrypted"):
         list_pictures([tmp_path / "locked.zip"])
+    monkeypatch.setattr(bulk, "MAX_DIRECTORY", 40)  # an entry has more
+    with pytest.raises(BadInput, match="too many files"):
+        list_pictures([whole])
     monkeypatch.setattr(bulk, "MAX_MEMBER", 10)
     with pytest.raises(BadInput, match="too large unpacked"):
         bulk.Picture("a.png", whole, "a.png").open()

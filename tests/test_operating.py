@@ -5,10 +5,15 @@ from __future__ import annotations
 import io
 import json
 import logging
+from functools import partial
 from types import SimpleNamespace
 
 import httpx
 import pytest
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from mmchat import BadInput, Message, MmchatError, SamplingOptions
 from mmchat.serving import filtering, serve
@@ -18,7 +23,10 @@ from mmchat.serving.filtering import ANSWER_HELD, CONTINUATION_HELD, QUESTION_HE
 from mmchat.serving.json_log import JsonFormatter
 from mmchat.serving.metrics import Metrics
 from mmchat.serving.middleware import build_middleware
-from mmchat.serving.observing import ObservedEngine, log
+from mmchat.serving.observing import ObservedEngine, log, tell_refusal
+from mmchat.serving.openai_api import OpenAiApi
+from mmchat.serving.rate_limit import RateLimit
+from mmchat.serving.request_queue import Gate
 from tests.conftest import ROOT, SPEECH
 
 GREEDY = SamplingOptions(temperature=0, max_new_tokens=8)
@@ -90,17 +98,18 @@ def broken(text):
     return False
 
 
-def filtered(*pieces, is_held=never):
+def filtered(*pieces, is_held=never, holds=lambda: None):
     engine = Said(*pieces)
-    return engine, FilteringEngine(engine, is_held)
+    return engine, FilteringEngine(engine, is_held, holds)
 
 
 def test_held_back_questions_do_not_reach_the_engine():
-    engine, held = filtered("Yes.")
+    times: list[str] = []
+    engine, held = filtered("Yes.", holds=lambda: times.append("held"))
     assert list(held.reply([Message("user", "A turnip?")])) == [QUESTION_HELD] and not engine.asked
     later = [Message("user", "A turnip?"), Message("assistant", QUESTION_HELD), *COLORS]
     assert list(held.reply(later)) == ["Yes."] and engine.messages == COLORS
-    assert list(held.rewrite("x", "turnip")) == [ANSWER_HELD]
+    assert list(held.rewrite("x", "turnip")) == [ANSWER_HELD] and len(times) == 2
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
@@ -154,6 +163,19 @@ def test_settings_equip_an_engine(monkeypatch):
     assert filtering.DEFAULT
 
 
+def serve_until_launch(monkeypatch, launched, rate_limit="0"):
+    """Runs `mmchat serve` up to the launch, which gets the routes beside the page."""
+
+    def launch(demo, app_kwargs, **_):
+        launched(app_kwargs["routes"])
+        raise OSError  # nothing is served here
+
+    monkeypatch.setattr(ui, "launch", launch)
+    options = {"preset": "smol", "weights": None, "server": None, "host": None, "port": None}
+    with pytest.raises(MmchatError, match="address"):
+        serve.serve(SimpleNamespace(rate_limit=rate_limit, metrics=False, api=False, **options))
+
+
 @pytest.mark.parametrize(
     ("switched_on", "paths"),
     [
@@ -168,51 +190,82 @@ def test_the_api_and_the_metrics_are_there_only_if_they_are_switched_on(monkeypa
     for name, value in switched_on.items():
         monkeypatch.setenv(name, value)
     served = []
-
-    def launch(demo, app_kwargs, **_):
-        served.extend(route.path for route in app_kwargs["routes"])
-        raise OSError  # nothing is served here
-
-    monkeypatch.setattr(ui, "launch", launch)
-    options = SimpleNamespace(
-        rate_limit="0", preset="smol", weights=None, server=None, host=None, port=None, metrics=False, api=False
-    )
-    with pytest.raises(MmchatError, match="address"):
-        serve.serve(options)
+    serve_until_launch(monkeypatch, lambda routes: served.extend(route.path for route in routes))
     assert set(served) == paths
 
 
+def test_the_metrics_of_a_server_have_its_refusals(monkeypatch):
+    for name in ("MMCHAT_API_KEY", "MMCHAT_SIGN_IN", "MMCHAT_FEEDBACK"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("MMCHAT_API", "MMCHAT_METRICS"):
+        monkeypatch.setenv(name, "1")
+    said = []
+
+    def ask(routes):
+        program = TestClient(Starlette(routes=routes))
+        said.extend(program.post("/v1/chat/completions", json={}).status_code for _ in range(2))
+        said.append(program.get("/metrics").text)
+
+    serve_until_launch(monkeypatch, ask, rate_limit="1")
+    assert said[:2] == [400, 429] and 'mmchat_errors_total{kind="RateLimit"} 1.0' in said[2]
+
+
 @pytest.mark.slow
-def test_metrics_in_prometheus_format(engine):
+def test_metrics_in_prometheus_format(engine, monkeypatch):
+    monkeypatch.setenv("MMCHAT_ANSWER_CACHE", "8")
+    monkeypatch.setenv("MMCHAT_FILTER", "tests.test_operating:never")
     metrics = Metrics(lambda: 3)
-    observed = ObservedEngine(engine, [metrics.observe])
+    observers = [metrics.observe]
+    observed = build_middleware(observers)(engine)
     engine.warm_up()
-    list(observed.reply(COLORS, GREEDY))
-    stopped = observed.reply(COLORS, GREEDY)
+    for _ in range(2):
+        list(observed.reply(COLORS, GREEDY))
+    stopped = observed.reply([Message("user", "Count to one hundred.")], SamplingOptions(max_new_tokens=64))
     next(stopped)
     stopped.close()
     with pytest.raises(BadInput):
         list(observed.reply([Message("user", " ")], GREEDY))
+    assert list(observed.reply([Message("user", "A turnip?")], GREEDY)) == [QUESTION_HELD]
     observed.transcribe(SPEECH)
-    demo = ui.build(observed, ROOT / "examples")
-    ui.launch(demo, prevent_thread_lock=True, quiet=True, app_kwargs={"routes": [metrics.route("secret")]})
+    limit = RateLimit(2, refused=partial(tell_refusal, observers, "RateLimit"))
+    gate = Gate(0, 0, partial(tell_refusal, observers, "Busy"))
+    demo = ui.build(observed, ROOT / "examples", limit)
+    routes = [metrics.route("secret"), *OpenAiApi(observed, "smol", gate, limit, "secret").routes()]
+    ui.launch(demo, prevent_thread_lock=True, quiet=True, app_kwargs={"routes": routes})
+    headers, asked = {"authorization": "Bearer secret"}, {"messages": [{"role": "user", "content": "Hi"}]}
     try:
+        for code in ("server_busy", "server_busy", "rate_limit_exceeded"):
+            answer = httpx.post(f"{demo.local_url}v1/chat/completions", json=asked, headers=headers)
+            assert answer.json()["error"]["code"] == code
+        with pytest.raises(AppError, match="questions per minute"):
+            Client(demo.local_url, verbose=False).predict("Hi", None, api_name="/ask")
+        assert not limit.admits("127.0.0.1")  # a batch waits, and is not refused
         assert httpx.get(f"{demo.local_url}metrics").status_code == 401
-        text = httpx.get(f"{demo.local_url}metrics", headers={"authorization": "Bearer secret"}).text
+        text = httpx.get(f"{demo.local_url}metrics", headers=headers).text
     finally:
         demo.close()
     from prometheus_client.parser import text_string_to_metric_families
 
     values = {
-        (sample.name, sample.labels.get("outcome") or sample.labels.get("kind")): sample.value
+        (sample.name, *sorted(sample.labels.values())): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
-        if sample.labels.get("kind") != "transcribe"
     }
-    assert values["mmchat_questions_total", "answered"] == values["mmchat_questions_total", "stopped"] == 1
-    assert values["mmchat_errors_total", "BadInput"] == 1 and values["mmchat_queue_length", None] == 3
-    assert values["mmchat_first_token_seconds_count", None] == 2 and values["mmchat_speech_seconds_total", None] > 5
-    assert values["mmchat_tokens_per_second_count", None] >= 1
+    for outcome, kind, cached, count in (
+        ("answered", "reply", "false", 1),
+        ("answered", "reply", "true", 1),
+        ("stopped", "reply", "false", 1),
+        ("failed", "reply", "false", 1),
+        ("answered", "transcribe", "false", 1),
+        ("held", "refusal", "false", 1),
+        ("failed", "refusal", "false", 4),
+    ):
+        assert values["mmchat_questions_total", *sorted((outcome, kind, cached))] == count
+    for error, count in (("BadInput", 1), ("Busy", 2), ("RateLimit", 2)):
+        assert values["mmchat_errors_total", error] == count
+    assert ("mmchat_errors_total", "held") not in values and values["mmchat_queue_length",] == 3
+    assert values["mmchat_first_token_seconds_count",] == 2 and values["mmchat_speech_seconds_total",] > 5
+    assert values["mmchat_tokens_per_second_count",] >= 1
 
 
 def test_logs_are_json_without_words(engine, photo):

@@ -23,6 +23,7 @@ from .request_queue import Waiting
 
 MAX_PICTURES = 200
 MAX_MEMBER, MAX_TOTAL = 20 << 20, 500 << 20  # bytes, unpacked: of one file in a ZIP, and of all
+MAX_DIRECTORY = 1 << 20  # bytes, of a ZIP
 MAX_RATIO = 50  # unpacked to packed size; pictures are compressed already
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 IGNORED = ("__MACOSX/", ".DS_Store", "Thumbs.db")
@@ -64,7 +65,7 @@ def list_pictures(files: Sequence[str | Path], names: Sequence[str] = ()) -> lis
     pictures: list[Picture] = []
     for index, file in enumerate(map(Path, files)):
         name = names[index] if names else file.name
-        if file.suffix.lower() == ".zip" or (file.suffix.lower() not in SUFFIXES and zipfile.is_zipfile(file)):
+        if is_zip(file) or (file.suffix.lower() not in SUFFIXES and zipfile.is_zipfile(file)):
             pictures += _members(file, name)
         else:
             pictures.append(Picture(name, file))
@@ -75,15 +76,32 @@ def list_pictures(files: Sequence[str | Path], names: Sequence[str] = ()) -> lis
     return pictures
 
 
+def is_zip(file: str | Path) -> bool:
+    """Whether a file's name is that of a ZIP."""
+    return Path(file).suffix.lower() == ".zip"
+
+
+class _Directory(io.FileIO):
+    """A ZIP of which only the directory is read. zipfile reads it whole, and builds an object for each entry."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size and size > MAX_DIRECTORY:
+            raise zipfile.LargeZipFile
+        return super().read(size)
+
+
 def _members(path: Path, name: str) -> list[Picture]:
     """The pictures in a ZIP, after a look at its directory."""
+    too_many = f"'{name}' holds too many files. Please send at most {MAX_PICTURES} pictures at a time."
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _Directory(path) as source, zipfile.ZipFile(source) as archive:
             members = archive.infolist()
+    except zipfile.LargeZipFile as error:
+        raise BadInput(too_many) from error
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise BadInput(f"'{name}' is not a ZIP file that I can read.") from error
     if len(members) > 5 * MAX_PICTURES:
-        raise BadInput(f"'{name}' holds too many files. Please send at most {MAX_PICTURES} pictures at a time.")
+        raise BadInput(too_many)
     members = [each for each in members if not each.is_dir() and not _is_ignored(each.filename)]
     for member in members:
         _check(member, name)

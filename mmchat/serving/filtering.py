@@ -57,11 +57,15 @@ def load_filter(name: str) -> IsHeld:
 
 
 class FilteringEngine(EngineWrapper):
-    """Holds back questions and answers. No held-back word leaves it, also while an answer is being written."""
+    """Holds back questions and answers. No held-back word leaves it, also while an answer is being written.
 
-    def __init__(self, engine: Engine, is_held: IsHeld):
+    Args:
+        holds: called each time that it holds something back.
+    """
+
+    def __init__(self, engine: Engine, is_held: IsHeld, holds: Callable[[], None] = lambda: None):
         super().__init__(engine)
-        self._function = is_held
+        self._function, self._holds = is_held, holds
 
     def reply(
         self,
@@ -70,6 +74,7 @@ class FilteringEngine(EngineWrapper):
         notify: Callable[[str], None] = conversation_logger.warning,
     ) -> Iterator[str]:
         if messages and self._is_held(messages[-1].text):
+            self._holds()
             yield QUESTION_HELD
             return
         turns = dialogue_turns(messages)
@@ -79,8 +84,10 @@ class FilteringEngine(EngineWrapper):
 
     def rewrite(self, question: str, draft: str, options: SamplingOptions | None = None) -> Iterator[str]:
         if self._is_held(question):
+            self._holds()
             yield QUESTION_HELD
         elif self._is_held(draft):
+            self._holds()
             yield ANSWER_HELD
         else:
             yield from self._checked(self.engine.rewrite(question, draft, options))
@@ -105,6 +112,7 @@ class FilteringEngine(EngineWrapper):
                     if waiting:
                         yield type(piece)(waiting)
                     return
+        self._holds()
         yield CONTINUATION_HELD if shown else ANSWER_HELD
 
     def _is_held(self, text: str) -> bool:

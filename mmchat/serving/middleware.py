@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from ..conversation import Engine
 from .caching import CachingEngine, answers_cached
 from .filtering import FilteringEngine, load_filter
-from .observing import Observation, ObservedEngine
+from .observing import HELD, ObservedEngine, Observer, tell_refusal
 
 DEFAULT_ANSWERS = "256"  # kept by the cache; five megabytes at most
 
 
-def build_middleware(observers: Sequence[Callable[[Observation], None]] = ()) -> Callable[[Engine], Engine]:
+def build_middleware(observers: Sequence[Observer] = ()) -> Callable[[Engine], Engine]:
     """Reads MMCHAT_ANSWER_CACHE and MMCHAT_FILTER, and returns what they do to an engine.
 
     Args:
-        observers: told about each request.
+        observers: told about each request, and about what the filter holds back.
 
     Raises:
         BadInput: a setting is wrong.
@@ -31,6 +32,6 @@ def build_middleware(observers: Sequence[Callable[[Observation], None]] = ()) ->
             engine = CachingEngine(engine, answers)
         if observers:
             engine = ObservedEngine(engine, observers)
-        return FilteringEngine(engine, is_held) if is_held else engine
+        return FilteringEngine(engine, is_held, partial(tell_refusal, observers, HELD)) if is_held else engine
 
     return wrapped

@@ -17,7 +17,10 @@ from .wrapper import EngineWrapper
 
 logger = logging.getLogger(__name__)
 
-ANSWERED, STOPPED = "answered", "stopped"
+ANSWERED, STOPPED, HELD = "answered", "stopped", "held"
+REFUSAL = "refusal"
+
+Observer = Callable[["Observation"], None]
 
 
 @dataclass
@@ -25,8 +28,8 @@ class Observation:
     """What is known about one request when it is over.
 
     Attributes:
-        kind: "reply", "rewrite" or "transcribe".
-        outcome: "answered", "stopped", or the name of the error.
+        kind: "reply", "rewrite" or "transcribe"; "refusal" by the queue, the rate limit or the content filter.
+        outcome: "answered", "stopped", "held" by the content filter, or the name of the error.
         pieces: of text; nearly always one token each.
         first_seconds: time to the first piece; None if there was none.
         speech_seconds: of a recording.
@@ -46,13 +49,13 @@ class Observation:
     @property
     def failed(self) -> bool:
         """Whether it ended with an error."""
-        return self.outcome not in (ANSWERED, STOPPED)
+        return self.outcome not in (ANSWERED, STOPPED, HELD)
 
 
 class ObservedEngine(EngineWrapper):
     """Tells observers about each request when it is over."""
 
-    def __init__(self, engine: Engine, observers: Sequence[Callable[[Observation], None]]):
+    def __init__(self, engine: Engine, observers: Sequence[Observer]):
         super().__init__(engine)
         self._observers = observers
 
@@ -104,6 +107,12 @@ class ObservedEngine(EngineWrapper):
             observation.seconds = time.monotonic() - observation.started
             for observe in self._observers:
                 observe(observation)
+
+
+def tell_refusal(observers: Sequence[Observer], outcome: str) -> None:
+    """Tells observers of a question that is turned away before ``ObservedEngine`` sees it, or while it is answered."""
+    for observe in observers:
+        observe(Observation(REFUSAL, outcome))
 
 
 def _name(error: Exception) -> str:

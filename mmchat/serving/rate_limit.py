@@ -36,10 +36,16 @@ class RateLimit:
     Args:
         per_minute: questions within any minute; 0 for no limit.
         clock: returns the time in seconds.
+        refused: called for each question that is turned away.
     """
 
-    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic):
-        self.per_minute, self._clock = per_minute, clock
+    def __init__(
+        self,
+        per_minute: int,
+        clock: Callable[[], float] = time.monotonic,
+        refused: Callable[[], None] = lambda: None,
+    ):
+        self.per_minute, self._clock, self._refused = per_minute, clock, refused
         self._asked: OrderedDict[str, deque[float]] = OrderedDict()  # address -> times of its last questions
         self._lock = Lock()
 
@@ -49,8 +55,19 @@ class RateLimit:
         Raises:
             BadInput: the address is over its limit; the question is not counted.
         """
+        wait = self._count(address)
+        if wait:
+            self._refused()
+            raise BadInput(f"That is more than {self.per_minute} questions per minute. Please wait {wait} seconds.")
+
+    def admits(self, address: str) -> bool:
+        """Counts a question, unless the address is over its limit: for work that waits and asks again."""
+        return not self._count(address)
+
+    def _count(self, address: str) -> int:
+        """Counts a question and returns 0, or does not count it and returns the seconds to wait."""
         if not self.per_minute:
-            return
+            return 0
         with self._lock:
             now, times = self._clock(), self._asked.setdefault(address, deque())
             self._asked.move_to_end(address)
@@ -59,6 +76,6 @@ class RateLimit:
             while times and times[0] <= now - MINUTE:
                 times.popleft()
             if len(times) >= self.per_minute:
-                wait = int(times[0] + MINUTE - now) + 1
-                raise BadInput(f"That is more than {self.per_minute} questions per minute. Please wait {wait} seconds.")
+                return int(times[0] + MINUTE - now) + 1
             times.append(now)
+            return 0

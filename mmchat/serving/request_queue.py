@@ -39,10 +39,11 @@ class Gate:
     Args:
         at_once: questions that are answered at the same time.
         waiting: questions that may wait; the next one is turned away.
+        refused: called for each question that is turned away.
     """
 
-    def __init__(self, at_once: int, waiting: int):
-        self._free, self._max_waiting = at_once, waiting
+    def __init__(self, at_once: int, waiting: int, refused: Callable[[], None] = lambda: None):
+        self._free, self._max_waiting, self._refused = at_once, waiting, refused
         self._line: deque[Event] = deque()
         self._lock = Lock()
 
@@ -68,6 +69,7 @@ class Gate:
             elif len(self._line) < self._max_waiting or always:
                 self._line.append(ticket)
             else:
+                self._refused()
                 raise Busy("Too many questions are waiting. Please try again in a moment.")
             return ticket
 

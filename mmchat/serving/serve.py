@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..bundle import bundled
 from ..errors import BadInput, MmchatError
 from ..presets import AUTO, SMOL, get_preset
 from .middleware import build_middleware
+from .observing import Observer, log, tell_refusal
 from .rate_limit import RateLimit, questions_per_minute
 
 HEAD_START = 1.0  # seconds for the first page: it would wait for the interpreter, which importing torch keeps busy
@@ -28,7 +29,9 @@ def serve(options: argparse.Namespace) -> int:
     Raises:
         MmchatError: a flag is wrong, the models cannot be loaded, or the address or port is not available.
     """
-    limit = RateLimit(questions_per_minute(options.rate_limit))
+    observers: list[Observer] = []
+    per_minute = questions_per_minute(options.rate_limit)
+    limit = RateLimit(per_minute, refused=partial(tell_refusal, observers, RateLimit.__name__))
     for client in ("httpx", "httpx2"):  # one line per request to the Hub, and from gradio to itself
         logging.getLogger(client).setLevel(logging.WARNING)
     if os.environ.get("SPACES_ZERO_GPU"):
@@ -38,11 +41,9 @@ def serve(options: argparse.Namespace) -> int:
     from ..device import on_zero_gpu
     from . import page, routes
     from .loading import LoadingEngine
-    from .observing import Observation, log
-    from .request_queue import Gate, QueuedEngine
+    from .request_queue import Busy, Gate, QueuedEngine
 
-    gate = Gate(page.MAX_CONCURRENT, page.MAX_WAITING)
-    observers: list[Callable[[Observation], None]] = []
+    gate = Gate(page.MAX_CONCURRENT, page.MAX_WAITING, partial(tell_refusal, observers, Busy.__name__))
     engine = LoadingEngine(lambda: wrap(load_engine(options)), notify=gradio.Info)
     beside = [routes.health(lambda: engine.is_ready)]
     if os.environ.get("MMCHAT_LOG") == "json":

@@ -14,7 +14,7 @@ from ..media import MAX_SECONDS, open_image
 logger = logging.getLogger(__name__)
 
 MAX_RECORDING = MAX_SECONDS * 48_000 * 2 * 2 + 1000  # bytes: as WAV of 48 kHz, stereo, 16 bits, with its header
-MAX_FILE = 10 << 20  # bytes: a picture, or a ZIP of them
+MAX_FILE, MAX_ZIP = 10 << 20, 100 << 20  # bytes: a picture, and a ZIP of them
 KEEP_UPLOADS = 3600  # seconds
 
 
@@ -52,8 +52,11 @@ def uploaded_picture(path: str | None) -> str:
     return str(resolved)
 
 
-def uploaded_file(path: str | None) -> Path:
-    """The path of an uploaded picture or ZIP, resolved. The server takes larger uploads, for the sake of recordings.
+def uploaded_file(path: str | None, limit: int = MAX_FILE) -> Path:
+    """The path of an uploaded file, resolved. The server takes larger uploads, for the sake of recordings.
+
+    Args:
+        limit: bytes.
 
     Raises:
         gr.Error: the file was not uploaded, or is too large.
@@ -61,9 +64,9 @@ def uploaded_file(path: str | None) -> Path:
     resolved = Path(path or "").resolve()
     if not is_uploaded(resolved) or not resolved.is_file():
         raise gr.Error("That file was not uploaded here. Please upload it.", print_exception=False)
-    if resolved.stat().st_size > MAX_FILE:
+    if resolved.stat().st_size > limit:
         raise gr.Error(
-            f"'{resolved.name}' is larger than {MAX_FILE >> 20} MB. Please send a smaller one.",
+            f"'{resolved.name}' is larger than {limit >> 20} MB. Please send a smaller one.",
             print_exception=False,
         )
     return resolved

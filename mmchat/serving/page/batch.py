@@ -15,16 +15,16 @@ from ...conversation import SamplingOptions
 from ...errors import BadInput
 from ..bulk import MAX_PICTURES, Picture, about_each, answer_questions, list_pictures, write_csv, write_jsonl
 from ..request_queue import Waiting
-from ..uploads import MAX_FILE, shown_error
+from ..uploads import MAX_FILE, MAX_ZIP, shown_error
 from .components import File, PictureFiles
-from .turns import Page, checked_question
+from .turns import Page, address_of, checked_question
 from .visit import Visit
 
 LIMIT_SECONDS = 1.0  # between two looks at the rate limit
 HEADERS = ["Picture", "Answer"]
 INTRODUCTION = (
-    f"One question about many pictures, or a ZIP of them: at most {MAX_PICTURES} pictures, {MAX_FILE >> 20} MB per "
-    "file. Each gets the likeliest answer."
+    f"One question about many pictures, or a ZIP of them: at most {MAX_PICTURES} pictures of {MAX_FILE >> 20} MB, "
+    f"{MAX_ZIP >> 20} MB per ZIP. Each gets the likeliest answer."
 )
 
 
@@ -84,17 +84,10 @@ class BatchPage:
         """Each picture's answer, its position while it waits in line, or None while it waits for the rate limit."""
         options = SamplingOptions(temperature=0)
         for asked in about_each(pictures, question):
-            while not self._is_admitted(request):
+            while not self._page.limit.admits(address_of(request)):
                 yield None
                 time.sleep(LIMIT_SECONDS)
             yield from answer_questions(self._page.engine, [asked], options)
-
-    def _is_admitted(self, request: gr.Request | None) -> bool:
-        try:
-            self._page.admit(request)
-        except gr.Error:
-            return False
-        return True
 
 
 def _table(rows: list[dict[str, Any]]) -> list[list[str]]:

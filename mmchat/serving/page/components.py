@@ -7,7 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from ..uploads import uploaded_file, uploaded_picture
+from ..bulk import is_zip
+from ..uploads import MAX_FILE, MAX_ZIP, uploaded_file, uploaded_picture
 
 MAX_NAME = 200  # characters of a file's name
 File = tuple[str, str]  # path, name to show
@@ -61,6 +62,6 @@ class PictureFiles(gr.File):
             return []
         files = []
         for file in payload.root if hasattr(payload, "root") else [payload]:
-            path = uploaded_file(file.path)
+            path = uploaded_file(file.path, MAX_ZIP if is_zip(file.path) else MAX_FILE)
             files.append((str(path), Path(file.orig_name or path.name).name[-MAX_NAME:]))
         return files

@@ -42,6 +42,11 @@ def checked_question(text: str | None, pictures: list[str]) -> str:
     return text
 
 
+def address_of(request: gr.Request | None) -> str:
+    """The address that a request came from, for the rate limit."""
+    return request.client.host if request and request.client else ""
+
+
 class Page:
     """Event handlers of the page, for one engine."""
 
@@ -52,7 +57,7 @@ class Page:
     def admit(self, request: gr.Request | None) -> None:
         """Counts a question against the rate limit of its address."""
         try:
-            self.limit.count(request.client.host if request and request.client else "")
+            self.limit.count(address_of(request))
         except BadInput as error:
             raise shown_error(error) from error
 
