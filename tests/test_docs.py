@@ -38,6 +38,10 @@ RUN_IN = {
     "python training_scripts/evaluate.py": ("test_evaluation.py", "evaluate.py"),
     "python training_scripts/export_gguf.py": ("test_gguf_export.py", "export_gguf.py"),
     "python training_scripts/export_llava.py": ("test_llava.py", "export_llava.py"),
+    "python training_scripts/finetune_qlora.py --start-from weights/smol --train feedback/": (
+        "test_browser_feedback.py",
+        '"feedback/conversations.json"',
+    ),
     "python training_scripts/finetune_qlora.py": ("test_scripts.py", "finetune_qlora.py"),
     "python training_scripts/import_checkpoint.py": ("test_importing.py", "import_checkpoint.py"),
     "python training_scripts/prepare_data.py captions": ("test_scripts.py", "prepare_data.py {options}"),
