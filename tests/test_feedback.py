@@ -97,7 +97,7 @@ def test_feedback_counts_for_the_rate_limit(tmp_path):
     said = [{"role": message.role, "content": message.text} for message in turn(question="Who are you?")]
     liked = gr.LikeData(None, {"index": 1, "value": "A dog.", "liked": True})
     for one_too_many in (lambda: thumbs.correct("A cow.", turn()), lambda: thumbs.rate(said, liked)):
-        with pytest.raises(gr.Error, match="more than 1 questions per minute"):
+        with pytest.raises(gr.Error, match="more than 1 question per minute"):
             one_too_many()
     (conversation,) = read_conversations(tmp_path / "conversations.json")
     assert conversation.messages[-1].text == "A cat."

@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from threading import Lock
 
-from ..errors import BadInput
+from ..errors import BadInput, counted
 
 MINUTE = 60  # seconds
 MAX_ADDRESSES = 10_000  # the least recently seen ones are forgotten
@@ -58,7 +58,8 @@ class RateLimit:
         wait = self._count(address)
         if wait:
             self._refused()
-            raise BadInput(f"That is more than {self.per_minute} questions per minute. Please wait {wait} seconds.")
+            limit = counted(self.per_minute, "question")
+            raise BadInput(f"That is more than {limit} per minute. Please wait {wait} seconds.")
 
     def admits(self, address: str) -> bool:
         """Counts a question, unless the address is over its limit: for work that waits and asks again."""

@@ -21,7 +21,7 @@ TEMPLATE = """<input type="search" placeholder="Search" aria-label="Search conve
 NOTICES = {
     "not_kept": "Your browser could not keep a copy of a picture. It lasts for an hour.",
     "full": "Your browser's storage is full: this conversation is not saved. Delete some, or export it.",
-    "nothing_kept": "Your browser keeps nothing for this page, so a reload loses this conversation. Export it to keep it.",
+    "nothing_kept": "Your browser keeps nothing for this page: a reload loses this conversation. Export it to keep it.",
     "lost": "A picture of this conversation is gone: the server's copy was deleted, and your browser has none.",
     "not_sent": "A picture of this conversation could not be sent to the server again, so an answer cannot see it now. "
     "Your next question tries again.",
