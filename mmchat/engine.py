@@ -33,7 +33,7 @@ from .inference.prefix_cache import PrefixCache, TokenKeys, common_length
 from .media import decode_image, picture_digest
 from .models.chat_formats import chat_format_of
 from .models.image_encoder import load_image_encoder
-from .models.language_model import context_length, switch_adapter
+from .models.language_model import context_length
 from .models.prompt import IMAGE_TOKEN_ID, TokenizedConversation, tokenize_conversation
 from .models.speech_mixin import SpeechMixin
 from .models.speech_recognition import SpeechRecognizer, find_speech_model
@@ -222,9 +222,9 @@ class LocalEngine(SpeechMixin):
     ) -> Generator[str, None, None]:
         """Streams the answer to an encoded conversation, prefilling only what the prefix cache lacks."""
         if options.beams > 1:  # no streaming and no prefix cache
-            switch_adapter(self.model.language_model, with_adapter)
             prompt = self.embed(encoded)[0]  # [length, hidden_size]
-            yield from generate_batch(self.model.language_model, self.tokenizer, [prompt], options)
+            language_model = self.model.language_model
+            yield from generate_batch(language_model, self.tokenizer, [prompt], options, with_adapter=with_adapter)
             return
         tokens, ends = self._token_keys(encoded), _prefill_boundaries(encoded, self._shared_tokens)
         prefix = self.prefix_cache.lookup(tokens, ends, with_adapter)

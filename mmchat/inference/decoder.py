@@ -22,6 +22,10 @@ class Cache(Protocol):
     """KV cache: keys and values of the tokens so far."""
 
     @property
+    def with_adapter(self) -> bool:
+        """Whether they are the adapter's, which differ from the base model's."""
+
+    @property
     def length(self) -> int:
         """Number of tokens."""
 

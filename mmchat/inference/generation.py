@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..conversation import SamplingOptions
+from ..models.language_model import switch_adapter
 from .batch import Answer
 from .decoder import Cache, Decoder
 from .sampling import Sampler
@@ -100,6 +101,7 @@ def generate_batch(
     prompts: Sequence[torch.Tensor],
     options: SamplingOptions,
     *,
+    with_adapter: bool = True,
     prefixes: Sequence[Hashable] = (),
     prefix_length: int = 0,
 ) -> list[str]:
@@ -108,9 +110,11 @@ def generate_batch(
     Args:
         prompts: [length, hidden_size] each; lengths may differ.
         options: temperature, top_p and seed are ignored.
+        with_adapter: with the adapter on or off; a model without an adapter ignores the flag.
         prefixes: one key per prompt; prompts with equal keys share a prefix, which is prefilled once.
         prefix_length: number of tokens in each prefix; 0 shares nothing.
     """
+    switch_adapter(model, with_adapter)
     longest, width = max(len(prompt) for prompt in prompts), prompts[0].shape[1]
     gaps = [longest - len(prompt) for prompt in prompts]
     # The padding follows the prefix, so all answers start in the same column.
