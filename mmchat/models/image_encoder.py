@@ -20,6 +20,7 @@ from ..fetching.sources import HubRepository
 from ..presets import EFFICIENTNETS, ImageEncoderPreset, tuned_image_encoder
 from .efficientnet import EfficientNet
 from .llava_folder import IMAGE_ENCODER_NAMES, is_llava_folder, load_part, open_llava
+from .onnx_export import build_image_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +114,6 @@ def _onnx_session(network: EfficientNet, resolution: int) -> Any:
     """The network on ONNX Runtime, two to three times as fast as PyTorch on a CPU; None if that cannot run it."""
     try:
         import onnxruntime
-
-        from ..inference.onnx_graph import build_image_encoder
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # more threads gain little on small images; batches run images in parallel
