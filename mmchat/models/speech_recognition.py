@@ -180,7 +180,7 @@ def _faster_whisper(preset: SpeechPreset, folder: Path) -> Listen:
             )
             start, segments = part.start / SAMPLE_RATE, []
             for one in found:  # each call of the model gives some
-                segments.append(_segment(start + one.start, start + one.end, one.text, one.compression_ratio))
+                segments.append(speech_segment(start + one.start, start + one.end, one.text, one.compression_ratio))
                 if is_stopped.is_set():
                     break
             return segments
@@ -267,14 +267,15 @@ def _openai_whisper(preset: SpeechPreset, path: Path) -> Listen:
         language = language or (None if model.is_multilingual else "en")
         result = model.transcribe(samples, language=language, task=task, fp16=False, condition_on_previous_text=False)
         segments = [
-            _segment(part["start"], part["end"], part["text"], part["compression_ratio"]) for part in result["segments"]
+            speech_segment(part["start"], part["end"], part["text"], part["compression_ratio"])
+            for part in result["segments"]
         ]
         yield _transcript(segments, result["language"])
 
     return listen
 
 
-def _segment(start: float, end: float, text: str, compression_ratio: float) -> SpeechSegment:
+def speech_segment(start: float, end: float, text: str, compression_ratio: float) -> SpeechSegment:
     text = text.strip()
     return SpeechSegment(start, end, without_loops(text) if compression_ratio > MAX_COMPRESSION_RATIO else text)
 
