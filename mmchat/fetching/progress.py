@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cache import cache_folder, is_converted, unfinished_folder
-from .sources import HubRepository, Source, WheelFolder, WheelMember
+from .sources import HubRepository, Source, Wheel, WheelFolder, WheelMember
 from .wheels import is_fetched, member_folder
 
 MEGABYTE = 1e6
@@ -41,7 +41,7 @@ def expect(sources: Iterable[Source]) -> None:
                 download = _of_members(source)
             case WheelFolder():
                 download = _of_folder(source)
-            case HubRepository() | Path():
+            case HubRepository() | Wheel() | Path():
                 continue
         if not download.is_done():
             downloads[source] = download
