@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Generator, Hashable, Iterator, Sequence
 from contextlib import closing
 from itertools import count, takewhile
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from ..models.language_model import switch_adapter
 from .batch import Answer
 from .decoder import Cache, Decoder
 from .sampling import Sampler
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast
 
 PREFILL_CHUNK = 128  # tokens
 
@@ -42,7 +45,11 @@ def prefill(decoder: Decoder, embeddings: torch.Tensor, cache: Cache) -> Iterato
 
 
 def stream_text(
-    decoder: Decoder, tokenizer: Any, embeddings: torch.Tensor, options: SamplingOptions, cache: Cache | None = None
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerFast,
+    embeddings: torch.Tensor,
+    options: SamplingOptions,
+    cache: Cache | None = None,
 ) -> Iterator[str]:
     """Prefills a prompt and streams the answer in pieces of whole characters.
 
@@ -57,7 +64,7 @@ def stream_text(
 
 
 def generate_text(
-    decoder: Decoder, tokenizer: Any, logits: torch.Tensor, options: SamplingOptions, cache: Cache
+    decoder: Decoder, tokenizer: PreTrainedTokenizerFast, logits: torch.Tensor, options: SamplingOptions, cache: Cache
 ) -> Iterator[str]:
     """Streams the answer to a prefilled prompt in pieces of whole characters.
 
@@ -97,7 +104,7 @@ def generate_token_ids(
 @torch.inference_mode()
 def generate_batch(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[torch.Tensor],
     options: SamplingOptions,
     *,
@@ -138,7 +145,9 @@ def generate_batch(
     return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
-def _prefill(model: nn.Module, embeddings: torch.Tensor, prefixes: Sequence[Hashable], length: int, beams: int) -> Any:
+def _prefill(
+    model: nn.Module, embeddings: torch.Tensor, prefixes: Sequence[Hashable], length: int, beams: int
+) -> DynamicCache:
     """KV cache of each prompt's prefix; every distinct prefix is computed once."""
     from transformers import DynamicCache
 
@@ -155,7 +164,7 @@ def _prefill(model: nn.Module, embeddings: torch.Tensor, prefixes: Sequence[Hash
     return cache
 
 
-def beam_settings(options: SamplingOptions, stop_ids: set[int]) -> Any:
+def beam_settings(options: SamplingOptions, stop_ids: set[int]) -> GenerationConfig:
     from transformers import GenerationConfig
 
     return GenerationConfig(

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ from ..errors import AssetError
 from ..models.onnx_export import FLOAT, INT32, GraphBuilder
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 BLOCK = 32  # weights that share a scale
 # The correction: what the 8-bit products lack. MatMulNBits assumes zero point 8; ours differs per block, so a multiple
@@ -67,7 +69,7 @@ class _Decoder(GraphBuilder):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.config = model.config
-        self.correction: dict[str, Any] = {}
+        self.correction: dict[str, torch.Tensor] = {}
         self.outliers = outlier_channels(model)
         decoder = model.get_decoder()
         self._input("embeddings", FLOAT, ["rows", "tokens", self.config.hidden_size])
@@ -254,7 +256,7 @@ def _is_lossless(unpacked: torch.Tensor, exact: torch.Tensor) -> bool:
     return torch.allclose(unpacked, exact, rtol=1e-5, atol=1e-6 * exact.abs().max().item())
 
 
-def _require_lossless(packed: Any, name: str) -> Any:
+def _require_lossless(packed: T | None, name: str) -> T:
     if packed is None:
         raise AssetError(f"The weights of {name} have too many levels for lossless packing.")
     return packed

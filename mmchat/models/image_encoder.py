@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +21,10 @@ from ..presets import EFFICIENTNETS, ImageEncoderPreset, tuned_image_encoder
 from .efficientnet import EfficientNet
 from .llava_folder import IMAGE_ENCODER_NAMES, is_llava_folder, load_part, open_llava
 from .onnx_export import build_image_encoder
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+    from transformers import BaseImageProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +114,7 @@ class EfficientNetLite(ImageEncoder):
         return self.network(pixels.contiguous(memory_format=torch.channels_last))
 
 
-def _onnx_session(network: EfficientNet, resolution: int) -> Any:
+def _onnx_session(network: EfficientNet, resolution: int) -> InferenceSession | None:
     """The network on ONNX Runtime, two to three times as fast as PyTorch on a CPU; None if that cannot run it."""
     try:
         import onnxruntime
@@ -177,7 +181,7 @@ class Clip(ImageEncoder):
         return self.network(self._batch(images)).image_embeds
 
 
-def load_image_processor(preset: ImageEncoderPreset) -> Any:
+def load_image_processor(preset: ImageEncoderPreset) -> BaseImageProcessor:
     """What turns pictures into the pixels that CLIP or SigLIP reads.
 
     Raises:

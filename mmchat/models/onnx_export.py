@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .efficientnet import Block, ConvNorm, EfficientNet
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 FLOAT, INT32 = 1, 6  # onnx.TensorProto's numbers
 
@@ -21,16 +24,16 @@ class GraphBuilder:
     """Builds an ONNX graph node by node. Each method adds nodes and returns the name of its output."""
 
     def __init__(self) -> None:
-        self.nodes: list[Any] = []
-        self.weights: list[Any] = []
+        self.nodes: list[NodeProto] = []
+        self.weights: list[TensorProto] = []
         self.inputs: list[tuple[str, int, list[int | str]]] = []
         self.outputs: list[tuple[str, int, list[int | str]]] = []
 
-    def finish(self) -> Any:
+    def finish(self) -> ModelProto:
         """The graph as an ONNX model."""
         from onnx import helper
 
-        def infos(values: list[tuple[str, int, list[int | str]]]) -> list[Any]:
+        def infos(values: list[tuple[str, int, list[int | str]]]) -> list[ValueInfoProto]:
             return [helper.make_tensor_value_info(name, kind, shape) for name, kind, shape in values]
 
         graph = helper.make_graph(self.nodes, "network", infos(self.inputs), infos(self.outputs), self.weights)

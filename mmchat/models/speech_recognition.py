@@ -9,7 +9,7 @@ from contextlib import closing
 from functools import cache
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from ..fetching import fetch
 from ..fetching.sources import HubRepository
 from ..media import SAMPLE_RATE, read_audio
 from ..presets import OFFLINE_SPEECH, SpeechPreset
+
+if TYPE_CHECKING:
+    from faster_whisper import WhisperModel
 
 # Whisper sizes whose repository does not follow the naming rule of _repository.
 REPOSITORIES = {
@@ -210,7 +213,7 @@ def _awaited(result: Future[T], so_far: Transcript) -> Generator[Transcript, Non
     return result.result()
 
 
-def _detect(model: Any, samples: np.ndarray) -> str:
+def _detect(model: WhisperModel, samples: np.ndarray) -> str:
     """The most probable language; English unless another one is far more probable, for English with an accent."""
     if not model.model.is_multilingual:
         return "en"
