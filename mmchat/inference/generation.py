@@ -165,6 +165,7 @@ def _prefill(
 
 
 def beam_settings(options: SamplingOptions, stop_ids: set[int]) -> GenerationConfig:
+    """The options as transformers' settings for greedy or beam search."""
     from transformers import GenerationConfig
 
     return GenerationConfig(

@@ -279,6 +279,7 @@ def _openai_whisper(preset: SpeechPreset, path: Path) -> Listen:
 
 
 def speech_segment(start: float, end: float, text: str, compression_ratio: float) -> SpeechSegment:
+    """A segment as Whisper gives it, with repetition loops collapsed."""
     text = text.strip()
     return SpeechSegment(start, end, without_loops(text) if compression_ratio > MAX_COMPRESSION_RATIO else text)
 

@@ -221,6 +221,7 @@ def readable(label: str, synset: str = "") -> str:
 
 @cache
 def inflector():
+    """The engine of inflect: articles, plurals and singulars."""
     import inflect
 
     return inflect.engine()

@@ -240,6 +240,7 @@ class Evaluator:
         return bootstrap(len(loss), lambda sample: exp(loss[sample].sum() / count[sample].sum()))
 
     def tokenize(self, item: Item, features: Features) -> TokenizedConversation:
+        """Tokenizes an item's question up to the start of the answer."""
         return tokenize_conversation(
             item.question,
             self.tokenizer,
