@@ -27,7 +27,7 @@ from typing import Any
 
 import httpx
 from gradio_client.utils import apply_diff
-from run import PHOTOS, ROOT, _status, serving
+from run import PHOTOS, ROOT, process_memory, serving
 
 from mmchat.media import SAMPLE_RATE, read_audio
 from mmchat.models.text_to_speech import wav_bytes
@@ -110,6 +110,8 @@ def settings(temperature: float, max_new_tokens: int) -> list:
 class Visitor:
     """A visitor with a unique word, who asks again and again."""
 
+    leave_probability = LEAVE_PROBABILITY
+
     def __init__(self, number: int, count: int, site: Site, record: Record, expected: dict[str, str]):
         self.number, self.count, self.site, self.record, self.expected = number, count, site, record, expected
         self.word = own_word(number)
@@ -147,7 +149,7 @@ class Visitor:
 
     async def ask(self, session: str, kind: str, question: Any, picture: dict | None, history: list) -> list:
         """Asks a question and returns the conversation; an empty one if the visitor left early."""
-        is_leaving = self.rng.random() < LEAVE_PROBABILITY
+        is_leaving = self.rng.random() < self.leave_probability
         add = "add_voice" if kind == "voice" else "add_text"
         box = {"text": "" if kind == "voice" else question, "files": [picture] if picture else []}
         given = [question, box] if kind == "voice" else [box]
@@ -220,7 +222,7 @@ async def alone(site: Site, expected: dict[str, str]) -> None:
     """Records the answers about each picture without load."""
     record = Record()
     visitor = Visitor(0, 1, site, record, expected)
-    visitor.rng.random = lambda: 1.0  # never leaves early
+    visitor.leave_probability = 0
     for photo in PHOTOS:
         history = await visitor.ask(f"alone-{photo.name}", "picture", DESCRIBE, await site.show(photo), [])
         visitor.compare(photo.name, history)
@@ -277,10 +279,10 @@ async def measure(address: str, process: int, options: argparse.Namespace) -> di
         single, beside = await beside_long_ones(site, 2)
         await crowd(site, options.clients, options.minutes * 6, expected)  # fills the caches
         await asyncio.sleep(COOLDOWN)
-        before = _status(process, "VmRSS")
+        before = process_memory(process, "VmRSS")
         record = await crowd(site, options.clients, options.minutes * 60, expected)
         await asyncio.sleep(COOLDOWN)
-        after, peak = _status(process, "VmRSS"), _status(process, "VmHWM")
+        after, peak = process_memory(process, "VmRSS"), process_memory(process, "VmHWM")
     return {
         "visitors": options.clients,
         "minutes": options.minutes,

@@ -360,17 +360,17 @@ def memory() -> Iterator[Row]:
             picture = Path(folder) / f"{number}.jpg"
             Image.open(PHOTOS[number % len(PHOTOS)]).rotate(number).save(picture)
             client.predict(PICTURE_QUESTION, handle_file(picture), api_name="/ask")
-            resident.append(_status(page.pid, "VmRSS"))
+            resident.append(process_memory(page.pid, "VmRSS"))
         yield Row(
             "memory after 20 picture questions, peak",
-            f"{_status(page.pid, 'VmHWM') / 1e9:.2f} GB",
+            f"{process_memory(page.pid, 'VmHWM') / 1e9:.2f} GB",
             f"{resident[4] / 1e9:.2f} GB after 5, {resident[-1] / 1e9:.2f} after 20",
             None,
             "below 1.5 GB",
         )
 
 
-def _status(process: int, field: str) -> int:
+def process_memory(process: int, field: str) -> int:
     """A memory field of /proc/PID/status, in bytes."""
     return int(re.search(rf"{field}:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1]) * 1024
 

@@ -9,11 +9,19 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from .errors import BadInput
 
+if TYPE_CHECKING:
+    import numpy as np
+    import PIL.Image
+
+    from .models.text_to_speech import SpokenSentence
+
 logger = logging.getLogger(__name__)
+
+ImageSource: TypeAlias = "str | Path | PIL.Image.Image"
 
 ROLES = ("system", "user", "assistant")
 MAX_QUESTION = 4_000  # characters; neither the page nor the API takes a longer one
@@ -39,7 +47,7 @@ class Message:
 
     role: str
     text: str
-    images: Sequence[Any] = field(default=())
+    images: Sequence[ImageSource] = field(default=())
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -138,10 +146,10 @@ class Engine(Protocol):
     def listen(self, path: str | Path, language: str | None = None, task: str = "transcribe") -> Iterator[Transcript]:
         """Transcribes a recording part by part."""
 
-    def speak(self, text: str) -> tuple[Any, int]:
+    def speak(self, text: str) -> tuple[np.ndarray, int]:
         """Reads a text aloud: samples and their rate."""
 
-    def read_aloud(self, pieces: Iterable[str]) -> Iterator[Any]:
+    def read_aloud(self, pieces: Iterable[str]) -> Iterator[SpokenSentence]:
         """Reads a text aloud while it is being written, sentence by sentence."""
 
     def reply(

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from .errors import BadInput
-from .fetching.hub import can_fetch
+from .fetching import can_fetch
 from .fetching.sources import HubRepository
 from .presets import LLAVA_PHI_3, PHI_3_5, SMOL, LanguageModelPreset, Preset
 

@@ -16,6 +16,7 @@ import torch
 from .checkpoints.weights_folder import default_weights, load_model, preset_for_weights, preset_named
 from .conversation import (
     TEXT_PENALTY,
+    ImageSource,
     Message,
     SamplingOptions,
     dialogue_turns,
@@ -32,8 +33,8 @@ from .inference.generation import generate_batch, generate_text, prefill
 from .inference.prefix_cache import PrefixCache, TokenKeys, common_length
 from .media import decode_image, picture_digest
 from .models.chat_formats import chat_format_of
-from .models.image_encoder import load_image_encoder
-from .models.language_model import context_length, switch_adapter
+from .models.image_encoder import ImageEncoder, load_image_encoder
+from .models.language_model import context_length
 from .models.prompt import IMAGE_TOKEN_ID, TokenizedConversation, tokenize_conversation
 from .models.speech_mixin import SpeechMixin
 from .models.speech_recognition import SpeechRecognizer, find_speech_model
@@ -139,10 +140,10 @@ class LocalEngine(SpeechMixin):
         self.speech_recognizer.load()
 
     @cached_property
-    def image_encoder(self) -> Any:
+    def image_encoder(self) -> ImageEncoder:
         return load_image_encoder(self.preset.image_encoder).to(self.device.type)
 
-    def classes(self, image: Any, names: Sequence[str] = ()) -> list[Tag]:
+    def classes(self, image: ImageSource, names: Sequence[str] = ()) -> list[Tag]:
         """Names what the image encoder recognizes in an image, the most likely first.
 
         Without ``names`` these are the tags that the language model reads with the image.
@@ -165,7 +166,7 @@ class LocalEngine(SpeechMixin):
         found = sorted([*classes, *words], key=lambda tag: tag.probability)
         return list({tag.name: tag for tag in found}.values())[::-1]  # if both know a name, the more likely tag stays
 
-    def details(self, answer: str, images: Sequence[Any] = ()) -> dict[str, Any]:
+    def details(self, answer: str, images: Sequence[ImageSource] = ()) -> dict[str, Any]:
         """Facts about an answer: the model, the number of tokens, and the most likely classes of each image."""
         with self._lock:
             tokens = len(self.tokenizer.encode(answer, add_special_tokens=False))
@@ -222,11 +223,11 @@ class LocalEngine(SpeechMixin):
     ) -> Generator[str, None, None]:
         """Streams the answer to an encoded conversation, prefilling only what the prefix cache lacks."""
         if options.beams > 1:  # no streaming and no prefix cache
-            switch_adapter(self.model.language_model, with_adapter)
             prompt = self.embed(encoded)[0]  # [length, hidden_size]
-            yield from generate_batch(self.model.language_model, self.tokenizer, [prompt], options)
+            language_model = self.model.language_model
+            yield from generate_batch(language_model, self.tokenizer, [prompt], options, with_adapter=with_adapter)
             return
-        tokens, ends = self._token_keys(encoded), _prefill_boundaries(encoded, self._shared_tokens)
+        tokens, ends = self._token_keys(encoded), prefill_boundaries(encoded, self._shared_tokens)
         prefix = self.prefix_cache.lookup(tokens, ends, with_adapter)
         for start, end in pairwise([len(prefix.tokens), *(end for end in ends if end > len(prefix.tokens))]):
             for logits in prefill(self.decoder, self.embed(encoded, start, end), prefix.cache):
@@ -307,7 +308,7 @@ class LocalEngine(SpeechMixin):
         features = [self.image_features(image) for image in encoded.images[first:last]]
         return self.model.splice(token_ids, torch.stack(features) if features else None)
 
-    def image_features(self, source: Any) -> torch.Tensor:
+    def image_features(self, source: ImageSource) -> torch.Tensor:
         """The features of an image, [features, image_dim]; cached by content.
 
         Args:
@@ -336,7 +337,7 @@ class LocalEngine(SpeechMixin):
                 self._features.clear()
 
 
-def _prefill_boundaries(encoded: TokenizedConversation, shared: Sequence[int]) -> list[int]:
+def prefill_boundaries(encoded: TokenizedConversation, shared: Sequence[int]) -> list[int]:
     """Prefill boundaries: the end of the common prefix, the start of each earlier answer, the end of the prompt."""
     before = zip(encoded.is_answer, encoded.is_answer[1:], strict=False)
     starts = [index for index, (one, next_one) in enumerate(before, start=1) if next_one and not one]

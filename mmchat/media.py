@@ -6,11 +6,12 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from .conversation import ImageSource
 from .errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ SAMPLE_RATE = 16_000  # Hz, as Whisper expects
 MAX_SECONDS = 600  # longest recording
 
 
-def decode_image(source: Any) -> Image.Image:
+def decode_image(source: ImageSource | BinaryIO) -> Image.Image:
     """Decodes a picture to RGB, see ``to_rgb``.
 
     Args:
@@ -72,7 +73,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def picture_digest(source: Any) -> str:
+def picture_digest(source: ImageSource) -> str:
     """Digest of a picture's content; a path may hold another picture tomorrow.
 
     Args:
@@ -100,7 +101,7 @@ def read_audio(path: str | Path) -> np.ndarray:
     from av.error import FFmpegError
 
     try:
-        blocks = list(_limit_length(_decode(path)))
+        blocks = list(_limit_length(decode_audio(path)))
     except FileNotFoundError as error:
         raise BadInput(f"There is no recording '{Path(path).name}'.") from error
     except (FFmpegError, IndexError, ValueError, OSError) as error:
@@ -108,7 +109,7 @@ def read_audio(path: str | Path) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int16), *blocks]).astype(np.float32) / (1 << 15)
 
 
-def _decode(path: str | Path) -> Iterator[np.ndarray]:
+def decode_audio(path: str | Path) -> Iterator[np.ndarray]:
     """Yields blocks of 16 kHz mono 16-bit samples."""
     import av
 

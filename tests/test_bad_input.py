@@ -204,8 +204,8 @@ def test_hours_of_silence_do_not_fill_memory(tmp_path, monkeypatch):
     """Three hours would be 690 MB of samples; decoding stops after ten minutes."""
     from mmchat import BadInput, media
 
-    decoded, decode = [], media._decode
-    monkeypatch.setattr(media, "_decode", lambda path: (decoded.append(len(b)) or b for b in decode(path)))
+    decoded, decode = [], media.decode_audio
+    monkeypatch.setattr(media, "decode_audio", lambda path: (decoded.append(len(b)) or b for b in decode(path)))
     with pytest.raises(BadInput, match="at most 10 minutes"):
         read_audio(silence(tmp_path / "three hours.flac", 3))
     assert sum(decoded) < 1.1 * media.MAX_SECONDS * SAMPLE_RATE

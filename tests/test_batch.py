@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from mmchat import Message, SamplingOptions
-from mmchat.inference.batch import MAX_UNREAD
+from mmchat.inference.batch import MAX_UNREAD, Answer, Batch
 from mmchat.inference.decoder import TorchDecoder
 from mmchat.inference.generation import stream_token_ids
 from mmchat.inference.onnx_decoder import load_onnx_decoder
+from mmchat.inference.sampling import Sampler
 from mmchat.models.language_model import add_adapter, load_language_model
 from mmchat.presets import get_preset
 from tests.close import INT8_INPUT_ERROR, ONNX_RUN_TO_RUN, certain_answer
@@ -84,65 +85,85 @@ def test_rows_have_the_logits_of_alone(decoders):
 
         alone = []
         for index, given in enumerate(tokens):
-            row = decoder.batch._rows.add(prefilled(index))
-            alone.append([dict(decoder.batch._rows.step({row: token_id}))[row].clone() for token_id in given])
-            decoder.batch._rows.remove(row)
+            row = decoder.batch.rows.add(prefilled(index))
+            alone.append([dict(decoder.batch.rows.step({row: token_id}))[row].clone() for token_id in given])
+            decoder.batch.rows.remove(row)
         waiting, running, found = list(range(9)), {}, [[] for _ in range(9)]
         while waiting or running:
             if waiting and (not running or rng.random() < 0.5):
                 index = waiting.pop(0)
-                running[index] = decoder.batch._rows.add(prefilled(index))
+                running[index] = decoder.batch.rows.add(prefilled(index))
             stepped = rng.sample(list(running), rng.randint(1, len(running)))
             numbers = {running[index]: index for index in stepped}
-            logits = decoder.batch._rows.step({running[index]: tokens[index][len(found[index])] for index in stepped})
+            logits = decoder.batch.rows.step({running[index]: tokens[index][len(found[index])] for index in stepped})
             for row, values in logits:
                 found[numbers[row]].append(values.clone())
             for index in stepped:
                 if len(found[index]) == len(tokens[index]):
-                    decoder.batch._rows.remove(running.pop(index))
+                    decoder.batch.rows.remove(running.pop(index))
         assert list(map(len, found)) == list(map(len, tokens))
         for one, other in zip(found, alone, strict=True):
             one, other = torch.stack(one), torch.stack(other)
             assert (one - other).std() < INT8_INPUT_ERROR * other.std()
 
 
+class CountingRows:
+    """Rows that record how many tokens each pass writes."""
+
+    def __init__(self, rows):
+        self.rows, self.passes = rows, []
+        self.add, self.remove = rows.add, rows.remove
+
+    def step(self, token_ids):
+        self.passes.append(len(token_ids))
+        return self.rows.step(token_ids)
+
+
+def begun(decoder, max_new_tokens, sampler=None):
+    """An answer, greedy by default, and its stream."""
+    answer = Answer(sampler or Sampler(SamplingOptions(temperature=0)), set(), max_new_tokens)
+    embeddings = torch.randn(1, 5, decoder.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    logits = decoder.prefill(embeddings, cache := decoder.new_cache())[0]
+    return answer, decoder.batch.generate(answer, cache, logits)
+
+
 def test_answers_advance_in_one_pass(decoders, monkeypatch):
     for decoder in decoders:
-        passes, step = [], decoder.batch._rows.step
-        monkeypatch.setattr(decoder.batch._rows, "step", lambda ids, s=step, p=passes: (p.append(len(ids)), s(ids))[1])
+        counting = CountingRows(decoder.batch.rows)
+        monkeypatch.setattr(decoder, "batch", Batch(counting))
         embeddings = torch.randn(1, 5, decoder.model.config.hidden_size)
         options = SamplingOptions(temperature=0, max_new_tokens=9)
         streams = [stream_token_ids(decoder, embeddings, options, set()) for _ in range(4)]
         together = [list(tokens) for tokens in zip(*streams, strict=True)]
-        assert len(together) == 9 and sum(passes) == 4 * 8  # each writes its first token from its prompt's logits
-        assert len(passes) <= 8 + 3  # they join one after the other
+        assert len(together) == 9
+        assert sum(counting.passes) == 4 * 8  # each writes its first token from its prompt's logits
+        assert len(counting.passes) <= 8 + 3  # they join one after the other
 
 
 def test_an_answer_waits_for_its_reader(decoders):
     for decoder in decoders[:1]:
-        embeddings = torch.randn(1, 5, decoder.model.config.hidden_size)
-        options = SamplingOptions(temperature=0, max_new_tokens=20)
-        alone = list(stream_token_ids(decoder, embeddings, options, set()))
-        slow, fast = (stream_token_ids(decoder, embeddings, options, set()) for _ in range(2))
-        begun = [next(slow), next(slow)]
+        alone = list(begun(decoder, 20)[1])
+        (answer, slow), (_, fast) = begun(decoder, 20), begun(decoder, 20)
+        read = [next(slow), next(slow)]
         assert list(fast) == alone
-        (answer,) = decoder.batch._answers.values()
-        assert len(answer._unread) == MAX_UNREAD
-        assert begun + list(slow) == alone
+        unread = list(answer.take())
+        assert len(unread) == MAX_UNREAD
+        assert read + unread + list(slow) == alone
 
 
-def test_an_error_reaches_its_own_reader_only(decoders, monkeypatch):
+def test_an_error_reaches_its_own_reader_only(decoders):
     def fail(logits):
-        raise RuntimeError("broken sampler")
+        if chosen:
+            raise RuntimeError("broken sampler")
+        chosen.append(5)
+        return 5
 
     for decoder in decoders[:1]:
-        embeddings = torch.randn(1, 5, decoder.model.config.hidden_size)
-        options = SamplingOptions(temperature=0, max_new_tokens=8)
-        alone = list(stream_token_ids(decoder, embeddings, options, set()))
-        broken, sound = (stream_token_ids(decoder, embeddings, options, set()) for _ in range(2))
-        begun = [next(broken), next(sound)][1:]
-        next(iter(decoder.batch._answers.values()))._sampler = fail
-        assert begun + list(sound) == alone
+        chosen = []
+        alone = list(begun(decoder, 8)[1])
+        (_, broken), (_, sound) = begun(decoder, 8, fail), begun(decoder, 8)
+        assert next(broken) == 5
+        assert list(sound) == alone
         with pytest.raises(RuntimeError, match="broken sampler"):
             list(broken)
         assert len(decoder.batch) == 0

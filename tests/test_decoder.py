@@ -129,7 +129,7 @@ def test_channels_with_large_values_are_multiplied_in_fp32(tiny, monkeypatch, tm
     error = (decoder.prefill(embeddings, decoder.new_cache())[0] - exact).std()
     assert error < INT8_INPUT_ERROR * exact.std()
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr(onnx_graph, "_outlier_channels", lambda _: OTHER_CHANNELS)
+    monkeypatch.setattr(onnx_graph, "outlier_channels", lambda _: OTHER_CHANNELS)
     decoder = load_onnx_decoder(model)
     assert (decoder.prefill(embeddings, decoder.new_cache())[0] - exact).std() > 3 * error
 
@@ -154,10 +154,10 @@ def step(decoder, embeddings, adapters):
     rows = []
     for cache in caches:
         decoder.prefill(embeddings, cache)
-        rows.append(decoder.batch._rows.add(cache))
-    logits = dict(decoder.batch._rows.step(dict.fromkeys(rows, 5)))
+        rows.append(decoder.batch.rows.add(cache))
+    logits = dict(decoder.batch.rows.step(dict.fromkeys(rows, 5)))
     for row in rows:
-        decoder.batch._rows.remove(row)
+        decoder.batch.rows.remove(row)
     return [logits[row].clone() for row in rows]
 
 

@@ -29,10 +29,10 @@ def model_inputs(engine, monkeypatch):
     seen, splice = [], engine.model.splice
 
     def take_nothing(tokens, ends, with_adapter):
-        return CachedPrefix(with_adapter, engine.decoder.new_cache(with_adapter))
+        return CachedPrefix(engine.decoder.new_cache(with_adapter))
 
     monkeypatch.setattr(engine.prefix_cache, "lookup", take_nothing)
-    monkeypatch.setattr("mmchat.engine._prefill_boundaries", lambda encoded, shared: [len(encoded.token_ids)])
+    monkeypatch.setattr("mmchat.engine.prefill_boundaries", lambda encoded, shared: [len(encoded.token_ids)])
 
     def spy(token_ids, image_features):
         embeddings = splice(token_ids, image_features)

@@ -281,7 +281,7 @@ def test_batched_answers_equal_single_answers(tiny, trained, beams):
     items, store = read_items(tiny / "train.json")[:7], FeatureStore(tiny / "features-patches")
     options = SamplingOptions(temperature=0, repetition_penalty=1.0, max_new_tokens=20, beams=beams)
     with torch.inference_mode():
-        prompts = [evaluator._embed(evaluator._tokenize(item, store), store) for item in items]
+        prompts = [evaluator.embed(evaluator.tokenize(item, store), store) for item in items]
         together = generate_batch(model.language_model, tokenizer, prompts, options)
         for prompt, text in zip(prompts, together, strict=True):
             (alone,) = generate_batch(model.language_model, tokenizer, [prompt], options)

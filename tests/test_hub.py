@@ -13,7 +13,7 @@ import torch
 
 from mmchat.fetching import fetch
 from mmchat.fetching.cache import cache_folder
-from mmchat.fetching.hub import _record, is_repository_here
+from mmchat.fetching.hub import is_repository_here, record_path
 from mmchat.presets import LLAVA_PHI_3, PHI_3_5, HubRepository
 from tests import llava
 from tests.conftest import ROOT, page_address
@@ -193,7 +193,7 @@ def test_a_file_truncated_later_is_fetched_again(tmp_path, monkeypatch):
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
     repository = HubRepository("somebody/model", "main")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    record = _record(repository)
+    record = record_path(repository)
     record.parent.mkdir(parents=True)
     record.write_text(json.dumps({"folder": str(tmp_path), "files": {"model.safetensors": 7}}))
     assert is_repository_here(repository)

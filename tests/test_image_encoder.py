@@ -117,8 +117,8 @@ def test_a_batch_equals_single_pictures(engine, photo, small_picture):
 def test_onnx_runtime_equals_pytorch(engine, photo, small_picture, monkeypatch):
     encoder, images = engine.image_encoder, [open_image(photo), small_picture]
     features = encoder.encode(images)
-    assert encoder._session
-    monkeypatch.setattr(encoder, "_session", None)  # as on a GPU, or without ONNX Runtime
+    assert encoder.session
+    monkeypatch.setattr(encoder, "session", None)  # as on a GPU, or without ONNX Runtime
     assert_close(encoder.encode(images), features, FIFTY_LAYERS)
 
 

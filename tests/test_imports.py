@@ -1,4 +1,4 @@
-"""Import boundaries: which modules load without torch or importers, and that only training imports training."""
+"""Import boundaries: which modules load without torch or importers, and which subpackages import which."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ BROUGHT_BY = {
     "pyyaml": "yaml",
     "transformers": "huggingface_hub jinja2 tokenizers",
 }
+LAYERS = [{"fetching"}, {"models"}, {"inference", "checkpoints"}, {"serving", "training"}]  # each uses those before it
 
 
 def imported_by(*modules: str) -> set[str]:
@@ -57,6 +58,14 @@ def test_no_code_that_comes_with_a_model_is_trusted():
     sources = [*(ROOT / "mmchat").rglob("*.py"), *(ROOT / "training_scripts").rglob("*.*")]
     assert len(sources) > 100
     assert not [path for path in sources if b"trust_remote_code" in path.read_bytes()]
+
+
+def test_subpackages_import_only_those_of_the_layers_before():
+    layer_of = {f"mmchat.{name}": index for index, names in enumerate(LAYERS) for name in names}
+    for package, layer in layer_of.items():
+        for path in (ROOT / package.replace(".", "/")).rglob("*.py"):
+            imported = {".".join(name.split(".")[:2]) for name in imports_in(path)} - {package}
+            assert all(layer_of.get(name, -1) < layer for name in imported), path
 
 
 def test_every_package_that_the_app_imports_is_installed_with_it():

@@ -241,10 +241,10 @@ def wordnet() -> Dictionary:
 
 
 def test_every_name_in_our_tables_is_in_wordnet(wordnet):
-    known = set(wordnet._basics.values()), set(wordnet._groups.values())
+    known = set(wordnet.basics.values()), set(wordnet.groups.values())
     assert known[0] == {entry.partition("=")[0].partition("#")[0] for entry in naming.BASIC_NAMES.split("|")}
     assert known[1] == set(naming.GROUPS.values())
-    assert len(wordnet._basics) == len(naming.BASIC_NAMES.split("|"))
+    assert len(wordnet.basics) == len(naming.BASIC_NAMES.split("|"))
     for synset in naming.RENAMED_SYNSETS:
         assert wordnet.names_of("", synset).name
 

@@ -181,13 +181,13 @@ def test_a_language_that_the_model_lacks_is_named_where_that_is_known(engine, mo
 
 
 def test_stop_does_not_wait_for_what_is_being_heard(engine, monkeypatch):
-    page, visit, is_over, segment = ui.Page(engine), ui.Visit(), Event(), speech_recognition._segment
+    page, visit, is_over, segment = ui.Page(engine), ui.Visit(), Event(), speech_recognition.speech_segment
 
     def held(*found):  # nothing is heard before the page is done
         assert is_over.wait(60)
         return segment(*found)
 
-    monkeypatch.setattr(speech_recognition, "_segment", held)
+    monkeypatch.setattr(speech_recognition, "speech_segment", held)
     pressed = Timer(0.5, visit.request)
     pressed.start()
     *_, (*_, asked, note, _) = VoicePage(page).add_voice(str(SPEECH), {"text": "", "files": []}, [], visit, "en")

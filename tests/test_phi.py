@@ -16,7 +16,7 @@ from mmchat.device import Device, choose_preset, choose_quantization
 from mmchat.engine import LocalEngine
 from mmchat.errors import AssetError, BadInput
 from mmchat.inference.decoder import TorchDecoder
-from mmchat.inference.generation import _beam_settings, generate_batch, stream_text
+from mmchat.inference.generation import beam_settings, generate_batch, stream_text
 from mmchat.models.chat_formats import CHAT_FORMATS
 from mmchat.models.image_encoder import find_image_encoder, load_image_encoder
 from mmchat.models.language_model import add_adapter, context_length, load_language_model
@@ -315,7 +315,7 @@ def test_presets_pin_their_models():
 
 def test_padding_is_not_a_stop_token():
     stop_ids = {0, 1, 7}
-    settings = _beam_settings(SamplingOptions(), stop_ids)
+    settings = beam_settings(SamplingOptions(), stop_ids)
     assert settings.pad_token_id not in stop_ids and set(settings.eos_token_id) == stop_ids
 
 

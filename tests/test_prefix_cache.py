@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mmchat import Message, SamplingOptions
 from mmchat.engine import LocalEngine
 from mmchat.inference.onnx_decoder import OnnxDecoder
+from mmchat.inference.prefix_cache import common_length
 from mmchat.presets import PRESETS
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
@@ -175,9 +176,10 @@ def test_conversations_share_the_system_text(engine, monkeypatch):
         engine.decoder, "prefill", lambda rows, cache: (lengths.append(rows.shape[1]), original(rows, cache))[1]
     )
     engine.forget()
-    for question in ("Why is the sky blue?", "Name a color."):
-        "".join(engine.reply([Message("user", question)], OPTIONS))
-    shared = len(engine._shared_tokens)
+    questions = [[Message("user", text)] for text in ("Why is the sky blue?", "Name a color.")]
+    for question in questions:
+        "".join(engine.reply(question, OPTIONS))
+    shared = common_length(*(engine.tokenize(question).token_ids for question in questions))
     assert shared >= 8 and lengths[0] == shared and len(lengths) == 3
 
 

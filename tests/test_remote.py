@@ -22,7 +22,7 @@ from mmchat import BadInput, Message, MmchatError, SamplingOptions
 from mmchat.checkpoints.llava_export import export_llava
 from mmchat.engine import LocalEngine
 from mmchat.presets import PRESETS
-from mmchat.serving.remote import RemoteEngine, _to_openai
+from mmchat.serving.remote import RemoteEngine
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
 from tests.close import certain_answer
@@ -224,6 +224,7 @@ def test_bad_input_does_not_reach_the_server(tmp_path):
 
 
 def test_large_pictures_are_scaled_down():
-    sent = _to_openai(Message("user", "What is it?", [Image.new("RGB", (3000, 2000), "red")]))
-    kind, data = sent["content"][0]["image_url"]["url"].split(",")
+    with server(refusing(400)) as (address, requests), pytest.raises(MmchatError):
+        list(RemoteEngine(address).reply([Message("user", "What is it?", [Image.new("RGB", (3000, 2000), "red")])]))
+    kind, data = requests[0]["messages"][0]["content"][0]["image_url"]["url"].split(",")
     assert kind == "data:image/jpeg;base64" and Image.open(io.BytesIO(base64.b64decode(data))).size == (1024, 683)

@@ -311,7 +311,7 @@ def test_the_languages_are_those_of_the_models_vocabulary(engine):
 @pytest.mark.slow
 def test_a_long_recording_shows_its_finished_parts_and_stops_between_segments(engine, tmp_path, monkeypatch):
     whole = np.concatenate([read_audio(SPEECH)] * 4)[:, None]
-    heard, has_left, segment = [], Event(), speech_recognition._segment
+    heard, has_left, segment = [], Event(), speech_recognition.speech_segment
 
     def waiting(start, *others):  # a segment of the second part waits until nobody listens
         if start >= parts[0].segments[-1].end:
@@ -320,7 +320,9 @@ def test_a_long_recording_shows_its_finished_parts_and_stops_between_segments(en
         return segment(start, *others)
 
     parts = []
-    monkeypatch.setattr(speech_recognition, "_segment", lambda *found: waiting(*found) if parts else segment(*found))
+    monkeypatch.setattr(
+        speech_recognition, "speech_segment", lambda *found: waiting(*found) if parts else segment(*found)
+    )
     listening = engine.listen(write_wav(tmp_path / "minute.wav", whole, 16_000), "en")
     parts += [next(one for one in listening if one.text)]
     assert 0.4 < parts[0].progress < 1 and parts[0].text.count("your country") >= 4

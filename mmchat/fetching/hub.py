@@ -33,12 +33,12 @@ def fetch_repository(repository: HubRepository, files: Sequence[str] | None = No
     """
     if Path(repository.name).is_dir():
         return Path(repository.name)
-    return _downloaded(_record(repository)) or _download(repository, files)
+    return _downloaded(record_path(repository)) or _download(repository, files)
 
 
 def is_repository_here(repository: HubRepository) -> bool:
     """Whether the repository is on this machine."""
-    return Path(repository.name).is_dir() or _downloaded(_record(repository)) is not None
+    return Path(repository.name).is_dir() or _downloaded(record_path(repository)) is not None
 
 
 def can_fetch(repository: HubRepository) -> bool:
@@ -58,7 +58,7 @@ def files_on_hub(repository: HubRepository) -> list[str] | None:
     return _needed([sibling.rfilename for sibling in info.siblings or []])
 
 
-def _record(repository: HubRepository) -> Path:
+def record_path(repository: HubRepository) -> Path:
     """The file that records a download: its folder, and the size of each file."""
     return cache_folder() / "hub" / f"{repository.name.replace('/', '--')}@{repository.revision}.json"
 
@@ -97,7 +97,7 @@ def _download(repository: HubRepository, files: Sequence[str] | None) -> Path:
         sizes = {file: (folder / file).stat().st_size for file in files}
     except Exception as error:
         raise _explained(repository, error) from error
-    record = _record(repository)
+    record = record_path(repository)
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps({"folder": str(folder), "files": sizes}, indent=1))
     return folder

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cache import cache_folder, is_converted, unfinished_folder
-from .sources import HubRepository, Source, WheelFolder, WheelMember
+from .sources import HubRepository, Source, Wheel, WheelFolder, WheelMember
 from .wheels import is_fetched, member_folder
 
 MEGABYTE = 1e6
 
 
 @dataclass(frozen=True)
-class _Download:
+class Download:
     size: int  # bytes
     growing: Path  # the folder of its files during the download
     is_done: Callable[[], bool]
@@ -25,7 +25,7 @@ class _Download:
         return self.size if self.is_done() else min(_size(self.growing), self.size)
 
 
-_downloads: dict[Source, _Download] = {}  # of this process
+downloads: dict[Source, Download] = {}  # of this process
 
 
 def expect(sources: Iterable[Source]) -> None:
@@ -41,21 +41,21 @@ def expect(sources: Iterable[Source]) -> None:
                 download = _of_members(source)
             case WheelFolder():
                 download = _of_folder(source)
-            case HubRepository() | Path():
+            case HubRepository() | Wheel() | Path():
                 continue
         if not download.is_done():
-            _downloads[source] = download
+            downloads[source] = download
 
 
-def _of_members(members: tuple[WheelMember, ...]) -> _Download:
+def _of_members(members: tuple[WheelMember, ...]) -> Download:
     size = sum(member.size for member in members)
-    return _Download(size, unfinished_folder(member_folder(members[0])), lambda: all(map(is_fetched, members)))
+    return Download(size, unfinished_folder(member_folder(members[0])), lambda: all(map(is_fetched, members)))
 
 
-def _of_folder(source: WheelFolder) -> _Download:
+def _of_folder(source: WheelFolder) -> Download:
     folder = cache_folder() / source.name
     size = sum(member.size for _, parts in source.files for member in parts)
-    return _Download(size, unfinished_folder(folder), lambda: is_converted(folder))
+    return Download(size, unfinished_folder(folder), lambda: is_converted(folder))
 
 
 def expect_repository(repository: HubRepository, size: int) -> None:
@@ -68,13 +68,13 @@ def expect_repository(repository: HubRepository, size: int) -> None:
     from huggingface_hub.file_download import repo_folder_name
 
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository.name, repo_type="model")
-    _downloads[repository] = _Download(size, folder, lambda: False)
+    downloads[repository] = Download(size, folder, lambda: False)
 
 
 def megabytes_fetched() -> tuple[int, int]:
     """Megabytes fetched so far, and megabytes in total, of what this process has to fetch."""
-    downloads = list(_downloads.values())
-    fetched, size = sum(each.fetched() for each in downloads), sum(each.size for each in downloads)
+    expected = list(downloads.values())
+    fetched, size = sum(each.fetched() for each in expected), sum(each.size for each in expected)
     return round(fetched / MEGABYTE), round(size / MEGABYTE)
 
 

@@ -14,6 +14,15 @@ HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)
+class Wheel:
+    """A whole wheel of the Python package index, pinned by SHA-256."""
+
+    package: str
+    version: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class WheelMember:
     """One file inside a wheel of the Python package index, pinned by SHA-256."""
 
@@ -59,7 +68,7 @@ class WheelFolder:
 
 
 # Several members of one wheel, or a local file or folder, are sources, too.
-Source = WheelMember | tuple[WheelMember, ...] | WheelFolder | HubRepository | Path
+Source = Wheel | WheelMember | tuple[WheelMember, ...] | WheelFolder | HubRepository | Path
 
 
 def fingerprint(source: WheelMember | HubRepository | Path) -> str:

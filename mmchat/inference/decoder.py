@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -17,9 +17,16 @@ from ..models.language_model import switch_adapter
 from .batch import Batch
 from .onnx_decoder import load_onnx_decoder
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 class Cache(Protocol):
     """KV cache: keys and values of the tokens so far."""
+
+    @property
+    def with_adapter(self) -> bool:
+        """Whether they are the adapter's, which differ from the base model's."""
 
     @property
     def length(self) -> int:
@@ -75,7 +82,7 @@ class TorchDecoder:
 class TorchCache:
     """A ``Cache`` around transformers' DynamicCache."""
 
-    def __init__(self, config: Any, with_adapter: bool):
+    def __init__(self, config: PreTrainedConfig, with_adapter: bool):
         from transformers import DynamicCache
 
         self._config, self.with_adapter = config, with_adapter

@@ -6,15 +6,19 @@ import warnings
 from collections.abc import Generator, Hashable, Iterator, Sequence
 from contextlib import closing
 from itertools import count, takewhile
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..conversation import SamplingOptions
+from ..models.language_model import switch_adapter
 from .batch import Answer
 from .decoder import Cache, Decoder
 from .sampling import Sampler
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast
 
 PREFILL_CHUNK = 128  # tokens
 
@@ -41,7 +45,11 @@ def prefill(decoder: Decoder, embeddings: torch.Tensor, cache: Cache) -> Iterato
 
 
 def stream_text(
-    decoder: Decoder, tokenizer: Any, embeddings: torch.Tensor, options: SamplingOptions, cache: Cache | None = None
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerFast,
+    embeddings: torch.Tensor,
+    options: SamplingOptions,
+    cache: Cache | None = None,
 ) -> Iterator[str]:
     """Prefills a prompt and streams the answer in pieces of whole characters.
 
@@ -56,7 +64,7 @@ def stream_text(
 
 
 def generate_text(
-    decoder: Decoder, tokenizer: Any, logits: torch.Tensor, options: SamplingOptions, cache: Cache
+    decoder: Decoder, tokenizer: PreTrainedTokenizerFast, logits: torch.Tensor, options: SamplingOptions, cache: Cache
 ) -> Iterator[str]:
     """Streams the answer to a prefilled prompt in pieces of whole characters.
 
@@ -96,10 +104,11 @@ def generate_token_ids(
 @torch.inference_mode()
 def generate_batch(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[torch.Tensor],
     options: SamplingOptions,
     *,
+    with_adapter: bool = True,
     prefixes: Sequence[Hashable] = (),
     prefix_length: int = 0,
 ) -> list[str]:
@@ -108,9 +117,11 @@ def generate_batch(
     Args:
         prompts: [length, hidden_size] each; lengths may differ.
         options: temperature, top_p and seed are ignored.
+        with_adapter: with the adapter on or off; a model without an adapter ignores the flag.
         prefixes: one key per prompt; prompts with equal keys share a prefix, which is prefilled once.
         prefix_length: number of tokens in each prefix; 0 shares nothing.
     """
+    switch_adapter(model, with_adapter)
     longest, width = max(len(prompt) for prompt in prompts), prompts[0].shape[1]
     gaps = [longest - len(prompt) for prompt in prompts]
     # The padding follows the prefix, so all answers start in the same column.
@@ -127,14 +138,16 @@ def generate_batch(
     token_ids = model.generate(
         inputs_embeds=embeddings,
         attention_mask=is_token.long().to(embeddings.device),
-        generation_config=_beam_settings(options, stop_ids),
+        generation_config=beam_settings(options, stop_ids),
         past_key_values=cache,
     )  # [prompts, new tokens]
     written = [list(takewhile(lambda token_id: token_id not in stop_ids, row)) for row in token_ids.tolist()]
     return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
-def _prefill(model: nn.Module, embeddings: torch.Tensor, prefixes: Sequence[Hashable], length: int, beams: int) -> Any:
+def _prefill(
+    model: nn.Module, embeddings: torch.Tensor, prefixes: Sequence[Hashable], length: int, beams: int
+) -> DynamicCache:
     """KV cache of each prompt's prefix; every distinct prefix is computed once."""
     from transformers import DynamicCache
 
@@ -151,7 +164,8 @@ def _prefill(model: nn.Module, embeddings: torch.Tensor, prefixes: Sequence[Hash
     return cache
 
 
-def _beam_settings(options: SamplingOptions, stop_ids: set[int]) -> Any:
+def beam_settings(options: SamplingOptions, stop_ids: set[int]) -> GenerationConfig:
+    """The options as transformers' settings for greedy or beam search."""
     from transformers import GenerationConfig
 
     return GenerationConfig(

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from torch import nn
 from ..fetching.cache import convert_once
 from .batch import Batch
 from .onnx_graph import BLOCK, CORRECTION_FILE, PARTS, base_layers, build_decoder, pack_4bit, pack_8bit
+
+if TYPE_CHECKING:
+    from onnxruntime import IOBinding, OrtValue
 
 logger = logging.getLogger(__name__)
 
@@ -116,14 +119,14 @@ class _Graph:
         past = [value for value in self.session.get_inputs() if value.name.startswith("past.")]
         self.cache_shapes = {value.name: (value.shape[1], value.shape[3]) for value in past}  # heads and head size
         self._model, self._path = model, path
-        self._corrections: dict[bool, dict[str, Any]] = {}  # with the adapter -> graph inputs
+        self._corrections: dict[bool, dict[str, OrtValue]] = {}  # with the adapter -> graph inputs
 
     @torch.inference_mode()
     def embed(self, token_ids: list[int]) -> np.ndarray:
         """Embeds one token per row, [rows, 1, hidden_size]."""
         return self._model.get_input_embeddings()(torch.tensor(token_ids)[:, None]).numpy()
 
-    def bind(self, binding: Any, adapters: list[bool]) -> None:
+    def bind(self, binding: IOBinding, adapters: list[bool]) -> None:
         """Binds corrections and adapter for rows with the adapter on or off."""
         any_adapter = any(adapters)
         if any_adapter not in self._corrections:
@@ -137,7 +140,7 @@ class _Graph:
             switch[np.logical_not(adapters), :, 2 * (inputs // BLOCK) :] = 0
             binding.bind_cpu_input(f"switch.{part}", switch)
 
-    def run(self, binding: Any, embeddings: np.ndarray, lengths: list[int]) -> np.ndarray:
+    def run(self, binding: IOBinding, embeddings: np.ndarray, lengths: list[int]) -> np.ndarray:
         """Appends embeddings, [rows, tokens, hidden_size], to caches of these lengths → logits, [rows, vocabulary]."""
         last = np.array(lengths, dtype=np.int32) + (embeddings.shape[1] - 1)
         binding.bind_cpu_input("embeddings", embeddings)
@@ -166,7 +169,7 @@ class _KeyValues:
         for name, array in source.arrays.items():
             self.arrays[name][row, :, :length] = array[source_row, :, :length]
 
-    def binding(self, adapters: list[bool]) -> Any:
+    def binding(self, adapters: list[bool]) -> IOBinding:
         """A binding for the first rows, with the adapter on or off for each."""
         from onnxruntime import OrtValue
 
@@ -227,7 +230,7 @@ class OnnxRows:
         self._graph = graph
         self._rows: list[_Row] = []
         self._values = _KeyValues(graph, 0, 0)
-        self._bindings: dict[tuple[bool, ...], Any] = {}  # adapters of the rows -> binding
+        self._bindings: dict[tuple[bool, ...], IOBinding] = {}  # adapters of the rows -> binding
 
     def add(self, cache: OnnxCache) -> _Row:
         self._reserve(len(self._rows) + 1, cache.length + 1)
@@ -283,7 +286,7 @@ def _capacity_for(length: int) -> int:
 
 
 @torch.inference_mode()
-def _correction_inputs(model: nn.Module, path: Path, with_adapter: bool) -> Iterator[tuple[str, Any]]:
+def _correction_inputs(model: nn.Module, path: Path, with_adapter: bool) -> Iterator[tuple[str, OrtValue]]:
     """Block sums, outlier channels and LoRA of each part as a (down, up) pair, [inputs, rank] and [rank, outputs]."""
     from onnxruntime import OrtValue
     from safetensors.torch import load_file

@@ -1,9 +1,8 @@
-"""Networks as ONNX graphs, which run faster on a CPU than in PyTorch.
+"""A Llama model as an ONNX graph, which runs faster on a CPU than in PyTorch.
 
-A Llama model gets 4-bit weights and an 8-bit output head, both lossless; an EfficientNet-Lite stays in fp32. The fast
-products with such weights round their inputs to 8 bits, one scale for 32 channels. A few channels hold values many
-times larger than the others, whatever the token, and would spoil their block; they are multiplied in fp32, as in
-LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339).
+It gets 4-bit weights and an 8-bit output head, both lossless. The fast products with such weights round their inputs to
+8 bits, one scale for 32 channels. A few channels hold values many times larger than the others, whatever the token, and
+would spoil their block; they are multiplied in fp32, as in LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339).
 """
 
 from __future__ import annotations
@@ -12,17 +11,18 @@ import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ..errors import AssetError
-from ..models.efficientnet import Block, ConvNorm, EfficientNet
+from ..models.onnx_export import FLOAT, INT32, GraphBuilder
 
 logger = logging.getLogger(__name__)
 
-FLOAT, INT32 = 1, 6  # onnx.TensorProto's numbers
+T = TypeVar("T")
+
 BLOCK = 32  # weights that share a scale
 # The correction: what the 8-bit products lack. MatMulNBits assumes zero point 8; ours differs per block, so a multiple
 # of each block's sum is missing, and so are the outlier channels. Both terms are low-rank, like LoRA, so all three
@@ -65,83 +65,12 @@ def build_decoder(model: nn.Module, folder: Path) -> None:
     )
 
 
-@torch.inference_mode()
-def build_image_encoder(network: EfficientNet, resolution: int) -> bytes:
-    """Exports an EfficientNet-Lite with folded batch norms: "pixels", [batch, 3, resolution, resolution] → "maps"."""
-    return _EfficientNet(network, resolution).finish().SerializeToString()
-
-
-class _Graph:
-    """Builds an ONNX graph node by node. Each method adds nodes and returns the name of its output."""
-
-    def __init__(self) -> None:
-        self.nodes: list[Any] = []
-        self.weights: list[Any] = []
-        self.inputs: list[tuple[str, int, list[int | str]]] = []
-        self.outputs: list[tuple[str, int, list[int | str]]] = []
-
-    def finish(self) -> Any:
-        """The graph as an ONNX model."""
-        from onnx import helper
-
-        def infos(values: list[tuple[str, int, list[int | str]]]) -> list[Any]:
-            return [helper.make_tensor_value_info(name, kind, shape) for name, kind, shape in values]
-
-        graph = helper.make_graph(self.nodes, "network", infos(self.inputs), infos(self.outputs), self.weights)
-        versions = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-        return helper.make_model(graph, opset_imports=versions, ir_version=10)
-
-    def _node(self, operation: str, inputs: list[str], outputs: list[str], **attributes: Any) -> str:
-        from onnx import helper
-
-        contrib = ("GroupQueryAttention", "MatMulNBits", "SkipSimplifiedLayerNormalization", "QuickGelu")
-        domain = "com.microsoft" if operation in contrib else ""
-        self.nodes.append(helper.make_node(operation, inputs, outputs, domain=domain, **attributes))
-        return outputs[0]
-
-    def _weight(self, name: str, tensor: torch.Tensor) -> str:
-        from onnx import numpy_helper
-
-        self.weights.append(numpy_helper.from_array(tensor.detach().contiguous().numpy(), name))
-        return name
-
-    def _input(self, name: str, kind: int, shape: list[int | str]) -> str:
-        self.inputs.append((name, kind, shape))
-        return name
-
-
-class _EfficientNet(_Graph):
-    def __init__(self, network: EfficientNet, resolution: int):
-        super().__init__()
-        self.limits = [self._weight("lowest", torch.tensor(0.0)), self._weight("highest", torch.tensor(6.0))]  # ReLU6
-        maps = self._input("pixels", FLOAT, ["batch", 3, resolution, resolution])
-        maps = self._convolution(maps, network.stem, "stem")
-        for index, block in enumerate(network.blocks):
-            maps = self._block(maps, block, f"block.{index}")
-        self._node("Identity", [self._convolution(maps, network.head, "head")], ["maps"])
-        self.outputs.append(("maps", FLOAT, ["batch", network.head.convolution.out_channels, "height", "width"]))
-
-    def _block(self, maps: str, block: Block, name: str) -> str:
-        wide = self._convolution(maps, block.expand, f"{name}.expand") if hasattr(block, "expand") else maps
-        mixed = self._convolution(wide, block.depthwise, f"{name}.depthwise")
-        narrow = self._convolution(mixed, block.project, f"{name}.project")
-        return self._node("Add", [narrow, maps], [f"{name}.sum"]) if block.is_residual else narrow
-
-    def _convolution(self, maps: str, layer: ConvNorm, name: str) -> str:
-        convolution = layer.convolution
-        weights = [self._weight(f"{name}.weight", convolution.weight), self._weight(f"{name}.bias", convolution.bias)]
-        padding = [convolution.before, convolution.before, convolution.after, convolution.after]
-        shape = {"strides": list(convolution.stride), "pads": padding, "group": convolution.groups}
-        maps = self._node("Conv", [maps, *weights], [f"{name}.convolved"], **shape)
-        return self._node("Clip", [maps, *self.limits], [name]) if layer.has_activation else maps
-
-
-class _Decoder(_Graph):
+class _Decoder(GraphBuilder):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.config = model.config
-        self.correction: dict[str, Any] = {}
-        self.outliers = _outlier_channels(model)
+        self.correction: dict[str, torch.Tensor] = {}
+        self.outliers = outlier_channels(model)
         decoder = model.get_decoder()
         self._input("embeddings", FLOAT, ["rows", "tokens", self.config.hidden_size])
         self._input("last", INT32, ["rows"])
@@ -264,7 +193,7 @@ class _Decoder(_Graph):
         self._weight("sines", angles.sin())
 
 
-def _outlier_channels(model: nn.Module) -> dict[str, torch.Tensor]:
+def outlier_channels(model: nn.Module) -> dict[str, torch.Tensor]:
     """The input channels of each part that have the largest values, as many as there are blocks: part → [blocks]."""
     found: dict[str, torch.Tensor] = {}
 
@@ -327,7 +256,7 @@ def _is_lossless(unpacked: torch.Tensor, exact: torch.Tensor) -> bool:
     return torch.allclose(unpacked, exact, rtol=1e-5, atol=1e-6 * exact.abs().max().item())
 
 
-def _require_lossless(packed: Any, name: str) -> Any:
+def _require_lossless(packed: T | None, name: str) -> T:
     if packed is None:
         raise AssetError(f"The weights of {name} have too many levels for lossless packing.")
     return packed

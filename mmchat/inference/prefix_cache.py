@@ -22,7 +22,6 @@ TokenKeys = list[Hashable]  # a token's id, or (digest of an image, index of its
 class CachedPrefix:
     """The beginning of a conversation, with its KV cache."""
 
-    with_adapter: bool  # keys and values with and without the adapter differ
     cache: Cache
     tokens: TokenKeys = field(default_factory=list)
     logits: torch.Tensor | None = None  # of the last token, [1, vocabulary]; None if not kept
@@ -57,7 +56,7 @@ class PrefixCache:
         Args:
             ends: the boundaries up to which the conversation is prefilled; the last one is its length.
         """
-        candidates = [prefix for prefix in self._prefixes if prefix.with_adapter == with_adapter]
+        candidates = [prefix for prefix in self._prefixes if prefix.cache.with_adapter == with_adapter]
         for prefix in candidates:
             if prefix.logits is not None and prefix.tokens == tokens:
                 return prefix
@@ -65,9 +64,9 @@ class PrefixCache:
         common = common_length(best.tokens, tokens) if best else 0
         length = max((end for end in ends[:-1] if end <= common), default=0)
         if not best or not length:
-            return CachedPrefix(with_adapter, self.decoder.new_cache(with_adapter))
+            return CachedPrefix(self.decoder.new_cache(with_adapter))
         if length < len(best.tokens):
-            return CachedPrefix(with_adapter, best.cache.prefix(length), tokens[:length])
+            return CachedPrefix(best.cache.prefix(length), tokens[:length])
         self._prefixes.remove(best)
         return best
 

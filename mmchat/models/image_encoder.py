@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +20,11 @@ from ..fetching.sources import HubRepository
 from ..presets import EFFICIENTNETS, ImageEncoderPreset, tuned_image_encoder
 from .efficientnet import EfficientNet
 from .llava_folder import IMAGE_ENCODER_NAMES, is_llava_folder, load_part, open_llava
+from .onnx_export import build_image_encoder
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+    from transformers import BaseImageProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +80,7 @@ class EfficientNetLite(ImageEncoder):
         self.network.fold_norms()
         if preset.is_tuned:
             _load_tuned(self.network, path)
-        self._session = _onnx_session(self.network, preset.resolution)
+        self.session = _onnx_session(self.network, preset.resolution)
         self.network.to(memory_format=torch.channels_last)
 
     @property
@@ -104,17 +109,15 @@ class EfficientNetLite(ImageEncoder):
         return torch.cat([cells, global_average], dim=2).transpose(1, 2)  # [batch, feature_count, image_dim]
 
     def _feature_maps(self, pixels: torch.Tensor) -> torch.Tensor:
-        if self._session and pixels.device.type == "cpu":
-            return torch.from_numpy(self._session.run(["maps"], {"pixels": pixels.numpy()})[0])
+        if self.session and pixels.device.type == "cpu":
+            return torch.from_numpy(self.session.run(["maps"], {"pixels": pixels.numpy()})[0])
         return self.network(pixels.contiguous(memory_format=torch.channels_last))
 
 
-def _onnx_session(network: EfficientNet, resolution: int) -> Any:
+def _onnx_session(network: EfficientNet, resolution: int) -> InferenceSession | None:
     """The network on ONNX Runtime, two to three times as fast as PyTorch on a CPU; None if that cannot run it."""
     try:
         import onnxruntime
-
-        from ..inference.onnx_graph import build_image_encoder
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # more threads gain little on small images; batches run images in parallel
@@ -178,7 +181,7 @@ class Clip(ImageEncoder):
         return self.network(self._batch(images)).image_embeds
 
 
-def load_image_processor(preset: ImageEncoderPreset) -> Any:
+def load_image_processor(preset: ImageEncoderPreset) -> BaseImageProcessor:
     """The image processor that prepares pixels for CLIP or SigLIP.
 
     Raises:

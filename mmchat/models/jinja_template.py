@@ -11,10 +11,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..conversation import Message
 from ..errors import WeightsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 IMAGE_TOKEN = "<image>"
 KNOWN_STOPS = ("<|end|>", "<|im_end|>", "<|eot_id|>", "</s>", "<|endoftext|>", "<|assistant|>")
@@ -62,7 +65,10 @@ def read_template(folder: Path, name: str) -> str:
 
 
 def render(
-    template: ChatTemplate, messages: Sequence[Message], tokenizer: Any, add_generation_prompt: bool = False
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerFast,
+    add_generation_prompt: bool = False,
 ) -> list[Piece]:
     """Renders a conversation. Each image is one ``image_token`` in the template's own text.
 
@@ -145,7 +151,7 @@ def escape_special_tokens(text: str, special: Iterable[str]) -> str:
 def tokenize_rendered(
     template: ChatTemplate,
     messages: Sequence[Message],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerFast,
     tokens_per_image: int,
     image_token_id: int,
     add_generation_prompt: bool,
@@ -185,7 +191,7 @@ def tokenize_rendered(
     return token_ids, is_answer
 
 
-def _answer_end(following: str, tokenizer: Any) -> int:
+def _answer_end(following: str, tokenizer: PreTrainedTokenizerFast) -> int:
     """Number of characters after an answer's text that belong to it: those up to its stop token; 0 without one."""
     stripped = following.lstrip()
     for stop in (tokenizer.eos_token, *KNOWN_STOPS):
@@ -194,7 +200,7 @@ def _answer_end(following: str, tokenizer: Any) -> int:
     return 0
 
 
-def stop_ids(template: ChatTemplate, tokenizer: Any) -> list[int]:
+def stop_ids(template: ChatTemplate, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Token ids that end an answer: the tokenizer's EOS, and every token of KNOWN_STOPS that the template contains."""
     tokens = {tokenizer.eos_token, *(stop for stop in KNOWN_STOPS if stop in template.text)} - {None}
     vocabulary = tokenizer.get_vocab()

@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +23,10 @@ from .chat_formats import CHAT_FORMATS
 from .jinja_template import stop_ids
 from .llava_folder import LANGUAGE_MODEL_NAMES, llava_template, load_part, open_llava
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -32,7 +36,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 def load_language_model(
     preset: LanguageModelPreset, dtype: torch.dtype, quantization: str = "none"
-) -> tuple[nn.Module, Any]:
+) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     """Loads the frozen base model in evaluation mode, and its tokenizer.
 
     Args:
@@ -69,7 +73,7 @@ def load_language_model(
     return model.requires_grad_(False).eval(), tokenizer
 
 
-def _load_tokenizer(folder: Path, name: str) -> Any:
+def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     try:
@@ -81,7 +85,7 @@ def _load_tokenizer(folder: Path, name: str) -> Any:
         ) from error
 
 
-def _load_llava_text(folder: Path, name: str, tokenizer: Any, options: dict[str, Any]) -> nn.Module:
+def _load_llava_text(folder: Path, name: str, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any]) -> nn.Module:
     """The language model in a LLaVA folder. The image token is added to its tokenizer if it is missing."""
     from transformers import AutoModelForCausalLM
 
@@ -97,7 +101,7 @@ def _load_llava_text(folder: Path, name: str, tokenizer: Any, options: dict[str,
     return model.requires_grad_(False).eval()
 
 
-def context_length(config: Any) -> int:
+def context_length(config: PreTrainedConfig) -> int:
     """The usable context length, in tokens.
 
     LongRoPE (Ding et al. 2024, arXiv 2402.13753), which Phi-3.5 has, switches to other scaling factors once a sequence
@@ -185,7 +189,7 @@ def add_adapter(
     return adapted
 
 
-def _attach(model: nn.Module, config: Any) -> nn.Module:
+def _attach(model: nn.Module, config: LoraConfig) -> nn.Module:
     from peft import get_peft_model
 
     with warnings.catch_warnings():  # PEFT uses a property that transformers renamed

@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import WeightsError, counted
 from .jinja_template import IMAGE_TOKEN, ChatTemplate, read_template
+
+if TYPE_CHECKING:
+    from transformers import LlavaConfig
 
 MODEL_CONFIG = "config.json"
 MODEL_TYPE = "llava"
@@ -36,15 +39,11 @@ PROJECTOR_PREFIXES = ("multi_modal_projector.", "model.multi_modal_projector.")
 
 @dataclass(frozen=True)
 class LlavaFolder:
-    """A LLaVA folder whose config has been checked.
-
-    Attributes:
-        config: transformers' ``LlavaConfig``.
-    """
+    """A LLaVA folder whose config has been checked."""
 
     folder: Path
     name: str  # for messages
-    config: Any
+    config: LlavaConfig
 
     @property
     def layers(self) -> int | tuple[int, ...]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 KINDS = ("linear", "llava", "mlp", "resblock", "normblocks")
 OLD_NAMES = {  # in saved configs
@@ -165,7 +168,9 @@ def build_projector(config: ProjectorConfig) -> nn.Module:
 
 
 @torch.no_grad()
-def init_end_of_image(projector: nn.Module, language_model: nn.Module, tokenizer: Any, text: str = "\n") -> None:
+def init_end_of_image(
+    projector: nn.Module, language_model: nn.Module, tokenizer: PreTrainedTokenizerFast, text: str = "\n"
+) -> None:
     """Initializes the end-of-image token with the embedding of an existing token.
 
     Args:

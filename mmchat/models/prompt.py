@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ..conversation import Message, has_images
+from ..conversation import ImageSource, Message, has_images
 from .chat_formats import ChatFormat, PromptTemplate
 from .jinja_template import ChatTemplate, tokenize_rendered
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 IMAGE_TOKEN_ID = -200  # a placeholder in the token ids, one for each image token
 
@@ -24,7 +27,7 @@ class Segment:
     """A piece of a conversation that is tokenized by itself. At most one of ``text`` and ``image`` is set."""
 
     text: str = ""
-    image: Any = None
+    image: ImageSource | None = None
     is_control: bool = False  # the format's own text; special tokens are recognized only here
     is_answer: bool = False  # the model learns to generate it
 
@@ -35,16 +38,16 @@ class TokenizedConversation:
 
     token_ids: list[int]
     is_answer: list[bool]  # as long as token_ids
-    images: list[Any]  # in the order of their IMAGE_TOKEN_IDs
+    images: list[ImageSource]  # in the order of their IMAGE_TOKEN_IDs
 
 
-def no_text(image: Any) -> str:
+def no_text(image: ImageSource) -> str:
     """The default ``image_text``: adds no text after an image."""
     return ""
 
 
 def segments(
-    messages: Sequence[Message], chat_format: ChatFormat, image_text: Callable[[Any], str] = no_text
+    messages: Sequence[Message], chat_format: ChatFormat, image_text: Callable[[ImageSource], str] = no_text
 ) -> Iterator[Segment]:
     """The segments of a conversation, in order.
 
@@ -75,7 +78,10 @@ def segments(
 
 
 def _template_segments(
-    messages: Sequence[Message], chat_format: ChatFormat, template: PromptTemplate, image_text: Callable[[Any], str]
+    messages: Sequence[Message],
+    chat_format: ChatFormat,
+    template: PromptTemplate,
+    image_text: Callable[[ImageSource], str],
 ) -> Iterator[Segment]:
     """The segments of a conversation with an image, in the prompt template of the weights."""
     system = template.system if messages[0].role != "system" else ""
@@ -99,18 +105,17 @@ def _template_segments(
 
 def tokenize_conversation(
     messages: Sequence[Message],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerFast,
     chat_format: ChatFormat,
     tokens_per_image: int,
     *,
-    image_text: Callable[[Any], str] = no_text,
+    image_text: Callable[[ImageSource], str] = no_text,
     add_generation_prompt: bool = False,
 ) -> TokenizedConversation:
     """Tokenizes a conversation.
 
     Args:
         messages: at least one.
-        tokenizer: a fast tokenizer of transformers.
         tokens_per_image: number of tokens that the projector makes of one image.
         image_text: gives the text that is added after an image, such as its tags.
         add_generation_prompt: end with the start of an assistant turn, which the model continues.
@@ -138,10 +143,10 @@ def tokenize_conversation(
 
 def _encode_template(
     messages: Sequence[Message],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerFast,
     template: ChatTemplate,
     tokens_per_image: int,
-    image_text: Callable[[Any], str],
+    image_text: Callable[[ImageSource], str],
     add_generation_prompt: bool,
 ) -> TokenizedConversation:
     """Tokenizes a conversation with the Jinja template of the weights. The text about an image opens its message."""

@@ -9,7 +9,7 @@ from contextlib import closing
 from functools import cache
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from ..fetching import fetch
 from ..fetching.sources import HubRepository
 from ..media import SAMPLE_RATE, read_audio
 from ..presets import OFFLINE_SPEECH, SpeechPreset
+
+if TYPE_CHECKING:
+    from faster_whisper import WhisperModel
 
 # Whisper sizes whose repository does not follow the naming rule of _repository.
 REPOSITORIES = {
@@ -180,7 +183,7 @@ def _faster_whisper(preset: SpeechPreset, folder: Path) -> Listen:
             )
             start, segments = part.start / SAMPLE_RATE, []
             for one in found:  # each call of the model gives some
-                segments.append(_segment(start + one.start, start + one.end, one.text, one.compression_ratio))
+                segments.append(speech_segment(start + one.start, start + one.end, one.text, one.compression_ratio))
                 if is_stopped.is_set():
                     break
             return segments
@@ -210,7 +213,7 @@ def _awaited(result: Future[T], so_far: Transcript) -> Generator[Transcript, Non
     return result.result()
 
 
-def _detect(model: Any, samples: np.ndarray) -> str:
+def _detect(model: WhisperModel, samples: np.ndarray) -> str:
     """The most probable language; English unless another one is far more probable, for English with an accent."""
     if not model.model.is_multilingual:
         return "en"
@@ -267,14 +270,16 @@ def _openai_whisper(preset: SpeechPreset, path: Path) -> Listen:
         language = language or (None if model.is_multilingual else "en")
         result = model.transcribe(samples, language=language, task=task, fp16=False, condition_on_previous_text=False)
         segments = [
-            _segment(part["start"], part["end"], part["text"], part["compression_ratio"]) for part in result["segments"]
+            speech_segment(part["start"], part["end"], part["text"], part["compression_ratio"])
+            for part in result["segments"]
         ]
         yield _transcript(segments, result["language"])
 
     return listen
 
 
-def _segment(start: float, end: float, text: str, compression_ratio: float) -> SpeechSegment:
+def speech_segment(start: float, end: float, text: str, compression_ratio: float) -> SpeechSegment:
+    """A segment as Whisper gives it, with repetition loops collapsed."""
     text = text.strip()
     return SpeechSegment(start, end, without_loops(text) if compression_ratio > MAX_COMPRESSION_RATIO else text)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +18,9 @@ from ..fetching import fetch
 from ..fetching.sources import HubRepository
 from ..presets import ImageEncoderPreset
 from .tagger import MIN_CLASS_PROBABILITY, Tag, top_tags
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, PreTrainedTokenizerFast
 
 PROMPT = "a photo of a {}."  # the paper's prompt, for every name
 BATCH_SIZE = 64  # names
@@ -73,7 +76,7 @@ def load_zero_shot(names: tuple[str, ...], encoder: ImageEncoderPreset) -> ZeroS
     return ZeroShotClassifier(names, directions * model.logit_scale.exp())
 
 
-def _load_clip(encoder: ImageEncoderPreset) -> tuple[Any, Any]:
+def _load_clip(encoder: ImageEncoderPreset) -> tuple[CLIPModel, PreTrainedTokenizerFast]:
     """CLIP with both encoders, in evaluation mode, and its tokenizer."""
     from transformers import AutoConfig, AutoTokenizer, CLIPModel
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..conversation import Engine
+from ..conversation import Engine, Transcript
 from ..fetching import megabytes_fetched
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..models.text_to_speech import SpokenSentence
 
 PATIENCE = "The models are still being loaded. Your answer comes as soon as they are."
 
@@ -85,16 +90,16 @@ class LoadingEngine:
     def rewrite(self, *arguments: Any) -> Iterator[str]:
         yield from self._engine().rewrite(*arguments)
 
-    def transcribe(self, *arguments: Any, **options: Any) -> Any:
+    def transcribe(self, *arguments: Any, **options: Any) -> Transcript:
         return self._engine().transcribe(*arguments, **options)
 
-    def listen(self, *arguments: Any, **options: Any) -> Any:
+    def listen(self, *arguments: Any, **options: Any) -> Iterator[Transcript]:
         return self._engine().listen(*arguments, **options)
 
-    def speak(self, text: str) -> Any:
+    def speak(self, text: str) -> tuple[np.ndarray, int]:
         return self._engine().speak(text)
 
-    def read_aloud(self, pieces: Iterable[str]) -> Any:
+    def read_aloud(self, pieces: Iterable[str]) -> Iterator[SpokenSentence]:
         return self._engine().read_aloud(pieces)
 
     def _engine(self) -> Engine:

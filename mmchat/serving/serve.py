@@ -8,14 +8,18 @@ import os
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..bundle import bundled
+from ..conversation import Engine
 from ..errors import BadInput, MmchatError
 from ..presets import AUTO, SMOL, get_preset
 from .middleware import build_middleware
 from .observing import Observer, log, tell_refusal
 from .rate_limit import RateLimit, questions_per_minute
+
+if TYPE_CHECKING:
+    from .feedback import FeedbackStore
 
 HEAD_START = 1.0  # seconds for the first page: it would wait for the interpreter, which importing torch keeps busy
 
@@ -82,7 +86,7 @@ def serve(options: argparse.Namespace) -> int:
     return 0
 
 
-def feedback_store() -> Any:
+def feedback_store() -> FeedbackStore | None:
     """Where visitors' feedback goes: the folder MMCHAT_FEEDBACK; None if it is not set.
 
     Raises:
@@ -118,14 +122,14 @@ def sign_in() -> tuple[str, str] | None:
     return name, password
 
 
-def load_engine(options: argparse.Namespace) -> Any:
+def load_engine(options: argparse.Namespace) -> Engine:
     """Loads local models, or connects to a model server."""
     if options.server:
         from ..models.speech_recognition import find_speech_model
         from .remote import RemoteEngine
 
         speech = find_speech_model(options.speech) if options.speech else SMOL.speech
-        engine: Any = RemoteEngine(options.server, os.environ.get("MMCHAT_MODEL"), speech=speech)
+        engine: Engine = RemoteEngine(options.server, os.environ.get("MMCHAT_MODEL"), speech=speech)
     else:
         from ..engine import load
         from .zero_gpu import lend_gpu

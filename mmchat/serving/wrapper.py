@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..conversation import Engine, Message, SamplingOptions, Transcript, logger
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..models.text_to_speech import SpokenSentence
 
 
 class EngineWrapper:
@@ -33,10 +38,10 @@ class EngineWrapper:
     def listen(self, path: str | Path, language: str | None = None, task: str = "transcribe") -> Iterator[Transcript]:
         return self.engine.listen(path, language, task)
 
-    def speak(self, text: str) -> tuple[Any, int]:
+    def speak(self, text: str) -> tuple[np.ndarray, int]:
         return self.engine.speak(text)
 
-    def read_aloud(self, pieces: Iterable[str]) -> Iterator[Any]:
+    def read_aloud(self, pieces: Iterable[str]) -> Iterator[SpokenSentence]:
         return self.engine.read_aloud(pieces)
 
     def reply(

@@ -14,11 +14,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...fetching.wheels import fetch_wheel
+from ...fetching import fetch
+from ...fetching.sources import Wheel
 from .llava_json import entry_of
 
-PACKAGE, VERSION = "easy-vqa", "1.0"
-SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"
+WHEEL = Wheel("easy-vqa", "1.0", "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f")
 SPLITS = ("train", "test")
 
 
@@ -31,7 +31,7 @@ def extract_pictures(folder: str | Path, split: str, limit: int | None = None) -
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     prefix = f"easy_vqa/data/{split}/images/"
-    with zipfile.ZipFile(fetch_wheel(PACKAGE, VERSION, SHA256)) as archive:
+    with zipfile.ZipFile(fetch(WHEEL)) as archive:
         names = [name for name in archive.namelist() if name.startswith(prefix) and name.endswith(".png")]
         names = sorted(names, key=lambda name: int(Path(name).stem))[:limit]
         for name in names:
@@ -42,7 +42,7 @@ def extract_pictures(folder: str | Path, split: str, limit: int | None = None) -
 
 def questions(split: str, limit: int | None = None) -> dict[str, list[tuple[str, str]]]:
     """File name → questions and answers as sentences, for the first ``limit`` pictures."""
-    with zipfile.ZipFile(fetch_wheel(PACKAGE, VERSION, SHA256)) as archive:
+    with zipfile.ZipFile(fetch(WHEEL)) as archive:
         entries = json.loads(archive.read(f"easy_vqa/data/{split}/questions.json"))
     found: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for question, answer, picture in entries:

@@ -309,5 +309,5 @@ def _other_number(word: str) -> list[str]:
     """The plural of a singular noun or the singular of a plural; nothing for a number or a color."""
     if not re.fullmatch(r"[a-z ]+", word) or word in naming.NUMBERS or word in COLORS:
         return []
-    single = naming._inflect().singular_noun(word)
+    single = naming.inflector().singular_noun(word)
     return [single if single else plural(word)]

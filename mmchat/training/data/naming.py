@@ -152,8 +152,8 @@ class Dictionary:
 
     def __init__(self, wordnet: WordNet | None = None):
         self.wordnet = wordnet
-        self._basics = self._found(entry.partition("=")[::2] for entry in BASIC_NAMES.split("|"))
-        self._groups = self._found((group, sense) for sense, group in GROUPS.items())
+        self.basics = self._found(entry.partition("=")[::2] for entry in BASIC_NAMES.split("|"))
+        self.groups = self._found((group, sense) for sense, group in GROUPS.items())
 
     @classmethod
     def read(cls, folder: str | Path | None) -> Dictionary:
@@ -177,7 +177,7 @@ class Dictionary:
     def synset_of(self, label: str) -> str:
         """The synset of an unambiguous label with a basic-level name; otherwise empty."""
         senses = self.wordnet.senses(label) if self.wordnet else ()
-        if len(senses) != 1 or not self._basics.keys() & set(self.wordnet.upwards(senses[0])):
+        if len(senses) != 1 or not self.basics.keys() & set(self.wordnet.upwards(senses[0])):
             return ""
         return f"n{senses[0]:08d}"
 
@@ -201,13 +201,13 @@ class Dictionary:
         if not re.fullmatch(r"n\d{8}", synset):
             raise BadInput(f"{synset!r} is not the number of a noun in WordNet, such as n02084071.")
         upwards = list(self.wordnet.upwards(int(synset[1:])))
-        basic = next((offset for offset in upwards if offset in self._basics), upwards[0])
+        basic = next((offset for offset in upwards if offset in self.basics), upwards[0])
         below = [offset for offset in upwards[1:] if offset != basic and basic in self.wordnet.upwards(offset)]
         words = [*self.wordnet.synset(upwards[0]).words, *(self.wordnet.synset(offset).words[0] for offset in below)]
-        group = next((group for offset, group in self._groups.items() if offset in upwards), "")
+        group = next((group for offset, group in self.groups.items() if offset in upwards), "")
         if group == "other animal":  # each kind is its own group
-            group += f" {self._basics.get(basic, words[0])}"
-        return self._basics.get(basic, ""), group, [word for word in words if not self._is_latin(word)]
+            group += f" {self.basics.get(basic, words[0])}"
+        return self.basics.get(basic, ""), group, [word for word in words if not self._is_latin(word)]
 
     def _is_latin(self, name: str) -> bool:
         """Whether a name is scientific: "Tinca tinca", of the "genus Tinca"."""
@@ -220,7 +220,8 @@ def readable(label: str, synset: str = "") -> str:
 
 
 @cache
-def _inflect():
+def inflector():
+    """The engine of inflect: articles, plurals and singulars."""
     import inflect
 
     return inflect.engine()
@@ -236,7 +237,7 @@ def is_plural(name: str) -> bool:
 
 def with_article(name: str) -> str:
     """ "a cup", "an umbrella"; mass nouns and plurals without an article."""
-    return name if is_mass(name) or is_plural(name) else _inflect().a(name)
+    return name if is_mass(name) or is_plural(name) else inflector().a(name)
 
 
 @cache
@@ -259,7 +260,7 @@ def _plural_word(word: str) -> str:
         "bison": "bison",
         "cattle": "cattle",
     }
-    return special.get(word) or _inflect().plural_noun(word) or f"{word}s"
+    return special.get(word) or inflector().plural_noun(word) or f"{word}s"
 
 
 def counted(name: str, count: int | None) -> str:

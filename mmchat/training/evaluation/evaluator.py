@@ -189,12 +189,12 @@ class Evaluator:
         return result
 
     def _answers(self, items: Sequence[Item], features: Features, options: SamplingOptions) -> list[str]:
-        encoded = [self._tokenize(item, features) for item in items]
+        encoded = [self.tokenize(item, features) for item in items]
         keys = [_Key.of(prompt, features) for prompt in encoded]
         prompts = dict(zip(keys, encoded, strict=True))
         result = {}
         for batch in self.progress(self._batches_of_prompts(prompts), "answering"):
-            embeddings = [self._embed(prompts[key], features) for key in batch]
+            embeddings = [self.embed(prompts[key], features) for key in batch]
             prefixes = [key.prefix for key in batch]
             shared = {"prefixes": prefixes, "prefix_length": len(prefixes[0][0])}
             shared = shared if prefixes[0][0] and len(set(prefixes)) < len(batch) else {}
@@ -239,7 +239,8 @@ class Evaluator:
         loss, count = torch.tensor(losses, dtype=torch.float64).numpy(), torch.tensor(counts).numpy()
         return bootstrap(len(loss), lambda sample: exp(loss[sample].sum() / count[sample].sum()))
 
-    def _tokenize(self, item: Item, features: Features) -> TokenizedConversation:
+    def tokenize(self, item: Item, features: Features) -> TokenizedConversation:
+        """Tokenizes an item's question up to the start of the answer."""
         return tokenize_conversation(
             item.question,
             self.tokenizer,
@@ -253,7 +254,7 @@ class Evaluator:
         """Picture name → its tag text, which follows the features that replace the picture."""
         return cache(lambda name: self.model.tags(features[name]))
 
-    def _embed(self, prompt: TokenizedConversation, features: Features) -> torch.Tensor:
+    def embed(self, prompt: TokenizedConversation, features: Features) -> torch.Tensor:
         """The input embeddings of a prompt, [length, hidden_size]."""
         device = self.model.device
         found = [features[name].to(device).float() for name in prompt.images]
