@@ -6,8 +6,9 @@ Plain data, without torch, so the page and the model server's client start fast.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
@@ -25,6 +26,12 @@ ImageSource: TypeAlias = "str | Path | PIL.Image.Image"
 
 ROLES = ("system", "user", "assistant")
 MAX_QUESTION = 4_000  # characters; neither the page nor the API takes a longer one
+ORDINALS = ("first", "second", "third", "fourth", "fifth")
+NAMED_IMAGE = re.compile(
+    rf"\b(?:picture|image|photo) (?:number )?(\d{{1,2}})\b|\b({'|'.join(ORDINALS)}) (?:picture|image|photo)\b",
+    re.IGNORECASE,
+)
+SEVERAL_IMAGES = re.compile(r"\b(?:pictures|images|photos|both|others?|all|same|different)\b", re.IGNORECASE)
 DEFAULT_QUESTION = "Describe the image."  # for an image without a question
 TEXT_PENALTY = 1.1  # repetition penalty of text-only conversations
 
@@ -183,6 +190,27 @@ def with_question(messages: Sequence[Message]) -> list[Message]:
             raise BadInput("Please type or speak a question.")
         question = Message("user", DEFAULT_QUESTION, question.images)
     return [*earlier, question]
+
+
+def with_named_image(messages: Sequence[Message]) -> list[Message]:
+    """Leaves out the images that a question is not about, if it names one of several: "picture 2", "the first photo".
+
+    The images are those of the latest message with any. A question that may compare them keeps all.
+    """
+    text = messages[-1].text
+    named = {_image_number(*found) for found in NAMED_IMAGE.findall(text)}
+    shown = max((index for index, message in enumerate(messages) if message.images), default=None)
+    if len(named) != 1 or shown is None or SEVERAL_IMAGES.search(text):
+        return list(messages)
+    images, number = messages[shown].images, named.pop()
+    if len(images) < 2 or not 1 <= number <= len(images):
+        return list(messages)
+    only = replace(messages[shown], images=[images[number - 1]])
+    return [*messages[:shown], only, *messages[shown + 1 :]]
+
+
+def _image_number(digits: str, ordinal: str) -> int:
+    return int(digits) if digits else ORDINALS.index(ordinal.lower()) + 1
 
 
 def rewrite_request(question: str, draft: str) -> Message:

@@ -22,6 +22,7 @@ from .conversation import (
     dialogue_turns,
     has_images,
     rewrite_request,
+    with_named_image,
     with_question,
 )
 from .device import choose_device, choose_preset, choose_quantization, headroom_of
@@ -194,6 +195,8 @@ class LocalEngine(SpeechMixin):
         """
         options = options or SamplingOptions()
         messages = with_question(messages)
+        if self.preset.language_model.mixes_up_images:
+            messages = with_named_image(messages)
         options = self._with_defaults(options, has_images(messages))
         with self._lock:  # the tokenizer is not thread-safe either
             encoded = self._fit(messages, options.max_new_tokens, notify)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mmchat import BadInput, Message, SamplingOptions
+from mmchat.conversation import with_named_image
 from mmchat.errors import MmchatError
 from mmchat.inference.decoder import TorchDecoder
 from mmchat.inference.prefix_cache import CachedPrefix, PrefixCache
@@ -169,6 +170,34 @@ def test_different_pictures_get_different_answers(engine, photo):
 def test_the_shipped_weights_answer_correctly(engine, photo, name, question, word):
     """Every example of the page, and a question whose answer is no."""
     assert word in answer(engine, Message("user", question, images=[photo.with_name(name)]))
+
+
+@pytest.mark.parametrize(
+    ("question", "shown"),
+    [
+        ("What is in picture 1?", "a"),
+        ("Describe the Second Photo.", "b"),
+        ("And what is in image number 2?", "b"),
+        ("How does picture 1 differ from the other?", "ab"),
+        ("Are picture 1 and picture 2 alike?", "ab"),
+        ("Which of the pictures shows a 1?", "ab"),
+        ("What is in picture 3?", "ab"),
+        ("What is this?", "ab"),
+    ],
+)
+def test_a_question_that_names_one_of_several_images_leaves_the_others_out(question, shown):
+    pair = Message("user", "What are these?", images=["a", "b"])
+    earlier, asked = with_named_image([pair, Message("assistant", "Two."), Message("user", question)])[::2]
+    assert "".join(earlier.images) == shown and not asked.images
+    assert "".join(with_named_image([Message("user", question, images=["a", "b"])])[0].images) == shown
+    later = [pair, Message("user", question, images=["c"])]  # its own image is "picture 1"
+    assert with_named_image(later) == later
+
+
+def test_the_picture_that_is_named_is_described(engine, photo):
+    images = [photo.with_name("snail.jpg"), photo.with_name("toaster.jpg")]
+    assert "snail" in answer(engine, Message("user", "What is in picture 1?", images=images))
+    assert "toaster" in answer(engine, Message("user", "What is in picture 2?", images=images))
 
 
 class TestLongConversations:

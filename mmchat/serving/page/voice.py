@@ -21,7 +21,7 @@ from .history import Box, History, is_folded, parts_of, text_of, user_turn
 from .turns import NO_REQUEST, Page, asked
 from .visit import Visit
 
-DETECT = ("Detect the language", "")
+DETECT = ("Detect language", "")
 clip_numbers = count()
 
 
