@@ -67,9 +67,10 @@ def be_exact(page: Page) -> None:
     is_folded = "open" not in sidebar.get_attribute("class").split()
     if is_folded:
         toggle.click()
-    page.get_by_role("button", name="Settings", exact=True).click()
+    settings = page.locator("#settings button").first
+    settings.click()
     page.get_by_label("Exact").check()
-    page.get_by_role("button", name="Settings", exact=True).click()
+    settings.click()
     if is_folded:
         toggle.click()
 
