@@ -111,7 +111,9 @@ def build_batch(page: Page) -> None:
             height=160,
             elem_id="files",
         )
-        question = gr.Textbox(label="Question about each picture", placeholder="Such as: What is this?", lines=1, max_lines=4)
+        question = gr.Textbox(
+            label="Question about each picture", placeholder="Such as: What is this?", lines=1, max_lines=4
+        )
         with gr.Row():
             start = gr.Button("Start", variant="primary", min_width=80)
             stop = gr.Button("Stop", min_width=80)
