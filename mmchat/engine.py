@@ -194,9 +194,7 @@ class LocalEngine(SpeechMixin):
             BadInput: there is no question, an image cannot be read, or the question alone exceeds the context.
         """
         options = options or SamplingOptions()
-        messages = with_question(messages)
-        if self.preset.language_model.mixes_up_images:
-            messages = with_named_image(messages)
+        messages = self._as_asked(messages)
         options = self._with_defaults(options, has_images(messages))
         with self._lock:  # the tokenizer is not thread-safe either
             encoded = self._fit(messages, options.max_new_tokens, notify)
@@ -212,6 +210,11 @@ class LocalEngine(SpeechMixin):
         finally:
             with self._lock.reentrant():  # garbage collection may run while this thread holds the lock
                 pieces.close()
+
+    def _as_asked(self, messages: Sequence[Message]) -> list[Message]:
+        """The conversation that the model reads: a small model sees only the image that the question names."""
+        messages = with_question(messages)
+        return with_named_image(messages) if self.preset.language_model.mixes_up_images else messages
 
     def _with_defaults(self, options: SamplingOptions, has_images: bool) -> SamplingOptions:
         penalty, ngram_size = options.repetition_penalty, options.no_repeat_ngram_size
@@ -255,7 +258,7 @@ class LocalEngine(SpeechMixin):
     def count_tokens(self, messages: Sequence[Message], answer: str) -> tuple[int, int]:
         """The number of tokens in a conversation, images included, and in an answer to it."""
         with self._lock:
-            prompt = self.tokenize(with_question(messages))
+            prompt = self.tokenize(self._as_asked(messages))
             return len(prompt.token_ids), len(self.tokenizer.encode(answer, add_special_tokens=False))
 
     def rewrite(self, question: str, draft: str, options: SamplingOptions | None = None) -> Iterator[str]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures weights/smol, or the folders that are named, on dev photos: the figures of its model card. Takes hours on two cores.
+# Measures weights/smol, or the folders that are named, on dev photos, as its model card does. Takes hours on two cores.
 #
 #     DATA=research/ training_scripts/evaluate_smol.sh [FOLDER ...]
 #

@@ -12,7 +12,7 @@ import re
 import sys
 import wave
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -221,7 +221,8 @@ def _lower_priority() -> None:
     """Lowers the priority of the current thread. Only on Linux: elsewhere, a thread has no niceness of its own."""
     if sys.platform == "linux":
         thread = get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
+        with suppress(OSError):  # a sandbox may forbid it
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
 
 
 def write_wav(path: str | Path, samples: np.ndarray, rate: int) -> None:

@@ -82,7 +82,7 @@ def is_zip(file: str | Path) -> bool:
 
 
 class _Directory(io.FileIO):
-    """A ZIP of which only the directory is read. zipfile reads it whole, and builds an object for each entry."""
+    """A ZIP whose directory alone is read; zipfile builds an object for each entry, so no large one is read."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size and size > MAX_DIRECTORY:
