@@ -9,27 +9,35 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import BadInput, MmchatError
 from ..folders import empty_folder
 from ..models.chat_formats import chat_format_of
+from ..models.gguf_tensors import (
+    ARCHITECTURES,
+    TYPES,
+    add_tensor,
+    finish,
+    gguf_name,
+    language_model_writer,
+    permuted,
+    tensor_names,
+    write_language_model,
+)
 from ..models.image_encoder import load_image_processor
-from ..models.language_model import context_length
 from ..models.vision_language_model import VisionLanguageModel
 from ..presets import ImageEncoderPreset, Preset
 from .gguf_tokenizer import add_tokenizer, gguf_template
 from .llava_export import image_network, vision_of
 from .weights_folder import load_model, preset_for_weights
 
-ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "phi3": "PHI3"}  # transformers' model type -> gguf's name
 GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
-TYPES = {"f16": "F16", "q8_0": "Q8_0", "f32": "F32"}
 Q4_K_M = "q4_k_m"  # the gguf package cannot write it
 QUANTIZER = "llama-quantize"  # llama.cpp's program, which can
 
@@ -79,10 +87,8 @@ def export_gguf(
     folder.mkdir(parents=True, exist_ok=True)
     reason = _why_no_mmproj(model, preset)
     adapter = model.has_adapter and not merge
-    if model.has_adapter and merge:
-        model.language_model = model.language_model.merge_and_unload()
     unquantized = folder / ("model-f16.gguf" if quantizer else "model.gguf")
-    _write_text(model.unwrapped_language_model, tokenizer, preset, unquantized, "f16" if quantizer else kind)
+    _write_text(model.unwrapped_language_model, tokenizer, preset, unquantized, "f16" if quantizer else kind, merge)
     if quantizer:
         _quantize(quantizer, unquantized, folder / "model.gguf")
     if adapter:
@@ -128,100 +134,13 @@ def _why_no_mmproj(model: VisionLanguageModel, preset: Preset) -> str:
 # The text model
 
 
-def _write_text(language_model: Any, tokenizer: Any, preset: Preset, path: Path, kind: str) -> None:
-    import gguf
-
-    config = language_model.config
-    architecture = ARCHITECTURES[config.model_type].lower()
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name("mmchat")  # at "phi-3" in a name, llama.cpp would expect that model's own vocabulary
-    heads, head_width = config.num_attention_heads, _head_width(config)
-    writer.add_context_length(context_length(config))
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head_width)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(language_model.get_input_embeddings().num_embeddings)
-    if config.model_type == "phi3":
-        writer.add_sliding_window(getattr(config, "sliding_window", None) or 0)
-    if config.rope_parameters["rope_type"] == "longrope":
-        writer.add_rope_scaling_orig_ctx_len(context_length(config))
-        writer.add_rope_scaling_attn_factors(language_model.get_decoder().rotary_emb.attention_scaling)
+def _write_text(
+    language_model: nn.Module, tokenizer: Any, preset: Preset, path: Path, kind: str, merge: bool = False
+) -> None:
+    writer = language_model_writer(language_model, path)
     add_tokenizer(writer, tokenizer, language_model.get_input_embeddings().num_embeddings)
     writer.add_chat_template(gguf_template(chat_format_of(preset), tokenizer))
-    for name, tensor in _text_tensors(language_model):
-        _add_tensor(writer, name, tensor, kind)
-    _finish(writer)
-
-
-def _head_width(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _text_tensors(language_model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    config, names = language_model.config, _names(language_model.config)
-    tied = config.tie_word_embeddings
-    for name, tensor in language_model.state_dict().items():
-        if "lora_" in name or (tied and name.startswith("lm_head")):
-            continue
-        plain = name.replace(".base_layer", "")
-        yield _gguf_name(names, plain), _permuted(tensor, plain, config)
-    yield from _rope_factors(config)
-
-
-def _rope_factors(config: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    rope = config.rope_parameters
-    if rope.get("rope_type") == "longrope":
-        for kind in ("long", "short"):
-            yield f"rope_factors_{kind}.weight", torch.tensor(rope[f"{kind}_factor"], dtype=torch.float32)
-
-
-def _names(config: Any) -> Any:
-    import gguf
-
-    return gguf.get_tensor_name_map(
-        getattr(gguf.MODEL_ARCH, ARCHITECTURES[config.model_type]), config.num_hidden_layers
-    )
-
-
-def _gguf_name(names: Any, name: str) -> str:
-    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-    if not found:
-        raise BadInput(f"GGUF has no name for the tensor '{name}' of this text model.")
-    return str(found)
-
-
-def _permuted(tensor: torch.Tensor, name: str, config: Any) -> torch.Tensor:
-    """Llama's queries and keys in the order of llama.cpp's rotary embedding, which pairs neighbors, not halves."""
-    if ARCHITECTURES[config.model_type] != "LLAMA" or not any(part in name for part in ("q_proj", "k_proj")):
-        return tensor
-    heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-    halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])  # [heads, 2, half, …]
-    return halves.swapaxes(1, 2).reshape(tensor.shape)
-
-
-def _add_tensor(writer: Any, name: str, tensor: torch.Tensor, kind: str) -> None:
-    import gguf
-
-    values = tensor.detach().float().contiguous().numpy()
-    if values.ndim == 1 or name.startswith("rope_factors"):
-        kind = "f32"
-    elif kind == "q8_0" and values.shape[-1] % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_0][0]:
-        kind = "f16"
-    quantization = getattr(gguf.GGMLQuantizationType, TYPES[kind])
-    writer.add_tensor(name, gguf.quants.quantize(values, quantization), raw_dtype=quantization)
-
-
-def _finish(writer: Any) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_language_model(writer, language_model, kind, merge=merge)
 
 
 def _quantize(quantizer: str, source: Path, target: Path) -> None:
@@ -247,14 +166,14 @@ def _write_adapter(model: VisionLanguageModel, path: Path) -> None:
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(settings.lora_alpha))
-    names = _names(config)
+    names = tensor_names(config)
     for name, tensor in model.unwrapped_language_model.state_dict().items():
         if ".lora_" not in name:
             continue
         layer, _, part = name.partition(".lora_")  # part: "A.default.weight"
-        tensor = _permuted(tensor, layer, config) if part.startswith("B") else tensor
-        _add_tensor(writer, f"{_gguf_name(names, layer + '.weight')}.lora_{part[0].lower()}", tensor, "f32")
-    _finish(writer)
+        tensor = permuted(tensor, layer, config) if part.startswith("B") else tensor
+        add_tensor(writer, f"{gguf_name(names, layer + '.weight')}.lora_{part[0].lower()}", tensor, "f32")
+    finish(writer)
 
 
 # The image encoder and the projector
@@ -295,12 +214,12 @@ def _write_mmproj(model: VisionLanguageModel, encoder: ImageEncoderPreset, path:
         if any(part in name for part in ("post_layernorm", "position_ids", ".head.")) or _layer(name) >= depth:
             continue  # what comes after the chosen layer
         keep = "f32" if "embedding" in name else kind
-        _add_tensor(writer, _gguf_name(names, f"vision_tower.{name}"), tensor, keep)
+        add_tensor(writer, gguf_name(names, f"vision_tower.{name}"), tensor, keep)
     for number, layer in ((0, model.projector.linear_1), (2, model.projector.linear_2)):
-        _add_tensor(writer, f"mm.{number}.weight", layer.weight, kind)
+        add_tensor(writer, f"mm.{number}.weight", layer.weight, kind)
         bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
-        _add_tensor(writer, f"mm.{number}.bias", bias, kind)
-    _finish(writer)
+        add_tensor(writer, f"mm.{number}.bias", bias, kind)
+    finish(writer)
 
 
 def _layer(name: str) -> int:
