@@ -141,7 +141,7 @@ def test_retry_answers_again_and_undo_restores_the_question(page, photo, engine,
     finished(page)
     replies = record_replies(engine, monkeypatch)
     page.get_by_role("button", name="Retry").click()
-    expect(page.locator("#chat .option")).to_have_text(["‹ Answer 1 of 2"])
+    expect(page.locator("#chat .option")).to_have_text(["‹ Show answer 1 of 2"])
     finished(page)
     expect(answers(page)).to_have_count(1)
     assert [message.text for message in replies[0]] == ["Describe the image."] and len(replies) == 1

@@ -39,18 +39,18 @@ def test_both_answers_of_a_retry_can_be_flipped_to_also_after_a_reload(page):
     finished(page)
     page.get_by_role("button", name="Retry").click()
     options = page.locator("#chat .option")
-    expect(options).to_have_text(["‹ Answer 1 of 2"])
+    expect(options).to_have_text(["‹ Show answer 1 of 2"])
     finished(page)
     expect(answers(page)).to_have_count(1)
     options.first.click()
-    expect(options).to_have_text(["Answer 2 of 2 ›"])
+    expect(options).to_have_text(["Show answer 2 of 2 ›"])
     details(page).click()
     page.wait_for_timeout(500)
     assert violations(page) == [], "two answers, and the details"
     reload(page)
-    expect(options).to_have_text(["Answer 2 of 2 ›"])
+    expect(options).to_have_text(["Show answer 2 of 2 ›"])
     options.first.click()
-    expect(options).to_have_text(["‹ Answer 1 of 2"])
+    expect(options).to_have_text(["‹ Show answer 1 of 2"])
 
 
 def test_an_edited_question_goes_on_from_there_and_the_old_conversation_stays(page, photo):
@@ -200,7 +200,7 @@ def test_cards_and_the_buttons_of_an_answer_work_with_the_keyboard_alone(page):
     expect(page.locator("#chat .user .prose")).to_have_text(text)
     press(page, "Retry")
     options = page.locator("#chat .option")
-    expect(options).to_have_text(["‹ Answer 1 of 2"])
+    expect(options).to_have_text(["‹ Show answer 1 of 2"])
     finished(page)
     second = answers(page).last.inner_text()
     press(page, "Copy message")  # of the question, the first one
@@ -208,9 +208,9 @@ def test_cards_and_the_buttons_of_an_answer_work_with_the_keyboard_alone(page):
     assert page.evaluate("navigator.clipboard.readText()").strip() == text
     press(page, "Read aloud")
     page.wait_for_function("mmchatVoice.played > 0")
-    press(page, "‹ Answer 1 of 2")
-    expect(options).to_have_text(["Answer 2 of 2 ›"])
-    press(page, "Answer 2 of 2 ›")
+    press(page, "‹ Show answer 1 of 2")
+    expect(options).to_have_text(["Show answer 2 of 2 ›"])
+    press(page, "Show answer 2 of 2 ›")
     expect(answers(page).last).to_have_text(second)
     press(page, "Edit question")
     expect(question(page)).to_have_value(text)
