@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 
 import pytest
 
@@ -80,6 +81,23 @@ def test_stop_ends_the_reply_and_the_page_still_works(page, slow_writing, engine
     expect(page.locator(".toast-body")).to_have_count(0)
     ask(page, "Name the capital of France.")
     expect(answers(page).last).to_contain_text("Paris")
+
+
+def test_a_question_that_was_stopped_before_its_answer_is_asked_again(page, engine, monkeypatch):
+    begun, reply = threading.Event(), engine.reply
+
+    def late(*arguments, **options):
+        begun.wait(60)
+        yield from reply(*arguments, **options)
+
+    monkeypatch.setattr(engine, "reply", late)
+    ask(page, "Name the capital of France.")
+    page.get_by_role("button", name="Stop", exact=True).click()
+    begun.set()
+    page.get_by_role("button", name="Retry").click()
+    finished(page)
+    expect(answers(page)).to_have_count(1)
+    expect(answers(page)).to_contain_text("Paris")
 
 
 def test_undo_during_a_reply_restores_the_question(page, slow_writing):

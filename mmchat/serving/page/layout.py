@@ -52,7 +52,7 @@ class Parts:
     save_json: gr.Button
     settings: list[Any]
     reset: gr.Button
-    buttons: gr.HTML  # puts buttons on messages
+    buttons: gr.HTML  # puts buttons on questions
     about: gr.Markdown
     visit: gr.State
     request_id: gr.Number  # lives in the browser and tells a reply its request
@@ -198,6 +198,7 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
     connect_voice(demo, voice, parts, answered, quick)
     answered(chat.example_select(page.add_example, [chat, visit], [chat, request_id], **quick))
     answered(chat.retry(page.drop_reply, [chat, visit], [chat, request_id], **quick))
+    answered(parts.buttons.again(page.ask_again, visit, request_id, **quick))
     # Queued, so that it reaches the page after what the reply has sent.
     chat.undo(turns.undo, [chat, visit], [chat, box], js=revive, **quick).then(
         **{**keep, "js": "(history) => mmchat.store.undone(history)"}
