@@ -190,9 +190,9 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
     demo.load(
         lambda: page.engine.about, None, parts.about, queue=False, show_progress="hidden", api_visibility="private"
     )
-    demo.load(None, None, None, js="() => mmchat.openSidebar()", api_visibility="private")
-    stored = f"() => mmchat.settings.read({json.dumps(default_settings())})"
-    demo.load(None, None, parts.settings, js=stored, api_visibility="private")
+    kept = [*parts.settings, parts.voice.check, parts.voice.aloud, box]
+    demo.load(None, None, kept, js=f"() => mmchat.start({json.dumps(default_settings())})", api_visibility="private")
+    box.change(None, box, None, js="box => mmchat.draft.write(box)", **quick)
     demo.load(None, None, chat, js="() => mmchat.store.reopen()", api_visibility="private")
     answered(box.submit(page.add_text, [box, chat, visit], [box, chat, request_id], **quick))
     connect_voice(demo, voice, parts, answered, quick)

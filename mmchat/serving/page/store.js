@@ -193,7 +193,7 @@ mmchat.store = (() => {
   };
 
   return {
-    save, open, fresh, settle, reopen, reviveFirst, undone, list, rename, remove, add, read, typed, files, textOf, idOf, newId, gone, thumbs, rate, OPEN,
+    say, save, isThere, open, fresh, settle, reopen, reviveFirst, undone, list, rename, remove, add, read, typed, files, textOf, idOf, newId, gone, thumbs, rate, OPEN,
     connect: (give, tell) => { upload = give; notice = tell; ready(); },
   };
 })();

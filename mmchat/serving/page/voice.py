@@ -234,7 +234,6 @@ def connect_voice(demo: gr.Blocks, voice: VoicePage, parts: Any, answered: Any, 
     )
     for name, switch in (("check", tab.check), ("aloud", tab.aloud)):
         switch.input(None, switch, None, js=f"on => mmchat.switches.write('{name}', on)", **quick)
-    demo.load(None, None, [tab.check, tab.aloud], js="() => mmchat.switches.read()", **quick)
     demo.load(voice.languages, None, tab.language, **done)
 
 
