@@ -230,6 +230,8 @@ def test_a_text_file_named_as_a_picture_gets_a_toast(page, tmp_path):
 
 
 def test_save_downloads_the_conversation(page):
+    page.get_by_role("button", name="Save", exact=True).click()
+    expect(page.locator(".toast-body")).to_contain_text("There is nothing to save yet")
     ask(page, "What is the capital of France?")
     finished(page)
     with page.expect_download() as download:
