@@ -120,6 +120,7 @@ def test_the_conversation_keeps_its_place_on_a_phone_and_the_batch_page_scrolls(
     show(page, photo)
     question(page).fill("half a question")
     page.get_by_role("link", name="Batch").click()
+    expect(page.locator("#files")).to_contain_text("Drop pictures or a ZIP here")
     last = page.get_by_text("Download JSONL")
     last.scroll_into_view_if_needed()
     box = last.bounding_box()

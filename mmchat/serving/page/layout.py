@@ -273,6 +273,7 @@ def launch(demo: gr.Blocks, app_kwargs: dict[str, Any] | None = None, **options:
         run_history=False,
         ssr_mode=False,
         footer_links=[],
+        i18n=gr.I18n(en={"upload_text.drop_file": "Drop pictures or a ZIP here"}),
         app_kwargs={**(app_kwargs or {}), "middleware": [Middleware(FrontEnd, demo=demo)]},
         **options,
     )
