@@ -103,6 +103,8 @@ def set_number(page, label, value):
 def test_each_setting_reaches_the_engine_is_kept_in_the_browser_and_resets(page, engine, monkeypatch):
     asked = record_replies(engine, monkeypatch, lambda messages, options: (messages, options))
     page.get_by_role("button", name="Settings", exact=False).first.click()
+    page.get_by_label("System prompt").wait_for()
+    assert page.locator("#settings .block").evaluate_all("all => all.every(e => e.scrollWidth <= e.clientWidth)")
     for label, value in (("Temperature", 0.7), ("Longest answer", 32), ("Top-p", 0.6), ("Careful", 2), ("Seed", 17)):
         set_number(page, label, value)
     page.get_by_label("System prompt").fill("Answer in one word.")

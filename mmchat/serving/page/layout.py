@@ -252,6 +252,7 @@ def look() -> gr.themes.Base:
         button_primary_background_fill_dark="*primary_600",
         block_label_text_color="*primary_700",
         body_text_color_subdued="*neutral_600",
+        checkbox_border_color="*neutral_500",
     )
 
 
