@@ -32,7 +32,7 @@ NOTICES = {
 
 
 def build_list() -> gr.HTML:
-    """Places the list; it triggers the events ``open``, ``fresh`` and ``notice``."""
+    """Places the list; it triggers the events ``open`` and ``notice``."""
     return gr.HTML(elem_id="list", apply_default_css=False, html_template=TEMPLATE, js_on_load=asset("list.js"))
 
 

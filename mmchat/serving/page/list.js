@@ -21,7 +21,7 @@ const row = chat => {
       if (!confirm(`Delete “${chat.title}”?`)) return;
       const isOpen = sessionStorage.getItem(store.OPEN) === chat.id;
       await store.remove(chat.id);
-      if (isOpen) trigger('fresh');
+      if (isOpen) document.querySelector('#fresh').click();
     }));
   return item;
 };

@@ -17,10 +17,13 @@ window.mmchat = (() => {
     },
   };
 
-  // Switches of the Voice tab, each kept by itself.
+  // Switches of the Voice tab.
   const SWITCHES = {check: true, aloud: false}; // and their defaults
   const switches = {
-    write: (name, on) => { localStorage.setItem(`mmchat-${name}`, JSON.stringify({on})); return []; },
+    write: values => {
+      Object.keys(SWITCHES).forEach((name, index) => localStorage.setItem(`mmchat-${name}`, JSON.stringify({on: values[index]})));
+      return [];
+    },
     read: () => Object.entries(SWITCHES).map(([name, on]) => JSON.parse(localStorage.getItem(`mmchat-${name}`))?.on ?? on),
   };
   // The question that is being typed, so that the way to the other page and back loses nothing.
