@@ -18,7 +18,7 @@ from mmchat.serving.page import Page, Visit
 from mmchat.serving.page.batch import BatchPage
 from mmchat.serving.rate_limit import RateLimit
 from tests import browsing
-from tests.browsing import expect, question, violations
+from tests.browsing import expect, question, show, thumbnails, violations
 from tests.raw import endpoints, served, upload
 
 pytestmark = pytest.mark.browser
@@ -111,19 +111,23 @@ def test_stop_keeps_what_is_there(batch, pictures, engine, monkeypatch):
     assert len(download(batch, "JSONL").read_text(encoding="utf-8").splitlines()) == 2
 
 
-def test_the_conversation_keeps_its_place_on_a_phone_and_the_batch_page_scrolls(page):
+def test_the_conversation_keeps_its_place_on_a_phone_and_the_batch_page_scrolls(page, photo):
     page.set_viewport_size({"width": 390, "height": 844})
     page.reload()
     question(page).wait_for()
     box = page.locator("#box").bounding_box()
     assert box["y"] + box["height"] <= 844
+    show(page, photo)
+    question(page).fill("half a question")
     page.get_by_role("link", name="Batch").click()
+    expect(page.locator("#files")).to_contain_text("Drop pictures or a ZIP here")
     last = page.get_by_text("Download JSONL")
     last.scroll_into_view_if_needed()
     box = last.bounding_box()
     assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["y"] + box["height"] <= 844
     page.get_by_role("link", name="Conversation").click()
-    question(page).wait_for()
+    expect(question(page)).to_have_value("half a question")
+    expect(thumbnails(page)).to_have_count(1)
 
 
 def test_a_bad_batch_gets_a_sentence(address, tmp_path, photo):

@@ -39,18 +39,18 @@ def test_both_answers_of_a_retry_can_be_flipped_to_also_after_a_reload(page):
     finished(page)
     page.get_by_role("button", name="Retry").click()
     options = page.locator("#chat .option")
-    expect(options).to_have_text(["‹ Answer 1 of 2"])
+    expect(options).to_have_text(["‹ Show answer 1 of 2"])
     finished(page)
     expect(answers(page)).to_have_count(1)
     options.first.click()
-    expect(options).to_have_text(["Answer 2 of 2 ›"])
+    expect(options).to_have_text(["Show answer 2 of 2 ›"])
     details(page).click()
     page.wait_for_timeout(500)
     assert violations(page) == [], "two answers, and the details"
     reload(page)
-    expect(options).to_have_text(["Answer 2 of 2 ›"])
+    expect(options).to_have_text(["Show answer 2 of 2 ›"])
     options.first.click()
-    expect(options).to_have_text(["‹ Answer 1 of 2"])
+    expect(options).to_have_text(["‹ Show answer 1 of 2"])
 
 
 def test_an_edited_question_goes_on_from_there_and_the_old_conversation_stays(page, photo):
@@ -103,6 +103,8 @@ def set_number(page, label, value):
 def test_each_setting_reaches_the_engine_is_kept_in_the_browser_and_resets(page, engine, monkeypatch):
     asked = record_replies(engine, monkeypatch, lambda messages, options: (messages, options))
     page.get_by_role("button", name="Settings", exact=False).first.click()
+    page.get_by_label("System prompt").wait_for()
+    assert page.locator("#settings .block").evaluate_all("all => all.every(e => e.scrollWidth <= e.clientWidth)")
     for label, value in (("Temperature", 0.7), ("Longest answer", 32), ("Top-p", 0.6), ("Careful", 2), ("Seed", 17)):
         set_number(page, label, value)
     page.get_by_label("System prompt").fill("Answer in one word.")
@@ -200,7 +202,7 @@ def test_cards_and_the_buttons_of_an_answer_work_with_the_keyboard_alone(page):
     expect(page.locator("#chat .user .prose")).to_have_text(text)
     press(page, "Retry")
     options = page.locator("#chat .option")
-    expect(options).to_have_text(["‹ Answer 1 of 2"])
+    expect(options).to_have_text(["‹ Show answer 1 of 2"])
     finished(page)
     second = answers(page).last.inner_text()
     press(page, "Copy message")  # of the question, the first one
@@ -208,9 +210,9 @@ def test_cards_and_the_buttons_of_an_answer_work_with_the_keyboard_alone(page):
     assert page.evaluate("navigator.clipboard.readText()").strip() == text
     press(page, "Read aloud")
     page.wait_for_function("mmchatVoice.played > 0")
-    press(page, "‹ Answer 1 of 2")
-    expect(options).to_have_text(["Answer 2 of 2 ›"])
-    press(page, "Answer 2 of 2 ›")
+    press(page, "‹ Show answer 1 of 2")
+    expect(options).to_have_text(["Show answer 2 of 2 ›"])
+    press(page, "Show answer 2 of 2 ›")
     expect(answers(page).last).to_have_text(second)
     press(page, "Edit question")
     expect(question(page)).to_have_value(text)

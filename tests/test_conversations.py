@@ -174,6 +174,8 @@ def test_conversations_are_listed_found_renamed_and_deleted(page):
     expect(titles(page)).to_have_text(["What is the capital of France?"])
     page.get_by_label("Search conversations").fill(word_of_answer)
     expect(titles(page)).to_have_text(["What is the capital of France?"])
+    page.get_by_label("Search conversations").fill("no such word")
+    expect(page.locator("#list")).to_contain_text("No conversation matches.")
     page.get_by_label("Search conversations").fill("")
     page.get_by_role("button", name="Rename What is a boat?").click()
     expect(titles(page)).to_have_text(["What is the capital of France?", "Trains and boats"])

@@ -59,7 +59,7 @@ def question(text="What is it?"):
 
 def test_every_answer_to_a_question_can_be_flipped_to():
     history = [question(), *branches.with_answers([branches.plain(FIRST), branches.plain(SECOND)], 1)]
-    assert [option["label"] for option in history[-1]["options"]] == ["‹ Answer 1 of 2"]
+    assert [option["label"] for option in history[-1]["options"]] == ["‹ Show answer 1 of 2"]
     back = branches.flip(history, Visit(), Told(value=history[-1]["options"][0]["value"]))
     assert [turn["content"] for turn in back] == [question()["content"], "first"]
     on = branches.flip(back, Visit(), Told(value=back[-1]["options"][0]["value"]))
@@ -70,7 +70,7 @@ def test_every_answer_to_a_question_can_be_flipped_to():
 def test_three_answers_have_two_buttons_in_the_middle_and_old_answers_are_dropped():
     answers = [[said(str(number))] for number in range(3)]
     labels = [option["label"] for option in branches.with_answers(answers, 1)[-1]["options"]]
-    assert labels == ["‹ Answer 1 of 3", "Answer 3 of 3 ›"]
+    assert labels == ["‹ Show answer 1 of 3", "Show answer 3 of 3 ›"]
     many = branches.with_answers([[said(str(number))] for number in range(9)], 8)
     assert len(branches.answers_of(many)) == branches.MAX_ANSWERS
 

@@ -43,8 +43,8 @@ def with_answers(answers: list[Answer], shown: int) -> Answer:
     def option(to: int, label: str) -> dict[str, str]:
         return {"label": label, "value": json.dumps({"shown": shown, "to": to, "answers": answers})}
 
-    back = [option(shown - 1, f"‹ Answer {shown} of {len(answers)}")] if shown else []
-    on = [option(shown + 1, f"Answer {shown + 2} of {len(answers)} ›")] if shown < len(answers) - 1 else []
+    back = [option(shown - 1, f"‹ Show answer {shown} of {len(answers)}")] if shown else []
+    on = [option(shown + 1, f"Show answer {shown + 2} of {len(answers)} ›")] if shown < len(answers) - 1 else []
     return [*before, {**last, "options": [*back, *on]}]
 
 

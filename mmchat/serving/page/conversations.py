@@ -15,6 +15,7 @@ from .history import History, Turn
 
 TEMPLATE = """<input type="search" placeholder="Search" aria-label="Search conversations">
 <ul aria-label="Conversations"></ul>
+<p role="status"></p>
 <button class="import">Import a conversation</button>
 <input type="file" accept=".json,.md" hidden aria-label="A conversation to import">"""
 
@@ -25,12 +26,13 @@ NOTICES = {
     "lost": "A picture of this conversation is gone: the server's copy was deleted, and your browser has none.",
     "not_sent": "A picture of this conversation could not be sent to the server again, so an answer cannot see it now. "
     "Your next question tries again.",
+    "nothing_to_save": "There is nothing to save yet: this conversation is empty.",
     "refused": "That file is not a conversation that was exported here.",
 }
 
 
 def build_list() -> gr.HTML:
-    """Places the list; it triggers the events ``open``, ``fresh`` and ``notice``."""
+    """Places the list; it triggers the events ``open`` and ``notice``."""
     return gr.HTML(elem_id="list", apply_default_css=False, html_template=TEMPLATE, js_on_load=asset("list.js"))
 
 

@@ -52,7 +52,7 @@ class Parts:
     save_json: gr.Button
     settings: list[Any]
     reset: gr.Button
-    buttons: gr.HTML  # puts buttons on messages
+    buttons: gr.HTML  # puts buttons on questions
     about: gr.Markdown
     visit: gr.State
     request_id: gr.Number  # lives in the browser and tells a reply its request
@@ -85,7 +85,7 @@ def build(
 def _place(page: Page, has_thumbs: bool) -> Parts:
     gr.Navbar(main_page_name=MAIN_PAGE)
     with gr.Sidebar(open=False, width=280, elem_id="side"):
-        fresh = gr.Button("New chat", size="sm")
+        fresh = gr.Button("New chat", size="sm", elem_id="fresh")
         listing = conversations.build_list()
         with gr.Row():
             save, save_json = (gr.Button(name, size="sm", min_width=80) for name in ("Save", "Save JSON"))
@@ -157,8 +157,9 @@ def _connect_thumbs(page: ThumbsPage, parts: Parts) -> None:
     quick = {"api_visibility": "private", "show_progress_on": parts.status, "show_progress": "hidden"}
     thumbs = parts.thumbs
     connect_thumbs(page, parts.chat, thumbs, quick)
-    for left in (parts.fresh.click, parts.chat.clear, parts.listing.fresh, parts.listing.open):
-        left(close, None, [thumbs.form, thumbs.better, thumbs.rated], queue=False, **quick)
+    shut = {"fn": close, "outputs": [thumbs.form, thumbs.better, thumbs.rated], "queue": False, **quick}
+    gr.on([parts.fresh.click, parts.chat.clear], **shut)
+    parts.listing.open(**shut)
 
 
 def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
@@ -171,33 +172,32 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
     keep = {"fn": None, "inputs": chat, "js": "(history) => mmchat.store.save(history)", **quick}
     revive = "(...values) => mmchat.store.reviveFirst(values)"
 
-    def answered(event: Any, aloud: Any = parts.voice.aloud) -> None:
-        """What follows a question: its answer, which is read aloud where ``aloud`` is ticked."""
-        event.success(**keep)
-        shown = event.success(turns.show_stop, [visit, request_id], stop, queue=False, **quick)
-        shown.success(
-            voice.reply,
-            [chat, visit, request_id, *parts.settings, aloud],
-            [chat, parts.voice.speaker],
-            concurrency_id="engine",
-            concurrency_limit=MAX_CONCURRENT,
-            trigger_mode="multiple",  # a new question does not wait for the reply that it ends
-            show_progress="minimal",
-            js=revive,
-            **private,
-        ).then(turns.hide_stop, [visit, request_id], stop, queue=False, **quick).then(**keep)
+    # However a question is asked, its answer follows its request id: a browser looks each event up for each component.
+    many = {"trigger_mode": "multiple"}  # a new question does not wait for the reply that it ends
+    request_id.change(**many, **keep)
+    request_id.change(turns.show_stop, [visit, request_id], stop, queue=False, **many, **quick).success(
+        voice.reply,
+        [chat, visit, request_id, *parts.settings, parts.voice.aloud],
+        [chat, parts.voice.speaker],
+        concurrency_id="engine",
+        concurrency_limit=MAX_CONCURRENT,
+        show_progress="minimal",
+        js=revive,
+        **many,
+        **private,
+    ).then(turns.hide_stop, [visit, request_id], stop, queue=False, **quick).then(**keep)
 
-    demo.load(
-        lambda: page.engine.about, None, parts.about, queue=False, show_progress="hidden", api_visibility="private"
-    )
-    demo.load(None, None, None, js="() => mmchat.openSidebar()", api_visibility="private")
-    stored = f"() => mmchat.settings.read({json.dumps(default_settings())})"
-    demo.load(None, None, parts.settings, js=stored, api_visibility="private")
+    told = [parts.about, parts.voice.language]
+    demo.load(lambda: (page.engine.about, voice.languages()), None, told, queue=False, **quick)
+    kept = [*parts.settings, parts.voice.check, parts.voice.aloud, box]
+    demo.load(None, None, kept, js=f"() => mmchat.start({json.dumps(default_settings())})", api_visibility="private")
+    box.change(None, box, None, js="box => mmchat.draft.write(box)", **quick)
     demo.load(None, None, chat, js="() => mmchat.store.reopen()", api_visibility="private")
-    answered(box.submit(page.add_text, [box, chat, visit], [box, chat, request_id], **quick))
-    connect_voice(demo, voice, parts, answered, quick)
-    answered(chat.example_select(page.add_example, [chat, visit], [chat, request_id], **quick))
-    answered(chat.retry(page.drop_reply, [chat, visit], [chat, request_id], **quick))
+    box.submit(page.add_text, [box, chat, visit], [box, chat, request_id], **quick)
+    connect_voice(voice, parts, quick)
+    chat.example_select(page.add_example, [chat, visit], [chat, request_id], **quick)
+    chat.retry(page.drop_reply, [chat, visit], [chat, request_id], **quick)
+    parts.buttons.again(page.ask_again, visit, request_id, **quick)
     # Queued, so that it reaches the page after what the reply has sent.
     chat.undo(turns.undo, [chat, visit], [chat, box], js=revive, **quick).then(
         **{**keep, "js": "(history) => mmchat.store.undone(history)"}
@@ -205,17 +205,17 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
     chat.option_select(branches.flip, [chat, visit], chat, **quick).then(**keep)
     parts.buttons.edit(branches.edit, [chat, visit], [chat, box], js=revive, **quick)
     remember = {"fn": None, "js": "(...values) => mmchat.settings.write(values)", **quick}
-    changes = [setting.change for setting in parts.settings]  # one event: a browser looks each up for each component
+    changes = [setting.change for setting in parts.settings]
     gr.on(changes, inputs=parts.settings, trigger_mode="always_last", **remember)
     parts.reset.click(default_settings, None, parts.settings, queue=False, **quick).then(
         inputs=parts.settings, **remember
     )
     stop.click(turns.stop_reply, visit, None, queue=False, **quick)
     listing = parts.listing
-    for emptied in (parts.fresh.click, chat.clear, listing.fresh):
-        emptied(None, None, [box, parts.voice.recording, chat], js="() => mmchat.store.fresh()", **quick).then(
-            turns.leave, visit, None, queue=False, **quick
-        ).then(None, chat, chat, js="(history) => mmchat.store.settle(history)", **quick)
+    emptied = [box, parts.voice.recording, chat]
+    gr.on([parts.fresh.click, chat.clear], None, None, emptied, js="() => mmchat.store.fresh()", **quick).then(
+        turns.leave, visit, None, queue=False, **quick
+    ).then(None, chat, chat, js="(history) => mmchat.store.settle(history)", **quick)
     leave = {**keep, "js": "(history) => mmchat.store.save(history, false)"}  # an answer that is being written
     listing.open(**leave).then(turns.leave, visit, None, **quick).then(
         None, None, chat, js="() => [mmchat.opened]", **quick
@@ -251,6 +251,7 @@ def look() -> gr.themes.Base:
         button_primary_background_fill_dark="*primary_600",
         block_label_text_color="*primary_700",
         body_text_color_subdued="*neutral_600",
+        checkbox_border_color="*neutral_500",
     )
 
 
@@ -272,6 +273,7 @@ def launch(demo: gr.Blocks, app_kwargs: dict[str, Any] | None = None, **options:
         run_history=False,
         ssr_mode=False,
         footer_links=[],
+        i18n=gr.I18n(en={"upload_text.drop_file": "Drop pictures or a ZIP here"}),
         app_kwargs={**(app_kwargs or {}), "middleware": [Middleware(FrontEnd, demo=demo)]},
         **options,
     )

@@ -1,5 +1,6 @@
 // The list of conversations in the sidebar; runs when gradio has placed it. Titles are text, never HTML.
-const rows = element.querySelector('ul'), find = element.querySelector('input[type=search]'), file = element.querySelector('input[type=file]');
+const rows = element.querySelector('ul'), note = element.querySelector('p');
+const find = element.querySelector('input[type=search]'), file = element.querySelector('input[type=file]');
 const store = mmchat.store;
 store.connect(upload, reason => trigger('notice', {reason}));
 const open = async id => { window.mmchat.opened = await store.open(id); trigger('open'); };
@@ -20,14 +21,16 @@ const row = chat => {
       if (!confirm(`Delete “${chat.title}”?`)) return;
       const isOpen = sessionStorage.getItem(store.OPEN) === chat.id;
       await store.remove(chat.id);
-      if (isOpen) trigger('fresh');
+      if (isOpen) document.querySelector('#fresh').click();
     }));
   return item;
 };
 const draw = async () => {
   const sought = find.value.trim().toLowerCase();
   const has = chat => [chat.title, ...chat.history.map(store.textOf)].some(text => text.toLowerCase().includes(sought));
-  rows.replaceChildren(...(await store.list()).filter(has).map(row));
+  const found = (await store.list()).filter(has);
+  rows.replaceChildren(...found.map(row));
+  note.textContent = sought && !found.length ? 'No conversation matches.' : '';
 };
 find.oninput = draw;
 addEventListener('mmchat-list', draw);

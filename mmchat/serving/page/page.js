@@ -2,15 +2,13 @@
 window.mmchat = (() => {
   const openSidebar = () => {
     if (innerWidth > 900) document.querySelector('#side:not(.open) .toggle-button')?.click();
-    return [];
   };
 
-  const SETTINGS = 'mmchat-settings';
   let areRead = false; // else the defaults would be written over what is kept
+  const SETTINGS = 'mmchat-settings';
   const settings = {
     write: values => { if (areRead) localStorage.setItem(SETTINGS, JSON.stringify(values)); return []; },
     read: defaults => {
-      areRead = true;
       try {
         const kept = JSON.parse(localStorage.getItem(SETTINGS));
         if (Array.isArray(kept) && kept.length === defaults.length) return kept;
@@ -19,11 +17,30 @@ window.mmchat = (() => {
     },
   };
 
-  // Switches of the Voice tab, each kept by itself.
+  // Switches of the Voice tab.
   const SWITCHES = {check: true, aloud: false}; // and their defaults
   const switches = {
-    write: (name, on) => { localStorage.setItem(`mmchat-${name}`, JSON.stringify({on})); return []; },
+    write: values => {
+      Object.keys(SWITCHES).forEach((name, index) => localStorage.setItem(`mmchat-${name}`, JSON.stringify({on: values[index]})));
+      return [];
+    },
     read: () => Object.entries(SWITCHES).map(([name, on]) => JSON.parse(localStorage.getItem(`mmchat-${name}`))?.on ?? on),
+  };
+  // The question that is being typed, so that the way to the other page and back loses nothing.
+  const DRAFT = 'mmchat-draft';
+  const draft = {
+    write: box => { if (areRead) sessionStorage.setItem(DRAFT, JSON.stringify(box)); return []; },
+    read: async () => {
+      const {text, files} = JSON.parse(sessionStorage.getItem(DRAFT)) ?? {text: '', files: []};
+      const areThere = await Promise.all(files.map(mmchat.store.isThere));
+      return {text, files: files.filter((_, index) => areThere[index])};
+    },
+  };
+  const start = async defaults => { // what the browser keeps, into the settings, the switches and the question box
+    openSidebar();
+    areRead = true;
+    const box = draft.read(); // before gradio tells that the box is empty
+    return [...settings.read(defaults), ...switches.read(), await box];
   };
   const openText = () => document.querySelector('#tabs [role=tab]').click();
 
@@ -94,5 +111,5 @@ window.mmchat = (() => {
     if (!due) { due = true; requestAnimationFrame(() => { due = false; repair(); }); }
   }).observe(document, {childList: true, subtree: true});
 
-  return {openSidebar, openText, settings, switches};
+  return {start, openText, draft, settings, switches};
 })();

@@ -67,6 +67,7 @@ mmchat.store = (() => {
     try { await write('chats', chat); dropped.delete(chat.id); } catch (error) { drop(chat.id, 'full', error); }
   };
 
+  let emptied = null; // id of a conversation in the list that the next one takes the place of
   const write_chat = async history => {
     for (const {path, url} of files(history)) await keepPicture(path, url);
     const id = idOf(history), old = await read('chats', id);
@@ -74,6 +75,10 @@ mmchat.store = (() => {
     const first = history.find(turn => turn.role === 'user');
     const title = old?.title ?? ((first && textOf(first).trim().slice(0, 60)) || 'Picture');
     await keepChat({...old, id, title, time: Date.now(), history, thumbs: thumbs(id)});
+    if (emptied && emptied !== id && !dropped.has(id)) {
+      await run('chats', 'readwrite', all => all.delete(emptied));
+      emptied = null;
+    }
     changed();
   };
   const lit = {}; // id of a conversation -> its thumbs, as thumbs.js names them
@@ -140,6 +145,7 @@ mmchat.store = (() => {
     await saving;
     const chat = await read('chats', id);
     if (!chat) return [];
+    emptied = null;
     lit[id] ??= chat.thumbs;
     sessionStorage.setItem(OPEN, id);
     if (await restore(chat.history)) await keepChat(chat);
@@ -149,6 +155,7 @@ mmchat.store = (() => {
   let left = null;
   const fresh = () => { // empties the question box, the recording and the conversation
     left = sessionStorage.getItem(OPEN);
+    emptied = null;
     sessionStorage.removeItem(OPEN);
     changed();
     return [{text: '', files: []}, null, []];
@@ -169,10 +176,12 @@ mmchat.store = (() => {
       if (!used.has(key)) await run('pictures', 'readwrite', all => all.delete(key));
     if (sessionStorage.getItem(OPEN) === id) fresh(); else changed();
   };
-  const undone = history => { // a conversation whose only question was undone is gone
-    const id = sessionStorage.getItem(OPEN);
-    if (!history.length && id) remove(id);
-    return save(history);
+  const undone = history => { // a conversation whose only question was undone stays, until that is asked another way
+    if (history.length) return save(history);
+    emptied = sessionStorage.getItem(OPEN);
+    sessionStorage.removeItem(OPEN);
+    changed();
+    return [];
   };
   const add = async ({title, history, blobs, thumbs}) => { // an imported conversation; ``blobs`` by the path of its files
     const id = newId();
@@ -184,7 +193,7 @@ mmchat.store = (() => {
   };
 
   return {
-    save, open, fresh, settle, reopen, reviveFirst, undone, list, rename, remove, add, read, typed, files, textOf, idOf, newId, gone, thumbs, rate, OPEN,
+    say, save, isThere, open, fresh, settle, reopen, reviveFirst, undone, list, rename, remove, add, read, typed, files, textOf, idOf, newId, gone, thumbs, rate, OPEN,
     connect: (give, tell) => { upload = give; notice = tell; ready(); },
   };
 })();

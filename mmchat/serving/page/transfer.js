@@ -113,7 +113,7 @@ mmchat.transfer = (() => {
   };
 
   const save = kind => async history => {
-    if (!history.length) return [];
+    if (!history.length) { mmchat.store.say('nothing_to_save'); return []; }
     const chat = await collect(history), name = chat.title.replace(/[^\p{L}\p{N} _-]/gu, '').trim().slice(0, 40) || 'conversation';
     if (kind === 'json') download(`${name}.json`, 'application/json', JSON.stringify(chat, null, 1));
     else download(`${name}.md`, 'text/markdown', toMarkdown(chat));

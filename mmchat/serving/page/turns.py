@@ -88,6 +88,11 @@ class Page:
         end = event.index + 1
         return history[:end], visit.request(branches.answers_of(history[end:]))
 
+    def ask_again(self, visit: Visit, request: gr.Request | None = None) -> int:
+        """Retry of a question without an answer: Stop or an error came before its first word."""
+        self.admit(request)
+        return visit.request()
+
     def reply(self, history: History, visit: Visit, request_id: int, *settings: Any) -> Iterator[History]:
         """Streams the answer to the last question into the conversation, until Stop, or until another request comes."""
         if visit.latest == request_id:  # else another request came while this one waited in the queue

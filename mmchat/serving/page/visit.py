@@ -22,6 +22,7 @@ class Visit:
         answering: id of the request whose answer is expected or being written; None if there is none.
         earlier: the answers that this request's answer joins, after a retry; see ``branches``.
         speech_seconds: length of the speech that was transcribed for this request, or 0.
+        is_hands_free: whether this request was spoken hands-free, so that its answer is read aloud.
         unsent_speech: length of the speech whose transcript waits in the question box, or 0.
     """
 
@@ -31,19 +32,23 @@ class Visit:
         self.answering: int | None = None
         self.earlier: list[Any] = []
         self.speech_seconds = self.unsent_speech = 0.0
+        self.is_hands_free = False
         self._lock, self._is_sent = Lock(), Event()
         self._is_sent.set()
 
     def __deepcopy__(self, _: Any) -> Visit:  # gradio copies the first one for each visitor
         return Visit()
 
-    def request(self, earlier: list[Any] | None = None, speech_seconds: float = 0.0) -> int:
+    def request(
+        self, earlier: list[Any] | None = None, speech_seconds: float = 0.0, is_hands_free: bool = False
+    ) -> int:
         """Starts a request, which ends the previous one. What that one is just sending reaches the page first."""
         with self._lock:
             self.latest += 1
             mine = self.latest
             self.is_stopped, self.answering = False, None
             self.earlier, self.speech_seconds = earlier or [], speech_seconds
+            self.is_hands_free = is_hands_free
         self._is_sent.wait(SEND_SECONDS)
         return mine
 

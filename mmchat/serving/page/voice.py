@@ -89,6 +89,7 @@ class VoicePage:
         translate: bool = False,
         check: bool = False,
         request: gr.Request | None = None,
+        is_hands_free: bool = False,
     ) -> Iterator[tuple[Any, ...]]:
         """Transcribes a recording, into the box for checking or into the conversation as a question.
 
@@ -99,18 +100,18 @@ class VoicePage:
         if not recording:
             raise gr.Error("Please record or upload a question first.", print_exception=False)
         self.page.admit(request)
-        request_id, shown = visit.request(), None  # before the work: a running reply would overwrite this question
-        nothing = (gr.skip(), gr.skip(), gr.skip(), NO_REQUEST)
+        request_id = visit.request(is_hands_free=is_hands_free)  # before the work: it ends a running reply
+        nothing, shown = (gr.skip(), gr.skip(), gr.skip()), None
         try:
             task = "translate" if translate else "transcribe"
             with closing(self.page.engine.listen(recording, language or None, task)) as parts:
                 for heard in parts:
                     if visit.is_over(request_id):
-                        yield *nothing, " ", gr.skip()
+                        yield *nothing, NO_REQUEST, " ", gr.skip()
                         return
                     if heard.text and heard.progress < 1 and heard is not shown:
                         shown = heard
-                        yield *nothing, f"{heard.progress:.0%} heard: {heard.text}", gr.skip()
+                        yield *nothing, gr.skip(), f"{heard.progress:.0%} heard: {heard.text}", gr.skip()
         except Exception as error:
             raise shown_error(error) from error
         note, names = self._note(heard.language, translate), self._names()
@@ -140,13 +141,14 @@ class VoicePage:
         path = Path(str(event.path)).resolve()
         if not is_uploaded(path):
             raise gr.Error("That recording was not uploaded here.", print_exception=False)
-        for _, *shown in self.add_voice(str(path), box, history, visit, language, translate, False, request):
+        for _, *shown in self.add_voice(str(path), box, history, visit, language, translate, False, request, True):
             yield tuple(shown)
 
     def reply(self, history: History, visit: Visit, request_id: int, *settings: Any) -> Iterator[tuple[Any, str]]:
-        """Streams the answer as ``Page.reply`` does and, if the last setting says so, its sentences as clips."""
+        """Streams the answer as ``Page.reply`` does and its sentences as clips if the last setting says so."""
         *settings_of_page, is_aloud = settings
-        reader = BackgroundReader(self.page.engine.read_aloud) if is_aloud and not visit.is_over(request_id) else None
+        is_aloud = (is_aloud or visit.is_hands_free) and not visit.is_over(request_id)
+        reader = BackgroundReader(self.page.engine.read_aloud) if is_aloud else None
         is_draft_spoken = not any(settings_of_page[2:3])  # a draft that is rewritten is not read aloud
         clips, said, text = Clips(), "", ""
         try:
@@ -200,8 +202,8 @@ class VoicePage:
         return f"Heard {name}, which the model that answers does not know: tick “Translate into English”."
 
 
-def connect_voice(demo: gr.Blocks, voice: VoicePage, parts: Any, answered: Any, quick: dict[str, Any]) -> None:
-    """Connects the events of speech. ``answered(event, aloud=...)`` adds the answer to an event that asks."""
+def connect_voice(voice: VoicePage, parts: Any, quick: dict[str, Any]) -> None:
+    """Connects the events of speech."""
     tab, box, chat, visit = parts.voice, parts.box, parts.chat, parts.visit
     heard = [box, chat, parts.request_id, tab.note, tab.language]
     send = tab.send.click(_listening, None, [parts.stop, tab.note], queue=False, **quick).then(
@@ -216,11 +218,9 @@ def connect_voice(demo: gr.Blocks, voice: VoicePage, parts: Any, answered: Any, 
     send.success(_heard, parts.request_id, parts.stop, queue=False, **quick)
     to_box = f"(check, id) => {{ if (check && id === {NO_REQUEST}) mmchat.openText(); return []; }}"
     send.success(None, [tab.check, parts.request_id], None, js=to_box, **quick)
-    answered(send)
-    always, done = gr.Checkbox(value=True, visible=False), {"queue": False, **quick}
+    done = {"queue": False, **quick}
     spoken = tab.speaker.spoken(voice.add_spoken, [box, chat, visit, tab.language, tab.translate], heard, **quick)
     spoken.failure(lambda: Clips().done(), None, tab.speaker, **done)
-    answered(spoken, always)
     tab.speaker.speak(voice.speak, chat, tab.speaker, **quick)
     tab.speaker.blocked(lambda: gr.Info("The browser plays no sound before you click something on the page."), **done)
     tab.talk.click(None, None, None, js="() => { mmchatVoice.listen(); return []; }", **quick)
@@ -232,10 +232,9 @@ def connect_voice(demo: gr.Blocks, voice: VoicePage, parts: Any, answered: Any, 
         js="() => { mmchatVoice.hush(); return []; }",
         **quick,
     )
-    for name, switch in (("check", tab.check), ("aloud", tab.aloud)):
-        switch.input(None, switch, None, js=f"on => mmchat.switches.write('{name}', on)", **quick)
-    demo.load(None, None, [tab.check, tab.aloud], js="() => mmchat.switches.read()", **quick)
-    demo.load(voice.languages, None, tab.language, **done)
+    switches = [tab.check, tab.aloud]
+    write = "(...values) => mmchat.switches.write(values)"
+    gr.on([switch.input for switch in switches], None, switches, None, js=write, **quick)
 
 
 def _listening() -> tuple[Any, str]:
