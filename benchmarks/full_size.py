@@ -214,7 +214,8 @@ def use(stage: str, name: str) -> None:
 
     from mmchat.checkpoints.weights_folder import default_weights, load_model, preset_for_weights
     from mmchat.conversation import Message, SamplingOptions
-    from mmchat.inference.generation import generate_batch
+    from mmchat.inference.decoder import load_decoder
+    from mmchat.inference.generation import stream_token_ids
     from mmchat.models.chat_formats import chat_format_of
     from mmchat.models.image_encoder import load_image_encoder
     from mmchat.models.prompt import tokenize_conversation
@@ -244,8 +245,15 @@ def use(stage: str, name: str) -> None:
         return
     with torch.inference_mode():
         prompt = model.splice(token_ids, features)[0]  # [length, hidden_size]
-    generate_batch(model.language_model, tokenizer, [prompt], SamplingOptions(max_new_tokens=8))
-    print(f"{stage}: 8 tokens about {len(prompt)} in {time.perf_counter() - start:.0f} s", flush=True)
+    decoder = load_decoder(model.language_model)
+    print(f"{stage}: {type(decoder).__name__} ready in {time.perf_counter() - start:.0f} s", flush=True)
+    start = time.perf_counter()
+    stream = stream_token_ids(decoder, prompt[None], SamplingOptions(temperature=0, max_new_tokens=8), set())
+    next(stream)
+    first = time.perf_counter() - start
+    list(stream)
+    seconds = time.perf_counter() - start
+    print(f"{stage}: 8 tokens about {len(prompt)} in {seconds:.0f} s, the first after {first:.0f} s", flush=True)
 
 
 def step(model, token_ids, is_answer, features, name: str) -> float:

@@ -146,7 +146,7 @@ def decoding() -> Iterator[Row]:
         "2.5",
     )
     if not isinstance(engine().decoder, TorchDecoder):
-        weights = sum(path.stat().st_size for path in engine().decoder.path.parent.iterdir())
+        weights = engine().decoder.files[True].stat().st_size
         yield Row(
             "upper bound: bytes read per token",
             f"{weights / 1e6:.0f} MB",
@@ -174,7 +174,7 @@ def decoding() -> Iterator[Row]:
 def llama_cpp() -> Iterator[Row]:
     """An answer without a picture, with the page's default options, against llama.cpp with the same GGUF file.
 
-    Both use as many threads as PyTorch. Needs one more package: pip install xllamacpp
+    Both use as many threads as PyTorch. llama.cpp runs as its server does, with the file's own 4-bit weights.
     """
     import torch
 
@@ -205,7 +205,7 @@ def llama_cpp() -> Iterator[Row]:
     }
     model = str(fetch(engine().preset.language_model.source))
 
-    def baseline() -> float:  # in a process of its own: ours has threads that slow llama.cpp's to a quarter
+    def baseline() -> float:  # in a process of its own, as a user would run it
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
             return process.submit(llama_cpp_speed, model, torch.get_num_threads(), request).result()
 
@@ -528,7 +528,7 @@ def precomputing() -> Iterator[Row]:
 
 
 def quality(captions: str, photos: str, limit: int) -> Iterator[Row]:
-    """Greedy captions with 8-bit inputs, against fp32 PyTorch."""
+    """Greedy captions with 8-bit weights and inputs, against fp32 PyTorch."""
     from mmchat import Message, SamplingOptions
     from mmchat.inference.decoder import TorchDecoder
     from mmchat.inference.prefix_cache import PrefixCache
@@ -537,7 +537,7 @@ def quality(captions: str, photos: str, limit: int) -> Iterator[Row]:
 
     items, options = read_items(captions, limit), SamplingOptions(temperature=0, max_new_tokens=48)
     figures, said, decoder, prefix_cache = {}, {}, engine().decoder, engine().prefix_cache
-    for name, used in (("packed", decoder), ("PyTorch", TorchDecoder(engine().model.language_model))):
+    for name, used in (("8 bits", decoder), ("PyTorch", TorchDecoder(engine().model.language_model))):
         engine().decoder, engine().prefix_cache = used, PrefixCache(used, 0)
         said[name] = [
             "".join(

@@ -23,6 +23,10 @@ from .conversation import Message, SamplingOptions
 from .errors import BadInput, MmchatError
 from .presets import AUTO, DEFAULT_PRESET, PRESETS, SMOL
 
+# Rounds for which an OpenMP thread waits without yielding its core; read when PyTorch is imported. By default a thread
+# spins so long that an answer takes ten times as long wherever another program wants the cores, too.
+SPIN_COUNT = "1000"
+
 if TYPE_CHECKING:  # torch takes seconds to import, and --help should not wait for it
     from .engine import LocalEngine
 
@@ -31,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
     options = parse(arguments)
     logging.basicConfig(level=options.log_level, format="%(message)s")
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     try:
         status: int = options.run(options)
         return status

@@ -11,19 +11,19 @@ from mmchat import Message, SamplingOptions
 from mmchat.inference.batch import MAX_UNREAD, Answer, Batch
 from mmchat.inference.decoder import TorchDecoder
 from mmchat.inference.generation import stream_token_ids
-from mmchat.inference.onnx_decoder import load_onnx_decoder
+from mmchat.inference.llama_decoder import load_llama_decoder
 from mmchat.inference.sampling import Sampler
 from mmchat.models.language_model import add_adapter, load_language_model
 from mmchat.presets import get_preset
-from tests.close import INT8_INPUT_ERROR, ONNX_RUN_TO_RUN, certain_answer
+from tests.close import INT8_ERROR, INT8_RUN_TO_RUN, certain_answer
 from tests.conftest import ROOT
 
 
 @pytest.fixture(params=["llama-patches", "phi3-patches"])
 def decoders(request, tiny, tmp_path, monkeypatch):
-    """Decoders of a small model with an adapter that changes its logits; ONNX Runtime decodes Llama only.
+    """Decoders of a small model with an adapter that changes its logits.
 
-    PyTorch's comes first. Only its tokens are exactly the same in a batch: ONNX Runtime's rounds to 8 bits.
+    PyTorch's comes first. Only its tokens are exactly the same in a batch: llama.cpp rounds to 8 bits.
     """
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
     model, _ = load_language_model(get_preset(request.param).language_model, torch.float32)
@@ -32,7 +32,7 @@ def decoders(request, tiny, tmp_path, monkeypatch):
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data.normal_(std=0.3)
-    return [decoder for decoder in (TorchDecoder(model), load_onnx_decoder(model)) if decoder]
+    return [decoder for decoder in (TorchDecoder(model), load_llama_decoder(model)) if decoder]
 
 
 def test_tokens_are_the_same_as_alone(decoders):
@@ -104,7 +104,7 @@ def test_rows_have_the_logits_of_alone(decoders):
         assert list(map(len, found)) == list(map(len, tokens))
         for one, other in zip(found, alone, strict=True):
             one, other = torch.stack(one), torch.stack(other)
-            assert (one - other).std() < INT8_INPUT_ERROR * other.std()
+            assert (one - other).std() < INT8_ERROR * other.std()
 
 
 class CountingRows:
@@ -177,7 +177,7 @@ def test_the_real_model_answers_the_same_side_by_side(engine):
         Message("user", "What is this?", [ROOT / "examples" / "bus.jpg"]),
         Message("user", "Why is the sky blue?"),
     ]
-    alone = [certain_answer(engine, [question], options, ONNX_RUN_TO_RUN)[0] for question in questions]
+    alone = [certain_answer(engine, [question], options, INT8_RUN_TO_RUN)[0] for question in questions]
     replies = {index: engine.reply([question], options) for index, question in enumerate(questions)}
     said = [""] * len(questions)
     while replies:

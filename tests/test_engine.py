@@ -15,7 +15,7 @@ from mmchat.errors import MmchatError
 from mmchat.inference.decoder import TorchDecoder
 from mmchat.inference.prefix_cache import CachedPrefix, PrefixCache
 from mmchat.models.prompt import IMAGE_TOKEN_ID
-from tests.close import ONNX_RUN_TO_RUN, assert_close, certain_answer
+from tests.close import INT8_RUN_TO_RUN, assert_close, certain_answer
 
 GREEDY = SamplingOptions(temperature=0, max_new_tokens=16)
 
@@ -268,7 +268,7 @@ def test_a_closed_reply_releases_the_engine(engine):
 def test_concurrent_replies_are_independent(engine, photo):
     """One with the adapter, one without: each gets the same answer as alone."""
     questions = [Message("user", "Describe the image.", images=[photo]), Message("user", "What is the sun?")] * 2
-    alone = [certain_answer(engine, [question], GREEDY, ONNX_RUN_TO_RUN)[0] for question in questions]
+    alone = [certain_answer(engine, [question], GREEDY, INT8_RUN_TO_RUN)[0] for question in questions]
     together: list = [None] * len(questions)
 
     def run(index):
@@ -283,14 +283,14 @@ def test_concurrent_replies_are_independent(engine, photo):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decoder", ["onnx", "torch"])
+@pytest.mark.parametrize("decoder", ["llama.cpp", "torch"])
 def test_a_short_answer_does_not_wait_for_a_long_one(engine, photo, monkeypatch, decoder):
     if decoder == "torch":
         exact = TorchDecoder(engine.model.language_model)
         monkeypatch.setattr(engine, "decoder", exact)
         monkeypatch.setattr(engine, "prefix_cache", PrefixCache(exact, 2e8))
     picture = Message("user", "Describe the image.", images=[photo])
-    alone, _ = certain_answer(engine, [picture], GREEDY, ONNX_RUN_TO_RUN)
+    alone, _ = certain_answer(engine, [picture], GREEDY, INT8_RUN_TO_RUN)
     long = engine.reply([Message("user", "Tell me a long story.")], SamplingOptions(temperature=0, max_new_tokens=40))
     beginning = [next(long) for _ in range(5)]
     beside = answer(engine, picture)  # in the same thread: no lock is held between pieces
@@ -298,7 +298,7 @@ def test_a_short_answer_does_not_wait_for_a_long_one(engine, photo, monkeypatch,
     story = "".join([*beginning, *long])
     options = replace(GREEDY, max_new_tokens=40)
     assert story.startswith(
-        certain_answer(engine, [Message("user", "Tell me a long story.")], options, ONNX_RUN_TO_RUN)[0]
+        certain_answer(engine, [Message("user", "Tell me a long story.")], options, INT8_RUN_TO_RUN)[0]
     )
 
 

@@ -104,7 +104,7 @@ def trained(request, tiny, tmp_path_factory) -> tuple[Preset, Path]:
 )
 def test_the_same_greedy_answers_about_pictures(tiny, trained, tmp_path, monkeypatch, kind, merge, margin):
     """SigLIP is read exactly; CLIP as llama.cpp reads it, one patch off (its tools/mtmd/models/llava.cpp)."""
-    monkeypatch.setenv("MMCHAT_DECODER", "torch")  # the ONNX decoder rounds inputs to 8 bits
+    monkeypatch.setenv("MMCHAT_DECODER", "torch")  # llama.cpp rounds weights and inputs to 8 bits
     preset, weights = trained
     exported = export_gguf(weights, tmp_path / "gguf", preset, kind, merge)
     assert bool(exported.adapter) != merge

@@ -57,7 +57,7 @@ def asked(picture):
 def test_the_same_greedy_tokens(tiny, exported, monkeypatch):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    monkeypatch.setenv("MMCHAT_DECODER", "torch")  # the ONNX decoder rounds inputs to 8 bits
+    monkeypatch.setenv("MMCHAT_DECODER", "torch")  # llama.cpp rounds weights and inputs to 8 bits
     preset, weights, folder = exported
     engine = LocalEngine(preset, weights)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()

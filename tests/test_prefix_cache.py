@@ -11,22 +11,19 @@ from hypothesis import strategies as st
 
 from mmchat import Message, SamplingOptions
 from mmchat.engine import LocalEngine
-from mmchat.inference.onnx_decoder import OnnxDecoder
+from mmchat.inference.llama_decoder import LlamaDecoder
 from mmchat.inference.prefix_cache import common_length
 from mmchat.presets import PRESETS
 from mmchat.training.recipe import Recipe
 from mmchat.training.run import train
-from tests.close import ONNX_RUN_TO_RUN, assert_same_choices, certain_answer, recorded_logits
+from tests.close import INT8_RUN_TO_RUN, assert_same_choices, certain_answer, recorded_logits
 
 OPTIONS = SamplingOptions(temperature=0, max_new_tokens=6)
 
 
 @pytest.fixture(scope="module", params=["phi3-patches", "llama-patches"])
 def pair(request, tiny, tmp_path_factory):
-    """Two engines with the same weights, one with and one without a prefix cache; and pictures.
-
-    PyTorch decodes Phi-3, ONNX Runtime decodes Llama.
-    """
+    """Two engines with the same weights, one with and one without a prefix cache; and pictures."""
     folder = tmp_path_factory.mktemp("prefix_cache")
     recipe = Recipe(
         train=[str(tiny / "train.json")],
@@ -98,7 +95,7 @@ def test_answers_are_the_same_with_and_without_the_cache(pair, steps):
                 pieces.close()
             chosen.append(logits)
         # The cache is filled in other pieces, which are summed in another order.
-        assert_same_choices(*chosen, ONNX_RUN_TO_RUN if isinstance(cached.decoder, OnnxDecoder) else 1e-4)
+        assert_same_choices(*chosen, INT8_RUN_TO_RUN if isinstance(cached.decoder, LlamaDecoder) else 1e-4)
         turns = [*turns, Message("assistant", "".join(said[0]))]
 
 
@@ -129,10 +126,10 @@ def test_the_cache_of_idle_conversations_is_bounded(pair):
     cached, _, pictures = pair
     budget = cached.prefix_cache.budget_bytes
     try:
-        cached.prefix_cache.budget_bytes = 150_000
+        cached.prefix_cache.budget_bytes = 60_000
         for number in range(12):
             "".join(cached.reply([Message("user", f"{number} is a number?", pictures[:1])], OPTIONS))
-        assert 1 <= len(cached.prefix_cache) < 12 and cached.prefix_cache.size <= 150_000
+        assert 1 <= len(cached.prefix_cache) < 12 and cached.prefix_cache.size <= 60_000
     finally:
         cached.prefix_cache.budget_bytes = budget
 
@@ -145,7 +142,7 @@ def test_concurrent_conversations_are_independent(pair):
         [Message("user", "Is there a dog?")],
         [Message("user", "Describe the image.", pictures[1:2])],
     ]
-    expected = [certain_answer(uncached, talk, options, ONNX_RUN_TO_RUN)[0] for talk in talks]
+    expected = [certain_answer(uncached, talk, options, INT8_RUN_TO_RUN)[0] for talk in talks]
     answers: dict[int, list[str]] = {number: [] for number in range(3)}
 
     def talk(number):

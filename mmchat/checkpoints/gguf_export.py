@@ -21,7 +21,6 @@ from ..folders import empty_folder
 from ..models.chat_formats import chat_format_of
 from ..models.gguf_tensors import (
     ARCHITECTURES,
-    TYPES,
     add_tensor,
     finish,
     gguf_name,
@@ -37,6 +36,7 @@ from .gguf_tokenizer import add_tokenizer, gguf_template
 from .llava_export import image_network, vision_of
 from .weights_folder import load_model, preset_for_weights
 
+CHAT_MODELS = ("llama", "mistral", "phi3")  # llama.cpp splits Phi-2's prompts, without special tokens, otherwise
 GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
 Q4_K_M = "q4_k_m"  # the gguf package cannot write it
 QUANTIZER = "llama-quantize"  # llama.cpp's program, which can
@@ -79,10 +79,9 @@ def export_gguf(
     preset = preset_for_weights(preset, weights)
     model, tokenizer = load_model(preset, weights, torch.float32)
     model_type = model.unwrapped_language_model.config.model_type
-    if model_type not in ARCHITECTURES:
+    if model_type not in CHAT_MODELS:
         raise BadInput(
-            f"A text model of the type '{model_type}' cannot be exported to GGUF; "
-            f"these can: {', '.join(ARCHITECTURES)}."
+            f"A text model of the type '{model_type}' cannot be exported to GGUF; these can: {', '.join(CHAT_MODELS)}."
         )
     folder.mkdir(parents=True, exist_ok=True)
     reason = _why_no_mmproj(model, preset)

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,6 +37,22 @@ def convert_once(name: str, convert: Callable[[Path], None]) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)
     return folder
+
+
+def remove_oldest(pattern: str, budget_bytes: float, used: Collection[Path]) -> None:
+    """Removes converted folders that match a pattern, the least recently used first, until the others fit the budget.
+
+    Args:
+        used: folders that are kept, and count as used now.
+    """
+    for folder in used:
+        (folder / MANIFEST).touch()
+    by_age = sorted(cache_folder().glob(f"{pattern}/{MANIFEST}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    total = 0
+    for manifest in by_age:
+        total += sum(json.loads(manifest.read_text()).values())
+        if total > budget_bytes and manifest.parent not in used:
+            shutil.rmtree(manifest.parent, ignore_errors=True)
 
 
 def is_complete(path: Path, size: int) -> bool:

@@ -1,4 +1,4 @@
-"""Decoders: embeddings → logits, with a KV cache. On a CPU, ONNX Runtime is faster than PyTorch.
+"""Decoders: embeddings → logits, with a KV cache. On a CPU, llama.cpp is faster than PyTorch.
 
 A prompt is prefilled alone; answers are generated in one batch. Each conversation has its own cache, made for the model
 with or without the adapter.
@@ -15,7 +15,7 @@ from torch import nn
 
 from ..models.language_model import switch_adapter
 from .batch import Batch
-from .onnx_decoder import load_onnx_decoder
+from .llama_decoder import load_llama_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -59,7 +59,7 @@ def load_decoder(model: nn.Module) -> Decoder:
     Args:
         model: the language model, with or without a LoRA adapter.
     """
-    return load_onnx_decoder(model) or TorchDecoder(model)
+    return load_llama_decoder(model) or TorchDecoder(model)
 
 
 class TorchDecoder:

@@ -1,7 +1,7 @@
 """Sampling: the next token from the logits, in a few vectorized operations.
 
 They run in NumPy, on one thread: PyTorch would share this millisecond of work among threads that then busy-wait for
-more and take a core from ONNX Runtime while it computes the next token.
+more and take a core from the decoder while it computes the next token.
 """
 
 from __future__ import annotations

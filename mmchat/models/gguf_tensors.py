@@ -17,17 +17,20 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
     from transformers import PreTrainedConfig
 
-ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "phi3": "PHI3"}  # transformers' model type -> gguf's name
+# transformers' model type -> gguf's name
+ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "phi": "PHI2", "phi3": "PHI3"}
 TYPES = {"f16": "F16", "q8_0": "Q8_0", "f32": "F32"}
+LARGEST = 2**31 - 1
 
 NamedTensor = tuple[str, torch.Tensor]
 
 
-def language_model_writer(model: nn.Module, path: Path) -> GGUFWriter:
+def language_model_writer(model: nn.Module, path: Path, *, short_rope: bool = False) -> GGUFWriter:
     """A writer for a file that holds a language model's config; tokenizer and tensors are left to the caller.
 
     Args:
         model: the language model without an adapter around it; its type is a key of ARCHITECTURES.
+        short_rope: use LongRoPE's short factors at any length. llama.cpp chooses by the room for all sequences.
     """
     import gguf
 
@@ -41,14 +44,17 @@ def language_model_writer(model: nn.Module, path: Path) -> GGUFWriter:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(_head_size(config))
+    if config.model_type == "phi":
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(int(_head_size(config) * config.rope_parameters.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(model.get_input_embeddings().num_embeddings)
     if config.model_type == "phi3":
         writer.add_sliding_window(getattr(config, "sliding_window", None) or 0)
     if config.rope_parameters["rope_type"] == "longrope":
-        writer.add_rope_scaling_orig_ctx_len(context_length(config))
+        writer.add_rope_scaling_orig_ctx_len(LARGEST if short_rope else context_length(config))
         writer.add_rope_scaling_attn_factors(model.get_decoder().rotary_emb.attention_scaling)
     return writer
 
@@ -63,9 +69,14 @@ def language_model_tensors(model: nn.Module, *, merge: bool = False) -> Iterator
     Args:
         model: the language model; a LoRA adapter may be in it, but not around it.
         merge: adds the adapter to the weights. Otherwise these are the base model's.
+
+    Raises:
+        BadInput: GGUF has no name for a tensor, or no place for a part of the adapter.
     """
     names, tied = tensor_names(model.config), model.config.tie_word_embeddings
     for name, tensor in model.state_dict().items():
+        if "lora_magnitude" in name:
+            raise BadInput("An adapter with DoRA cannot be written to GGUF, which has no place for its magnitudes.")
         if "lora_" in name or (tied and name.startswith("lm_head")):
             continue
         layer, is_adapted, part = name.partition(".base_layer")

@@ -11,7 +11,7 @@ from .efficientnet import Block, ConvNorm, EfficientNet
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
 
-FLOAT, INT32 = 1, 6  # onnx.TensorProto's numbers
+FLOAT = 1  # onnx.TensorProto's number
 
 
 @torch.inference_mode()
@@ -37,15 +37,12 @@ class GraphBuilder:
             return [helper.make_tensor_value_info(name, kind, shape) for name, kind, shape in values]
 
         graph = helper.make_graph(self.nodes, "network", infos(self.inputs), infos(self.outputs), self.weights)
-        versions = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-        return helper.make_model(graph, opset_imports=versions, ir_version=10)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
     def _node(self, operation: str, inputs: list[str], outputs: list[str], **attributes: Any) -> str:
         from onnx import helper
 
-        contrib = ("GroupQueryAttention", "MatMulNBits", "SkipSimplifiedLayerNormalization", "QuickGelu")
-        domain = "com.microsoft" if operation in contrib else ""
-        self.nodes.append(helper.make_node(operation, inputs, outputs, domain=domain, **attributes))
+        self.nodes.append(helper.make_node(operation, inputs, outputs, **attributes))
         return outputs[0]
 
     def _weight(self, name: str, tensor: torch.Tensor) -> str:
