@@ -11,7 +11,7 @@ import os
 import platform
 import weakref
 from collections.abc import Sequence
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int32, c_size_t, c_uint8, c_uint32, c_void_p
+from ctypes import c_bool, c_char_p, c_float, c_int32, c_size_t, c_uint8, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -80,7 +80,7 @@ _SIGNATURES = {
     "llama_model_get_vocab": (c_void_p, [c_void_p]),
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
     "llama_decode": (c_int32, [c_void_p, _Batch]),
-    "llama_get_logits_ith": (POINTER(c_float), [c_void_p, c_int32]),
+    "llama_get_logits_ith": (c_void_p, [c_void_p, c_int32]),
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_seq_rm": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
     "llama_state_seq_get_size": (c_size_t, [c_void_p, c_int32]),
@@ -197,8 +197,10 @@ class Sequences:
         batch = _Batch(tokens, None, *(array.ctypes.data for array in arrays))
         if status := self._library.llama_decode(self._context, batch):
             raise MemoryError(f"llama.cpp could not compute the next tokens (status {status})")
-        logits = [self._library.llama_get_logits_ith(self._context, index) for index in outputs]
-        return np.stack([np.ctypeslib.as_array(row, (self._model.vocabulary,)) for row in logits])
+        logits = np.empty((len(outputs), self._model.vocabulary), dtype=np.float32)
+        for row, index in zip(logits, outputs, strict=True):
+            ctypes.memmove(row.ctypes.data, self._library.llama_get_logits_ith(self._context, index), row.nbytes)
+        return logits
 
     def save(self, sequence: int) -> np.ndarray:
         """A copy of the keys and values of a sequence, as bytes."""

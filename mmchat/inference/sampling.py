@@ -6,12 +6,16 @@ more and take a core from the decoder while it computes the next token.
 
 from __future__ import annotations
 
+import secrets
 from collections import defaultdict
 
 import numpy as np
 import torch
 
 from ..conversation import SamplingOptions
+
+NEGLIGIBLE = 25.0  # tokens whose scaled logit is this far below the largest have less than 1e-6 together
+UNDERFLOW = 104.0  # the exponential of less is 0 in fp32
 
 
 class Sampler:
@@ -26,7 +30,7 @@ class Sampler:
     def __init__(self, options: SamplingOptions):
         self._penalty = options.repetition_penalty or 1.0
         self._temperature, self._top_p = options.temperature, options.top_p
-        self._random = np.random.default_rng(options.seed)
+        self._seed = secrets.randbits(64) if options.seed is None else options.seed
         self._ngram_size = options.no_repeat_ngram_size or 0
         self._written: list[int] = []  # tokens of the answer
         self._followers: dict[tuple[int, ...], list[int]] = defaultdict(list)  # what came after the start of an n-gram
@@ -45,10 +49,13 @@ class Sampler:
     def _draw(self, token_ids: np.ndarray, probabilities: np.ndarray, vocabulary: int) -> int:
         """Samples a token with the Gumbel-max trick, as ``torch.multinomial`` does, but with noise per token id.
 
-        Rounding swaps the ranks of nearly equal tokens and moves the end of the nucleus. With noise per rank, either
-        would change the answer that a seed gives.
+        Rounding swaps the ranks of nearly equal tokens and moves the end of the nucleus. With noise per rank, or noise
+        that is drawn one after the other, either would change the rest of the answer that a seed gives.
         """
-        noise = self._random.standard_exponential(vocabulary, dtype=np.float32)  # [vocabulary]
+        if len(token_ids) == 1:
+            return int(token_ids[0])
+        random = np.random.default_rng((self._seed, len(self._written)))
+        noise = random.standard_exponential(vocabulary, dtype=np.float32)  # [vocabulary]
         return int(token_ids[(probabilities / noise[token_ids]).argmax()])
 
     def distribution(self, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -57,14 +64,18 @@ class Sampler:
         Of a vocabulary of V tokens, those less likely than (1 - top_p) / V have less than 1 - top_p together, so none
         of them is in the nucleus, and only the few others are sorted.
         """
-        scores = self.scores(logits) / np.float32(self._temperature)
-        probabilities = np.exp(scores - scores.max())
-        probabilities /= probabilities.sum()  # [vocabulary]
+        scores = self.scores(logits)
+        largest = scores.max()
+        reach = self._temperature * (UNDERFLOW if self._top_p == 1 else NEGLIGIBLE)
+        token_ids = np.flatnonzero(scores > largest - np.float32(reach))  # [likely]
+        probabilities = np.exp((scores[token_ids] - largest) / np.float32(self._temperature))  # [likely]
+        probabilities /= probabilities.sum()
         if self._top_p == 1:
-            return np.arange(len(probabilities)), probabilities
-        token_ids = np.flatnonzero(probabilities >= (1 - self._top_p) / len(probabilities))  # [candidates]
-        order = np.argsort(-probabilities[token_ids], kind="stable")
-        likeliest = probabilities[token_ids[order]]
+            return token_ids, probabilities
+        is_candidate = probabilities >= (1 - self._top_p) / len(scores)
+        token_ids, probabilities = token_ids[is_candidate], probabilities[is_candidate]  # [candidates]
+        order = np.argsort(-probabilities, kind="stable")
+        likeliest = probabilities[order]
         before = likeliest.cumsum() - likeliest  # [candidates], the probability of all more likely tokens
         count = max(int((before < self._top_p).sum()), 1)
         return token_ids[order[:count]], likeliest[:count] / likeliest[:count].sum()
