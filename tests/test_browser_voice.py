@@ -190,6 +190,7 @@ def test_an_answer_in_another_language_is_written_and_the_page_says_that_it_has_
     expect(answers(page).last).to_contain_text("Er schläft.")
     finished(page)
     page.locator(".toast-close").click()
+    expect(page.locator(".toast-body")).to_have_count(0)
     page.get_by_role("button", name="Read aloud").click()
     expect(page.locator(".toast-body")).to_contain_text("only speak English")
     assert clips(page) == 0

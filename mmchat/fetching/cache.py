@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import AssetError
@@ -43,16 +43,17 @@ def remove_oldest(pattern: str, budget_bytes: float, used: Collection[Path]) -> 
     """Removes converted folders that match a pattern, the least recently used first, until the others fit the budget.
 
     Args:
-        used: folders that are kept, and count as used now.
+        used: folders that are kept, however large, and count as used now.
     """
-    for folder in used:
-        (folder / MANIFEST).touch()
-    by_age = sorted(cache_folder().glob(f"{pattern}/{MANIFEST}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    total = 0
-    for manifest in by_age:
-        total += sum(json.loads(manifest.read_text()).values())
-        if total > budget_bytes and manifest.parent not in used:
-            shutil.rmtree(manifest.parent, ignore_errors=True)
+    with suppress(OSError):  # another process may remove the same ones, and a cache may be read-only
+        for folder in used:
+            (folder / MANIFEST).touch()
+        manifests = cache_folder().glob(f"{pattern}/{MANIFEST}")
+        total = 0
+        for manifest in sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True):
+            total += sum(json.loads(manifest.read_text()).values())
+            if total > budget_bytes and manifest.parent not in used:
+                shutil.rmtree(manifest.parent, ignore_errors=True)
 
 
 def is_complete(path: Path, size: int) -> bool:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 CAPACITY, COUNT = 1024, 4  # tokens and sequences for which there is room at first
 PROMPT = 0  # the sequence in which prompts are prefilled; answers have the others
 FILE = "model.gguf"
-CACHED_BYTES = 16e9  # of converted models, of which each adapter has its own
+CACHED_BYTES = 4e9  # of converted models, of which each adapter has its own
 NO_VOCABULARY = "none"  # llama.cpp's name for a model that is given no text
 
 
@@ -169,9 +169,8 @@ class LlamaCache:
     context: _Context
     with_adapter: bool
     length: int = 0  # tokens
-    state: np.ndarray = field(
-        default_factory=lambda: np.empty(0, dtype=np.uint8)
-    )  # never written to, so copies share it
+    # Never written to, so copies share it.
+    state: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint8))
 
     @property
     def size(self) -> int:
