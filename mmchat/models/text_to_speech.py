@@ -32,7 +32,7 @@ MIN_KNOWN = 0.75  # share of a sentence's words in the English lexicon, below wh
 # Words that English sentences use all the time, and that other languages in Latin script do not.
 ENGLISH = frozenset("the with this that these you from they which there what your its".split())
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
-NICENESS = 10  # of the thread that speaks beside an answer, above that of the process
+NICENESS = 15  # of the thread that speaks beside an answer, above that of the process
 NO_VOICE = BadInput("I can only speak English; for other languages there is no voice.")
 
 
