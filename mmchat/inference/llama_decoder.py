@@ -157,9 +157,12 @@ class _Context:
             old.capacity if capacity <= old.capacity else max(capacity, 2 * old.capacity),
             old.count if count <= old.count else max(count, 2 * old.count),
         )
-        for row in self.rows:
+        moved = list(self.rows)
+        for row in moved:
             new.restore(row.sequence, old.save(row.sequence), row.length)
         self.sequences = new
+        for row in set(moved) - set(self.rows):  # garbage collection may have closed its answer meanwhile
+            new.clear(row.sequence)
 
 
 @dataclass(eq=False)
