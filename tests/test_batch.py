@@ -32,7 +32,7 @@ def decoders(request, tiny, tmp_path, monkeypatch):
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data.normal_(std=0.3)
-    return [decoder for decoder in (TorchDecoder(model), load_llama_decoder(model)) if decoder]
+    return [TorchDecoder(model), load_llama_decoder(model)]
 
 
 def test_tokens_are_the_same_as_alone(decoders):

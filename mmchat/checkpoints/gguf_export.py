@@ -36,7 +36,7 @@ from .gguf_tokenizer import add_tokenizer, gguf_template
 from .llava_export import image_network, vision_of
 from .weights_folder import load_model, preset_for_weights
 
-CHAT_MODELS = ("llama", "mistral", "phi3")  # llama.cpp splits Phi-2's prompts, without special tokens, otherwise
+EXPORTED = ("llama", "mistral", "phi3")  # model types whose answers in llama.cpp are tested; Phi-2's are others there
 GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
 Q4_K_M = "q4_k_m"  # the gguf package cannot write it
 QUANTIZER = "llama-quantize"  # llama.cpp's program, which can
@@ -79,9 +79,9 @@ def export_gguf(
     preset = preset_for_weights(preset, weights)
     model, tokenizer = load_model(preset, weights, torch.float32)
     model_type = model.unwrapped_language_model.config.model_type
-    if model_type not in CHAT_MODELS:
+    if model_type not in EXPORTED:
         raise BadInput(
-            f"A text model of the type '{model_type}' cannot be exported to GGUF; these can: {', '.join(CHAT_MODELS)}."
+            f"A text model of the type '{model_type}' cannot be exported to GGUF; these can: {', '.join(EXPORTED)}."
         )
     folder.mkdir(parents=True, exist_ok=True)
     reason = _why_no_mmproj(model, preset)
@@ -133,9 +133,7 @@ def _why_no_mmproj(model: VisionLanguageModel, preset: Preset) -> str:
 # The text model
 
 
-def _write_text(
-    language_model: nn.Module, tokenizer: Any, preset: Preset, path: Path, kind: str, merge: bool = False
-) -> None:
+def _write_text(language_model: nn.Module, tokenizer: Any, preset: Preset, path: Path, kind: str, merge: bool) -> None:
     writer = language_model_writer(language_model, path)
     add_tokenizer(writer, tokenizer, language_model.get_input_embeddings().num_embeddings)
     writer.add_chat_template(gguf_template(chat_format_of(preset), tokenizer))

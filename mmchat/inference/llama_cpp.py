@@ -97,10 +97,10 @@ def _discard(level: int, text: bytes, _: None) -> None:
 
 @cache
 def load_library() -> ctypes.CDLL:
-    """llama.cpp.
+    """The library of llama.cpp, loaded and checked once.
 
     Raises:
-        OSError: the wheel is not installed, exports no C interface, has another one, or needs another processor.
+        OSError: the wheel is not installed, its C interface is hidden or another one, or the processor is too old.
     """
     package = importlib.util.find_spec(WHEEL)
     files = sorted(Path(package.origin).parent.glob(f"{WHEEL}*.so")) if package and package.origin else []
@@ -119,7 +119,7 @@ def load_library() -> ctypes.CDLL:
 
 
 def _check(library: ctypes.CDLL) -> None:
-    """Checks that the processor has the instructions, and the structures the layout, that the library expects."""
+    """Checks that the processor has the library's instructions, and that its structures have the layout above."""
     cpu_info = Path("/proc/cpuinfo")
     if platform.machine() == "x86_64" and cpu_info.exists():
         flags = set(next(line for line in cpu_info.read_text().splitlines() if line.startswith("flags")).split())

@@ -48,7 +48,7 @@ def load_llama_decoder(model: nn.Module) -> LlamaDecoder | None:
         return None
     try:
         load_library()
-        files = {merge: _converted(base, merge) for merge in ({False, True} if base is not model else {False})}
+        files = {merge: _converted(base, merge) for merge in ((False, True) if base is not model else (False,))}
         decoder = LlamaDecoder(model, files)
     except (MmchatError, OSError, MemoryError) as error:
         logger.warning("llama.cpp cannot run this model; decoding with PyTorch, which is slower: %s", error)

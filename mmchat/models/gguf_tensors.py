@@ -164,7 +164,7 @@ def write_language_model(writer: GGUFWriter, model: nn.Module, kind: str, *, mer
     """
     import gguf
 
-    for name, tensor in language_model_tensors(model, merge=merge):
+    for name, tensor in language_model_tensors(model):  # merging changes no shape
         quantization = _format_of(name, tensor, kind)
         values, size = gguf.GGML_QUANT_SIZES[quantization]
         writer.add_tensor_info(name, tensor.shape, np.dtype("float32"), tensor.numel() // values * size, quantization)

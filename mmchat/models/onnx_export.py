@@ -1,4 +1,4 @@
-"""Networks as ONNX graphs, built node by node: what all share, and the EfficientNet-Lite."""
+"""The EfficientNet-Lite as an ONNX graph, built node by node."""
 
 from __future__ import annotations
 
@@ -20,14 +20,35 @@ def build_image_encoder(network: EfficientNet, resolution: int) -> bytes:
     return _EfficientNet(network, resolution).finish().SerializeToString()
 
 
-class GraphBuilder:
-    """Builds an ONNX graph node by node. Each method adds nodes and returns the name of its output."""
+class _EfficientNet:
+    """Each method adds nodes and returns the name of its output."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: EfficientNet, resolution: int):
         self.nodes: list[NodeProto] = []
         self.weights: list[TensorProto] = []
         self.inputs: list[tuple[str, int, list[int | str]]] = []
         self.outputs: list[tuple[str, int, list[int | str]]] = []
+        self.limits = [self._weight("lowest", torch.tensor(0.0)), self._weight("highest", torch.tensor(6.0))]  # ReLU6
+        maps = self._input("pixels", FLOAT, ["batch", 3, resolution, resolution])
+        maps = self._convolution(maps, network.stem, "stem")
+        for index, block in enumerate(network.blocks):
+            maps = self._block(maps, block, f"block.{index}")
+        self._node("Identity", [self._convolution(maps, network.head, "head")], ["maps"])
+        self.outputs.append(("maps", FLOAT, ["batch", network.head.convolution.out_channels, "height", "width"]))
+
+    def _block(self, maps: str, block: Block, name: str) -> str:
+        wide = self._convolution(maps, block.expand, f"{name}.expand") if hasattr(block, "expand") else maps
+        mixed = self._convolution(wide, block.depthwise, f"{name}.depthwise")
+        narrow = self._convolution(mixed, block.project, f"{name}.project")
+        return self._node("Add", [narrow, maps], [f"{name}.sum"]) if block.is_residual else narrow
+
+    def _convolution(self, maps: str, layer: ConvNorm, name: str) -> str:
+        convolution = layer.convolution
+        weights = [self._weight(f"{name}.weight", convolution.weight), self._weight(f"{name}.bias", convolution.bias)]
+        padding = [convolution.before, convolution.before, convolution.after, convolution.after]
+        shape = {"strides": list(convolution.stride), "pads": padding, "group": convolution.groups}
+        maps = self._node("Conv", [maps, *weights], [f"{name}.convolved"], **shape)
+        return self._node("Clip", [maps, *self.limits], [name]) if layer.has_activation else maps
 
     def finish(self) -> ModelProto:
         """The graph as an ONNX model."""
@@ -54,29 +75,3 @@ class GraphBuilder:
     def _input(self, name: str, kind: int, shape: list[int | str]) -> str:
         self.inputs.append((name, kind, shape))
         return name
-
-
-class _EfficientNet(GraphBuilder):
-    def __init__(self, network: EfficientNet, resolution: int):
-        super().__init__()
-        self.limits = [self._weight("lowest", torch.tensor(0.0)), self._weight("highest", torch.tensor(6.0))]  # ReLU6
-        maps = self._input("pixels", FLOAT, ["batch", 3, resolution, resolution])
-        maps = self._convolution(maps, network.stem, "stem")
-        for index, block in enumerate(network.blocks):
-            maps = self._block(maps, block, f"block.{index}")
-        self._node("Identity", [self._convolution(maps, network.head, "head")], ["maps"])
-        self.outputs.append(("maps", FLOAT, ["batch", network.head.convolution.out_channels, "height", "width"]))
-
-    def _block(self, maps: str, block: Block, name: str) -> str:
-        wide = self._convolution(maps, block.expand, f"{name}.expand") if hasattr(block, "expand") else maps
-        mixed = self._convolution(wide, block.depthwise, f"{name}.depthwise")
-        narrow = self._convolution(mixed, block.project, f"{name}.project")
-        return self._node("Add", [narrow, maps], [f"{name}.sum"]) if block.is_residual else narrow
-
-    def _convolution(self, maps: str, layer: ConvNorm, name: str) -> str:
-        convolution = layer.convolution
-        weights = [self._weight(f"{name}.weight", convolution.weight), self._weight(f"{name}.bias", convolution.bias)]
-        padding = [convolution.before, convolution.before, convolution.after, convolution.after]
-        shape = {"strides": list(convolution.stride), "pads": padding, "group": convolution.groups}
-        maps = self._node("Conv", [maps, *weights], [f"{name}.convolved"], **shape)
-        return self._node("Clip", [maps, *self.limits], [name]) if layer.has_activation else maps
