@@ -118,7 +118,7 @@ def decoding() -> Iterator[Row]:
     from mmchat.inference.decoder import TorchDecoder
     from mmchat.inference.generation import stream_token_ids
 
-    model, embeddings, count = engine().model.language_model, _embeddings(), 64
+    model, embeddings, count = engine().language_model, _embeddings(), 64
     options = SamplingOptions(temperature=0, max_new_tokens=count)
 
     def ours() -> float:
@@ -537,7 +537,7 @@ def quality(captions: str, photos: str, limit: int) -> Iterator[Row]:
 
     items, options = read_items(captions, limit), SamplingOptions(temperature=0, max_new_tokens=48)
     figures, said, decoder, prefix_cache = {}, {}, engine().decoder, engine().prefix_cache
-    for name, used in (("8 bits", decoder), ("PyTorch", TorchDecoder(engine().model.language_model))):
+    for name, used in (("8 bits", decoder), ("PyTorch", TorchDecoder(engine().language_model))):
         engine().decoder, engine().prefix_cache = used, PrefixCache(used, 0)
         said[name] = [
             "".join(
