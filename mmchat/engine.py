@@ -26,7 +26,7 @@ from .conversation import (
     with_named_image,
     with_question,
 )
-from .device import choose_device, choose_preset, choose_quantization, headroom_of
+from .device import choose_device, choose_preset, choose_quantization, headroom_of, release_memory
 from .errors import BadInput, MmchatError
 from .fetching import expect
 from .inference.decoder import load_decoder
@@ -147,6 +147,7 @@ class LocalEngine(SpeechMixin):
         """Loads the image encoder and the speech model, which would otherwise load on first use."""
         self.image_encoder  # noqa: B018 (a cached property: access loads it)
         self.speech_recognizer.load()
+        release_memory()
 
     @cached_property
     def language_model(self) -> nn.Module:
