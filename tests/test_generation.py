@@ -27,9 +27,7 @@ def stop_ids(engine):
 def count_steps(engine, monkeypatch):
     """Counts forward passes of the language model."""
     steps, forward = [], type(engine.language_model).forward
-    monkeypatch.setattr(
-        type(engine.language_model), "forward", lambda *a, **k: (steps.append(1), forward(*a, **k))[1]
-    )
+    monkeypatch.setattr(type(engine.language_model), "forward", lambda *a, **k: (steps.append(1), forward(*a, **k))[1])
     return steps
 
 
@@ -96,9 +94,7 @@ def test_max_new_tokens_limits_the_answer(engine, embeddings, stop_ids):
 def test_pieces_are_whole_characters(engine):
     """Emoji and accents take several tokens each; no piece may contain half of one."""
     encoded = engine.tokenize([Message("user", "Repeat exactly: 日本語 😀 café")])
-    pieces = list(
-        stream_text(TorchDecoder(engine.language_model), engine.tokenizer, engine.embed(encoded), GREEDY)
-    )
+    pieces = list(stream_text(TorchDecoder(engine.language_model), engine.tokenizer, engine.embed(encoded), GREEDY))
     assert len(pieces) > 1
     assert not any("\ufffd" in piece for piece in pieces)
     assert "".join(pieces).strip()

@@ -75,7 +75,7 @@ class _ServerV6(_Server):
 class _Answer(BaseHTTPRequestHandler):
     """The page where there will be one; elsewhere 503, as while the models load."""
 
-    def do_GET(self) -> None:  # noqa: N802 (a name of http.server)
+    def do_GET(self) -> None:
         is_page = self.path.partition("?")[0] in PATHS
         body, kind = (PAGE, "text/html") if is_page else (b'{"status": "loading"}', "application/json")
         self.send_response(200 if is_page else 503)
