@@ -67,6 +67,9 @@ class _Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = os.name == "posix"  # elsewhere it would let two programs listen on one port
     daemon_threads = True
 
+    def handle_error(self, *_: object) -> None:
+        """Says nothing: a browser went away."""
+
 
 class _ServerV6(_Server):
     address_family = socket.AF_INET6
@@ -78,7 +81,7 @@ class _Answer(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         is_page = self.path.partition("?")[0] in PATHS
         body, kind = (PAGE, "text/html") if is_page else (b'{"status": "loading"}', "application/json")
-        self.send_response(200 if is_page else 503)
+        self.send_response_only(200 if is_page else 503)
         headers = {RETRY: 1, "Content-Type": kind, "Content-Length": len(body), "Cache-Control": "no-store"}
         for name, value in headers.items():
             self.send_header(name, str(value))
@@ -93,7 +96,7 @@ class _Answer(BaseHTTPRequestHandler):
 
 
 def _listen(host: str, ports: Iterable[int]) -> _Server:
-    server = _ServerV6 if ":" in host else _Server
+    server: type[_Server] = _ServerV6 if ":" in host else _Server
     for port in ports:
         try:
             return server((host, port), _Answer)
