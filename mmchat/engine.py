@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .checkpoints.weights_folder import default_weights, load_model, preset_for_weights, preset_named
 from .conversation import (
@@ -25,7 +26,7 @@ from .conversation import (
     with_named_image,
     with_question,
 )
-from .device import choose_device, choose_preset, choose_quantization, headroom_of
+from .device import choose_device, choose_preset, choose_quantization, headroom_of, release_memory
 from .errors import BadInput, MmchatError
 from .fetching import expect
 from .inference.decoder import load_decoder
@@ -39,6 +40,7 @@ from .models.language_model import context_length
 from .models.prompt import IMAGE_TOKEN_ID, TokenizedConversation, tokenize_conversation
 from .models.speech_mixin import SpeechMixin
 from .models.speech_recognition import SpeechRecognizer, find_speech_model
+from .models.stored_language_model import loaded
 from .models.tagger import Tag
 from .models.text_to_speech import Voice
 from .models.zero_shot import load_zero_shot
@@ -108,7 +110,13 @@ class LocalEngine(SpeechMixin):
             quantization, self.device, language_model.parameters, headroom_of(language_model)
         )
         logger.info("Quantization %s: %s", self.quantization.kind, self.quantization.reason)
-        self.model, self.tokenizer = load_model(preset, trained, self.device.dtype, quantization=self.quantization.kind)
+        self.model, self.tokenizer = load_model(
+            preset,
+            trained,
+            self.device.dtype,
+            quantization=self.quantization.kind,
+            stored=self.device.type == "cpu" and self.quantization.kind == "none",
+        )
         try:
             self.model.to(self.device.type)
         except torch.OutOfMemoryError as error:
@@ -139,6 +147,12 @@ class LocalEngine(SpeechMixin):
         """Loads the image encoder and the speech model, which would otherwise load on first use."""
         self.image_encoder  # noqa: B018 (a cached property: access loads it)
         self.speech_recognizer.load()
+        release_memory()
+
+    @cached_property
+    def language_model(self) -> nn.Module:
+        """The language model in PyTorch, for beam search; where llama.cpp answers, it is loaded on first use."""
+        return loaded(self.decoder.model)
 
     @cached_property
     def image_encoder(self) -> ImageEncoder:
@@ -230,8 +244,7 @@ class LocalEngine(SpeechMixin):
         """Streams the answer to an encoded conversation, prefilling only what the prefix cache lacks."""
         if options.beams > 1:  # no streaming and no prefix cache
             prompt = self.embed(encoded)[0]  # [length, hidden_size]
-            language_model = self.model.language_model
-            yield from generate_batch(language_model, self.tokenizer, [prompt], options, with_adapter=with_adapter)
+            yield from generate_batch(self.language_model, self.tokenizer, [prompt], options, with_adapter=with_adapter)
             return
         tokens, ends = self._token_keys(encoded), prefill_boundaries(encoded, self._shared_tokens)
         prefix = self.prefix_cache.lookup(tokens, ends, with_adapter)

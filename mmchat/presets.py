@@ -33,6 +33,16 @@ class LanguageModelPreset:
     overflows_float16: bool = False  # its attention gives NaN there, as Phi-2's does (transformers issue 28163)
 
     @property
+    def is_gguf(self) -> bool:
+        """Whether the source is a GGUF file, which mmchat converts."""
+        return self.source.name.endswith(".gguf")
+
+    @property
+    def revision(self) -> str:
+        """Fingerprint of the weights: a SHA-256, or repository@commit."""
+        return fingerprint(self.source)
+
+    @property
     def is_llava(self) -> bool:
         """Whether the source is a LLaVA model, which also holds the image encoder, projector and template."""
         return self.chat_format == LLAVA

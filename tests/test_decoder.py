@@ -240,7 +240,7 @@ def test_the_real_model_answers_as_in_pytorch(engine, monkeypatch):
     messages, options = [Message("user", "Name the capital of France.")], SamplingOptions(0, max_new_tokens=24)
     assert isinstance(engine.decoder, LlamaDecoder)
     fast = "".join(engine.reply(messages, options))
-    exact = TorchDecoder(engine.model.language_model)
+    exact = TorchDecoder(engine.language_model)
     monkeypatch.setattr(engine, "decoder", exact)
     monkeypatch.setattr(engine, "prefix_cache", PrefixCache(exact, 0))
     assert "".join(engine.reply(messages, options)) == fast == "The capital of France is Paris."

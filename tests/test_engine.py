@@ -286,7 +286,7 @@ def test_concurrent_replies_are_independent(engine, photo):
 @pytest.mark.parametrize("decoder", ["llama.cpp", "torch"])
 def test_a_short_answer_does_not_wait_for_a_long_one(engine, photo, monkeypatch, decoder):
     if decoder == "torch":
-        exact = TorchDecoder(engine.model.language_model)
+        exact = TorchDecoder(engine.language_model)
         monkeypatch.setattr(engine, "decoder", exact)
         monkeypatch.setattr(engine, "prefix_cache", PrefixCache(exact, 2e8))
     picture = Message("user", "Describe the image.", images=[photo])

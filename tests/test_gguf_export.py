@@ -278,8 +278,8 @@ def test_smol_exports_its_text_side_and_adapter(engine, tmp_path):
     prompt = torch.tensor([engine.tokenize([Message("user", question)]).token_ids])
     answers = []
     for with_adapter in (True, False):
-        switch_adapter(engine.model.language_model, with_adapter)
-        tokens = engine.model.language_model.generate(prompt, max_new_tokens=20, do_sample=False)[0, prompt.shape[1] :]
+        switch_adapter(engine.language_model, with_adapter)
+        tokens = engine.language_model.generate(prompt, max_new_tokens=20, do_sample=False)[0, prompt.shape[1] :]
         answers.append(engine.tokenizer.decode(tokens, skip_special_tokens=True))
         with llama_server(exported, with_adapter) as address:
             assert said(address, question, count=20) == answers[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mmchat.inference.llama_cpp import load_library
 from tests.conftest import ROOT
 
 # Package → modules that come with it under another name, or by its own requirements.
@@ -98,6 +100,22 @@ def test_chat_imports_no_importer_and_no_training():
     names = ("importing", "known_checkpoints", "published_", "gguf_", "llava_export")
     forbidden = ("mmchat.training", *(f"mmchat.checkpoints.{name}" for name in names))
     assert not [name for name in found if name.startswith(forbidden)]
+
+
+@pytest.mark.slow
+def test_answering_with_llama_cpp_imports_no_peft(engine):  # which has converted the model
+    try:
+        load_library()
+    except OSError as error:
+        pytest.skip(str(error))
+    script = (
+        "import sys, mmchat; engine = mmchat.load('smol'); next(engine.rewrite('?', 'A dog.')); print(*sys.modules)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "MMCHAT_DECODER"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    assert not {"peft", "bitsandbytes", "torch._dynamo", "transformers.modeling_utils"} & set(result.stdout.split())
 
 
 def test_public_names_mean_the_same_as_inside_the_package():

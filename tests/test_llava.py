@@ -93,9 +93,9 @@ def test_equal_logits_and_equal_tokens(folder, reference, pictures, count, monke
     image_id = model.config.image_token_id
     theirs = [-200 if token == image_id else token for token in inputs["input_ids"][0].tolist()]
     assert encoded.token_ids == theirs
-    ours = engine.model.language_model(inputs_embeds=engine.embed(encoded)).logits
+    ours = engine.language_model(inputs_embeds=engine.embed(encoded)).logits
     assert_close(ours, model(**inputs).logits, 1e-4)
-    stops = engine.model.language_model.generation_config.eos_token_id
+    stops = engine.language_model.generation_config.eos_token_id
     options = {"do_sample": False, "eos_token_id": stops, "pad_token_id": 1}
     options |= {"return_dict_in_generate": True, "output_logits": True}
     written = model.generate(**inputs, max_new_tokens=12, **options)
@@ -327,7 +327,7 @@ def test_an_adapter_on_top_is_exported_with_its_llava_model(tiny, tmp_path, pict
     engine, messages = load(weights=tmp_path / "run"), conversation(pictures)
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
     inputs = inputs_of(AutoProcessor.from_pretrained(tmp_path / "exported", backend="pil"), messages)
-    ours = engine.model.language_model(inputs_embeds=engine.embed(engine.tokenize(messages))).logits
+    ours = engine.language_model(inputs_embeds=engine.embed(engine.tokenize(messages))).logits
     assert_close(ours, model(**inputs).logits, 1e-4)
     plain = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32).eval()
     assert (ours - plain(**inputs).logits).abs().max() > 0.01  # the adapter is in it
@@ -351,7 +351,7 @@ def test_quantized(trained, pictures, quantization):
         engine = load(weights=weights, quantization=quantization)
         asked = [Message("user", "Describe the image.", pictures[:1])]
         "".join(engine.reply(asked, SamplingOptions(temperature=0, max_new_tokens=4)))
-        kinds = {type(weight).__name__ for weight in engine.model.language_model.parameters()}
+        kinds = {type(weight).__name__ for weight in engine.language_model.parameters()}
         assert kinds & {"Params4bit", "Int8Params"} and engine.quantization.kind == quantization
 
 

@@ -25,6 +25,7 @@ from mmchat.serving.metrics import Metrics
 from mmchat.serving.middleware import build_middleware
 from mmchat.serving.observing import ObservedEngine, log, tell_refusal
 from mmchat.serving.openai_api import OpenAiApi
+from mmchat.serving.opening import Opening
 from mmchat.serving.rate_limit import RateLimit
 from mmchat.serving.request_queue import Gate
 from tests.conftest import ROOT, SPEECH
@@ -287,3 +288,15 @@ def test_logs_are_json_without_words(engine, photo):
     assert request["outcome"] == "answered" and request["pictures"] == 1 and request["pieces"] > 0
     assert failure["error"] == "ValueError" and failure["at"]
     assert "Zebra" not in sink.getvalue() and said not in sink.getvalue()
+
+
+def test_the_port_answers_until_the_page_does():
+    opening = Opening(None, None)
+    address = f"http://127.0.0.1:{opening.port}"
+    page, health = httpx.get(address), httpx.get(f"{address}/healthz")
+    assert page.status_code == 200 and "mmchat is starting" in page.text
+    assert health.status_code == 503 and health.json() == {"status": "loading"}
+    with pytest.raises(MmchatError, match="port is not available"):
+        Opening(None, opening.port)
+    opening.close()
+    Opening(None, opening.port).close()

@@ -289,7 +289,7 @@ def test_rewriting_uses_the_base_model_alone(tiny, trained):
     )
     embeddings = base.get_input_embeddings()(torch.tensor([encoded.token_ids]))
     assert rewritten == "".join(stream_text(TorchDecoder(base), tokenizer, embeddings, options))
-    adapted = "".join(stream_text(TorchDecoder(engine.model.language_model), tokenizer, embeddings, options))
+    adapted = "".join(stream_text(TorchDecoder(engine.language_model), tokenizer, embeddings, options))
     assert adapted != rewritten  # else the test could not fail
 
 

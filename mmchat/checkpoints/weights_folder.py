@@ -30,6 +30,7 @@ from ..models.language_model import (
 )
 from ..models.llava_folder import LlavaFolder, open_llava
 from ..models.projector import ProjectorConfig, build_projector
+from ..models.stored_language_model import StoredLanguageModel
 from ..models.tagger import load_tagger
 from ..models.vision_language_model import VisionLanguageModel
 from ..presets import (
@@ -211,6 +212,7 @@ def load_model(
     quantization: str = "none",
     trainable: bool = False,
     any_encoder: bool = False,
+    stored: bool = False,
 ) -> tuple[VisionLanguageModel, Any]:
     """The vision-language model of a preset with the projector and adapter of a weights folder, and its tokenizer.
 
@@ -218,6 +220,7 @@ def load_model(
         any_encoder: the weights may have been made for another image encoder, whose features have the same shape: a
             starting point for training with the preset's own. Their tagger, which reads the other encoder's features,
             is then left out.
+        stored: leave a language model that mmchat has converted on disk, see ``StoredLanguageModel``.
 
     Raises:
         WeightsError: the folder is not a weights folder, or was made for other models.
@@ -236,13 +239,19 @@ def load_model(
             f"The {CONFIG_FILE} in '{folder.name}' does not describe a projector that this mmchat can build."
         ) from error
     _load_projector(projector, folder)
-    language_model, tokenizer = load_language_model(preset.language_model, dtype, quantization)
+    adapter = folder / ADAPTER_FOLDER if has_adapter else None
+    language_model: nn.Module
+    if is_stored := stored and preset.language_model.is_gguf:
+        language_model = StoredLanguageModel(preset.language_model, adapter)
+        tokenizer = language_model.tokenizer
+    else:
+        language_model, tokenizer = load_language_model(preset.language_model, dtype, quantization)
     if template := prompt_template_of(config, folder):
         _apply_prompt_template(template, language_model, tokenizer, folder)
     if projector_config.hidden_size != language_model.config.hidden_size:
         raise WeightsError(f"The projector in '{folder.name}' has another hidden size than the language model.")
-    if has_adapter:
-        language_model = load_adapter(language_model, folder / ADAPTER_FOLDER, trainable=trainable)
+    if adapter and not is_stored:
+        language_model = load_adapter(language_model, adapter, trainable=trainable)
     projector = projector.float().requires_grad_(trainable)
     tagger = load_tagger(folder, preset.image_encoder) if is_made_for(config, preset) else None
     model = VisionLanguageModel(language_model, projector, projector_config, tagger)

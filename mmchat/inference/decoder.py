@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..models.language_model import switch_adapter
+from ..models.stored_language_model import loaded
 from .batch import Batch
 from .llama_decoder import load_llama_decoder
 
@@ -57,9 +58,9 @@ def load_decoder(model: nn.Module) -> Decoder:
     """The fastest decoder for a language model on this machine.
 
     Args:
-        model: the language model, with or without a LoRA adapter.
+        model: the language model, with or without a LoRA adapter; a stored one is loaded if PyTorch must compute it.
     """
-    return load_llama_decoder(model) or TorchDecoder(model)
+    return load_llama_decoder(model) or TorchDecoder(loaded(model))
 
 
 class TorchDecoder:

@@ -3,7 +3,7 @@
 Decoding reads every weight once per token, so it is bound by memory bandwidth: smaller weights are faster. Blocks of 32
 weights, and of 32 inputs of each matrix product, are rounded to 8 bits with a common scale (Q8_0), so logits are close
 but not equal to PyTorch's. The adapter is merged into weights of its own: beside the base model's, it would cost two
-small products for each layer. PyTorch's weights stay memory-mapped on disk, except for the token embeddings.
+small products for each layer. Of PyTorch's weights, only the token embeddings are read.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from torch import nn
 from ..errors import MmchatError
 from ..fetching.cache import convert_once, remove_oldest
 from ..models.gguf_tensors import ARCHITECTURES, language_model_writer, write_language_model
+from ..models.language_model import base_model
+from ..models.stored_language_model import StoredLanguageModel, loaded
 from .batch import Batch
 from .llama_cpp import CHUNK, LlamaModel, Sequences, load_library
 
@@ -43,12 +45,11 @@ def load_llama_decoder(model: nn.Module) -> LlamaDecoder | None:
     Args:
         model: the language model, with or without a LoRA adapter.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if os.environ.get("MMCHAT_DECODER") == "torch" or not _is_supported(base):
+    if os.environ.get("MMCHAT_DECODER") == "torch" or not _is_supported(model):
         return None
     try:
         load_library()
-        files = {merge: _converted(base, merge) for merge in ((False, True) if base is not model else (False,))}
+        files = {merge: _converted(model, merge) for merge in ((False, True) if _has_adapter(model) else (False,))}
         decoder = LlamaDecoder(model, files)
     except (MmchatError, OSError, MemoryError) as error:
         logger.warning("llama.cpp cannot run this model; decoding with PyTorch, which is slower: %s", error)
@@ -58,8 +59,15 @@ def load_llama_decoder(model: nn.Module) -> LlamaDecoder | None:
     return decoder
 
 
-def _digest(base: nn.Module, merge: bool) -> str:
+def _has_adapter(model: nn.Module) -> bool:
+    return bool(model.adapter) if isinstance(model, StoredLanguageModel) else hasattr(model, "peft_config")
+
+
+def _digest(model: nn.Module, merge: bool) -> str:
     """Digest of the config and weights: of the base model's only the first values, since hashing all would be slow."""
+    if isinstance(model, StoredLanguageModel):
+        return model.digest(merge)
+    base = base_model(model)
     digest = hashlib.blake2b(base.config.to_json_string().encode(), digest_size=6)
     for name, weight in base.named_parameters():
         if "lora_" not in name:
@@ -71,28 +79,29 @@ def _digest(base: nn.Module, merge: bool) -> str:
     return digest.hexdigest()
 
 
-def _is_supported(base: nn.Module) -> bool:
+def _is_supported(model: nn.Module) -> bool:
     """Whether the base model is one that llama.cpp computes alike, on the CPU, and not quantized."""
-    config = base.config
+    config = model.config
     return (
         config.model_type in ARCHITECTURES
-        and all(weight.device.type == "cpu" and weight.is_floating_point() for weight in base.parameters())
+        and all(weight.device.type == "cpu" and weight.is_floating_point() for weight in model.parameters())
         and config.hidden_act == ("gelu_new" if config.model_type == "phi" else "silu")
         and config.rope_parameters["rope_type"] in ("default", "longrope")
         and not getattr(config, "qk_layernorm", False)
     )
 
 
-def _converted(base: nn.Module, merge: bool) -> Path:
+def _converted(model: nn.Module, merge: bool) -> Path:
     """The GGUF file of the base model, or of it with the adapter merged."""
 
     def convert(folder: Path) -> None:
+        base = base_model(loaded(model))
         writer = language_model_writer(base, folder / FILE, short_rope=True)
         writer.add_tokenizer_model(NO_VOCABULARY)
         write_language_model(writer, base, "q8_0", merge=merge)
 
     # "1" is the version of convert: raise it when its output changes
-    return convert_once(f"llama-1-{_digest(base, merge)}", convert) / FILE
+    return convert_once(f"llama-1-{_digest(model, merge)}", convert) / FILE
 
 
 class LlamaDecoder:

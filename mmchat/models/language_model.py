@@ -53,7 +53,7 @@ def load_language_model(
     disable_progress_bar()  # loading takes a tenth of a second
     if preset.overflows_float16 and dtype == torch.float16:
         dtype = torch.bfloat16  # slower on GPUs that emulate it, but in float16 its attention overflows to NaN
-    folder = _model_folder(preset)
+    folder = model_folder(preset)
     tokenizer = _load_tokenizer(folder, preset.name)
     options = {"dtype": dtype, "attn_implementation": choose_attention()}
     options |= {} if quantization == "none" else _quantized(quantization, dtype)
@@ -67,10 +67,13 @@ def load_language_model(
         raise AssetError(
             f"{quantization} weights need two more packages: pip install accelerate bitsandbytes, or 'mmchat[gpu]'"
         ) from error
-    # The chat format knows the stop tokens; generation_config.json lists too few or too many.
-    stops = CHAT_FORMATS[preset.chat_format].stops
-    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(stops))
+    model.generation_config.eos_token_id = stop_token_ids_of(preset, tokenizer)
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def stop_token_ids_of(preset: LanguageModelPreset, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The stop tokens, which the chat format knows; generation_config.json lists too few or too many."""
+    return tokenizer.convert_tokens_to_ids(list(CHAT_FORMATS[preset.chat_format].stops))
 
 
 def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerFast:
@@ -117,13 +120,14 @@ def empty_language_model(preset: LanguageModelPreset) -> nn.Module:
     """The base model on the meta device: layers and shapes without weights, in no memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(_model_folder(preset)).get_text_config()
+    config = AutoConfig.from_pretrained(model_folder(preset)).get_text_config()
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).requires_grad_(False)
 
 
-def _model_folder(preset: LanguageModelPreset) -> Path:
-    if not preset.source.name.endswith(".gguf"):
+def model_folder(preset: LanguageModelPreset) -> Path:
+    """The folder of the base model, fetched, and converted if it comes as a GGUF file."""
+    if not preset.is_gguf:
         return fetch(preset.source)
     # "-1" is the version of _convert_gguf: raise it when its output changes
     return convert_once(f"{preset.name}-1", lambda target: _convert_gguf(preset, target))
@@ -195,6 +199,11 @@ def _attach(model: nn.Module, config: LoraConfig) -> nn.Module:
     with warnings.catch_warnings():  # PEFT uses a property that transformers renamed
         warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, config)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The language model with its adapter layers, without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def adapter_is_on(model: nn.Module) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .language_model import base_model
 from .projector import ProjectorConfig
 from .prompt import IMAGE_TOKEN_ID
+from .stored_language_model import StoredLanguageModel
 from .tagger import Tagger
 
 IGNORE_INDEX = -100  # PyTorch's default: no loss at this label
@@ -33,6 +35,8 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def has_adapter(self) -> bool:
+        if isinstance(self.language_model, StoredLanguageModel):
+            return self.language_model.adapter is not None
         return hasattr(self.language_model, "peft_config")
 
     @property
@@ -111,8 +115,7 @@ class VisionLanguageModel(nn.Module):
     @property
     def unwrapped_language_model(self) -> nn.Module:
         """The language model with its adapter layers, without PEFT's wrapper."""
-        model = self.language_model
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        return base_model(self.language_model)
 
     def _as_attention_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
         """A 4D mask in the form that the attention kernel takes: boolean for sdpa, additive for the others."""

@@ -1,4 +1,4 @@
-"""mmchat serve: serves the page while the engine loads in the background."""
+"""mmchat serve: the port answers at once, the page opens when gradio is there, and the engine loads behind it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..errors import BadInput, MmchatError
 from ..presets import AUTO, SMOL, get_preset
 from .middleware import build_middleware
 from .observing import Observer, log, tell_refusal
+from .opening import Opening
 from .rate_limit import RateLimit, questions_per_minute
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def serve(options: argparse.Namespace) -> int:
     limit = RateLimit(per_minute, refused=partial(tell_refusal, observers, RateLimit.__name__))
     for client in ("httpx", "httpx2"):  # one line per request to the Hub, and from gradio to itself
         logging.getLogger(client).setLevel(logging.WARNING)
+    opening = Opening(options.host, options.port)
     if os.environ.get("SPACES_ZERO_GPU"):
         import spaces  # noqa: F401 (must be imported before torch, which it patches)
     import gradio
@@ -71,7 +73,8 @@ def serve(options: argparse.Namespace) -> int:
     if on_zero_gpu():  # models must load before the page starts, in the thread that imported spaces
         engine.load_here()
     demo = page.build(QueuedEngine(engine, gate), bundled("examples"), limit, feedback_store())
-    address = {"server_name": options.host, "server_port": options.port}
+    address = {"server_name": options.host, "server_port": opening.port}
+    opening.close()
     try:
         page.launch(demo, **address, auth=sign_in(), prevent_thread_lock=True, app_kwargs={"routes": beside})
     except OSError as error:
