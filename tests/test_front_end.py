@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import httpx
 import pytest
 
@@ -56,6 +58,13 @@ def test_files_are_compressed_and_kept_for_good(address):
     assert int(packed.headers["Content-Length"]) < len(plain.content) / 2
     assert all("immutable" in answer.headers["Cache-Control"] for answer in (packed, plain))
     assert "javascript" in plain.headers["Content-Type"]
+
+
+def test_the_theme_is_named_in_the_head_and_kept_for_good(address):
+    theme = re.search(r'<link rel="preload" as="style" href="\./(theme\.css\?v=\w+)">', httpx.get(address).text)[1]
+    kept, other = httpx.get(f"{address}{theme}"), httpx.get(f"{address}theme.css?v=0")
+    assert "immutable" in kept.headers["Cache-Control"] and "text/css" in kept.headers["Content-Type"]
+    assert kept.text == other.text and "Cache-Control" not in other.headers
 
 
 @pytest.mark.parametrize("name", ["missing.js", "%2e%2e%2findex.html", "..%2F..%2F..%2Froutes.py"])

@@ -2,7 +2,8 @@
 
 Left alone, a browser learns in three rounds which of about a hundred files the page needs, and the server compresses
 each of them for every visitor. Here they are compressed once, browsers keep them for good (a changed file has another
-name), the head of the page names all scripts at once, and all style sheets come as one.
+name), the head of the page names all scripts at once, and all style sheets come as one. The theme, which gradio asks
+for before it places anything, is there by then. A page that did not change is not compressed again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import logging
 import mimetypes
 import re
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ FOLDER = Path(gr.__file__).parent / "templates" / "frontend"
 QUALITY = 5  # of brotli; a higher one takes much longer and saves little
 KEEP = {"Cache-Control": "public, max-age=31536000, immutable", "Vary": "Accept-Encoding"}
 ENTRY = re.compile(r'<script type="module" crossorigin src="\./assets/([^"]+)"></script>')
+THEME = "theme.css"
 SHEET = re.compile(r'<link rel="stylesheet" crossorigin href="\./assets/([^"]+)">')
 
 
@@ -34,14 +36,16 @@ class FrontEnd:
 
     def __init__(self, app: ASGIApp, demo: gr.Blocks):
         self._app = app
-        self._joined: dict[str, bytes] = {}  # name → style sheets of a page in one
+        self._made = {THEME: demo.theme_css.encode()}  # and name → style sheets of a page in one
+        self._theme = f"v={demo.theme_hash}"
         self._heads = {page: self._head(_types(demo, page)) for page, *_ in demo.pages}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "GET":
             folder, _, name = scope["path"].strip("/").rpartition("/")
             takes_brotli = "br" in Headers(scope=scope).get("Accept-Encoding", "")
-            if folder == "assets" and (name in self._joined or name in _names()):
+            is_theme = name == THEME and scope["query_string"].decode() == self._theme
+            if is_theme or (folder == "assets" and (name in self._made or name in _names())):
                 await self._file(name, takes_brotli)(scope, receive, send)
                 return
             if not folder and name in self._heads:
@@ -50,7 +54,7 @@ class FrontEnd:
 
     def _file(self, name: str, takes_brotli: bool) -> Response:
         is_packed = takes_brotli and name.endswith((".js", ".css"))
-        content = _content(name) if name in _names() else self._joined[name]
+        content = _content(name) if name in _names() else self._made[name]
         kind = mimetypes.guess_type(name)[0]
         return Response(_packed(content) if is_packed else content, 200, {**KEEP, **_encoding(is_packed)}, kind)
 
@@ -67,10 +71,10 @@ class FrontEnd:
         sheets = [name for name in files if name.endswith(".css")]
         joined = b"\n".join(map(_content, sheets))
         name = f"page-{hashlib.sha256(joined).hexdigest()[:16]}.css"
-        self._joined[name] = joined
+        self._made[name] = joined
         scripts = [_link("modulepreload", name) for name in files if name.endswith(".js")]
         links = [_link("stylesheet", name), *(_link("stylesheet", sheet, " disabled") for sheet in sheets), *scripts]
-        return "".join(links)
+        return f'<link rel="preload" as="style" href="./{THEME}?{self._theme}">' + "".join(links)
 
 
 class _Completed:
@@ -153,6 +157,7 @@ def _content(name: str) -> bytes:
     return (FOLDER / "assets" / name).read_bytes()
 
 
+@lru_cache(maxsize=4)  # pages
 def _compressed(content: bytes) -> bytes:
     return brotli.compress(content, quality=QUALITY)
 
