@@ -58,6 +58,17 @@ def engine():
     return mmchat.load("smol")
 
 
+@pytest.fixture(scope="session")
+def smol_model():
+    """The model of the preset `smol` in PyTorch, all of it, which the engine leaves on disk."""
+    import torch
+
+    from mmchat.checkpoints.weights_folder import default_weights, load_model
+    from mmchat.presets import SMOL
+
+    return load_model(SMOL, default_weights(SMOL), torch.float32)[0]
+
+
 @pytest.fixture(scope="module")
 def address(engine):
     """Address of the real page."""

@@ -132,10 +132,10 @@ def weights_copy(engine, tmp_path):
     return tmp_path / "weights"
 
 
-def test_saved_weights_load_as_the_same_model(engine, tmp_path):
-    save_weights(engine.model, tmp_path / "copy", engine.preset)
+def test_saved_weights_load_as_the_same_model(engine, smol_model, tmp_path):
+    save_weights(smol_model, tmp_path / "copy", engine.preset)
     copy, _ = load_model(engine.preset, tmp_path / "copy", torch.float32)
-    original = engine.model.state_dict()
+    original = smol_model.state_dict()
     assert all(torch.equal(weight, original[name]) for name, weight in copy.state_dict().items())
     saved = (tmp_path / "copy" / "adapter" / "adapter_config.json").read_text()
     assert str(tmp_path) not in saved and "cache" not in json.loads(saved)["base_model_name_or_path"]

@@ -144,18 +144,18 @@ def test_a_tagger_without_a_recorded_encoder_is_checked_by_size(tmp_path):
         load_tagger(tmp_path, replace(SMALL, image_dim=IMAGE_DIM + 1))
 
 
-def test_weights_with_a_tagger_of_another_encoder_are_rejected(engine, tmp_path):
+def test_weights_with_a_tagger_of_another_encoder_are_rejected(engine, smol_model, tmp_path):
     encoder = engine.preset.image_encoder
-    save_weights(engine.model, tmp_path, engine.preset)
+    save_weights(smol_model, tmp_path, engine.preset)
     other = fingerprint_text(replace(encoder, resolution=256))
     Tagger(["terrier"], ["dog"], encoder.image_dim, other).save(tmp_path)
     with pytest.raises(WeightsError, match="at 256 pixels.*at 288 pixels"):
         load_model(engine.preset, tmp_path, torch.float32)
 
 
-def test_training_with_another_encoder_drops_the_tagger(engine, tmp_path):
+def test_training_with_another_encoder_drops_the_tagger(engine, smol_model, tmp_path):
     """The features have the same size but another meaning."""
-    save_weights(engine.model, tmp_path, engine.preset)
+    save_weights(smol_model, tmp_path, engine.preset)
     other = replace(engine.preset, image_encoder=replace(EFFICIENTNET_LITE0, resolution=288))
     assert load_model(other, tmp_path, torch.float32, any_encoder=True)[0].tagger is None
     assert load_model(engine.preset, tmp_path, torch.float32, any_encoder=True)[0].tagger
@@ -198,12 +198,12 @@ def test_the_engine_and_the_prompt_show_the_tags(engine, photo):
         engine.classes("nowhere.jpg")
 
 
-def test_saved_weights_include_the_tagger(engine, fitted, tmp_path):
-    save_weights(engine.model, tmp_path / "one", engine.preset)
+def test_saved_weights_include_the_tagger(engine, smol_model, tmp_path):
+    save_weights(smol_model, tmp_path / "one", engine.preset)
     assert (tmp_path / "one" / TAGGER_FILE).exists()
     model, _ = load_model(engine.preset, tmp_path / "one", torch.float32)
     features = torch.rand(engine.preset.image_encoder.feature_count, engine.preset.image_encoder.image_dim)
-    assert model.tags(features) == engine.model.tags(features)
+    assert model.tags(features) == smol_model.tags(features)
     average_weights(tmp_path / "one", tmp_path / "one", 0.5, tmp_path / "average")
     assert (tmp_path / "average" / TAGGER_FILE).read_bytes() == (tmp_path / "one" / TAGGER_FILE).read_bytes()
 

@@ -70,10 +70,10 @@ def test_captions_without_a_common_word_are_rejected(tmp_path):
         )
 
 
-def test_saved_weights_include_their_encoder(engine, tuned, tmp_path):
+def test_saved_weights_include_their_encoder(smol_model, tuned, tmp_path):
     encoder = find_image_encoder(HubRepository(str(tuned / "encoder")))
     folder = tmp_path / "weights"
-    save_weights(engine.model, folder, replace(SMOL, image_encoder=encoder))
+    save_weights(smol_model, folder, replace(SMOL, image_encoder=encoder))
     (folder / "tagger.safetensors").unlink()  # it was fitted to another encoder
     assert preset_for_weights(SMOL, folder).image_encoder.revision == encoder.revision
     load_model(preset_for_weights(SMOL, folder), folder, torch.float32)
@@ -86,8 +86,8 @@ def test_saved_weights_include_their_encoder(engine, tuned, tmp_path):
     load_model(SMOL, folder, torch.float32, any_encoder=True)  # training with another encoder starts like this
 
 
-def test_weights_made_with_the_untuned_encoder_find_it(engine, tmp_path):
-    save_weights(engine.model, tmp_path, replace(SMOL, image_encoder=EFFICIENTNET_LITE0))
+def test_weights_made_with_the_untuned_encoder_find_it(smol_model, tmp_path):
+    save_weights(smol_model, tmp_path, replace(SMOL, image_encoder=EFFICIENTNET_LITE0))
     assert not (tmp_path / IMAGE_ENCODER_FILE).exists()
     assert preset_for_weights(SMOL, tmp_path).image_encoder == EFFICIENTNET_LITE0
     assert find_image_encoder(HubRepository(EFFICIENTNET_LITE0.name)) == EFFICIENTNET_LITE0
