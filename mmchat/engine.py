@@ -156,7 +156,10 @@ class LocalEngine(SpeechMixin):
 
     @cached_property
     def image_encoder(self) -> ImageEncoder:
-        return load_image_encoder(self.preset.image_encoder).to(self.device.type)
+        encoder = load_image_encoder(self.preset.image_encoder).to(self.device.type)
+        if self.device.type == "cpu":
+            encoder.release_network()
+        return encoder
 
     def classes(self, image: ImageSource, names: Sequence[str] = ()) -> list[Tag]:
         """Names what the image encoder recognizes in an image, the most likely first.

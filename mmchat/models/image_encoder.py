@@ -47,8 +47,11 @@ class ImageEncoder(nn.Module):
         """Decoded images → features [len(images), feature_count, image_dim]."""
         return self(self._batch(images))
 
+    def release_network(self) -> None:
+        """Frees weights that are not needed on a CPU, once another engine has a copy of them."""
+
     def _batch(self, images: list[Image.Image]) -> torch.Tensor:
-        device = next(self.parameters()).device
+        device = next(self.parameters(), torch.empty(0)).device
         pixels = torch.stack([self.preprocess(image) for image in images])  # [batch, 3, resolution, resolution]
         return pixels.to(device)
 
@@ -94,6 +97,11 @@ class EfficientNetLite(ImageEncoder):
             raise WeightsError("This image encoder was tuned on captions and no longer knows ImageNet's classes.")
         return self.network.classifier.weight, self.network.classifier.bias
 
+    def release_network(self) -> None:
+        """Leaves only the classifier if ONNX Runtime computes the features."""
+        if self.session:
+            self.network.stem = self.network.blocks = self.network.head = nn.Identity()
+
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """Scales the shorter side and crops the center."""
         size = self.preset.resolution
@@ -120,6 +128,7 @@ def _onnx_session(network: EfficientNet, resolution: int) -> InferenceSession | 
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
+        options.enable_cpu_mem_arena = False  # it would keep the memory of the largest layers
         options.intra_op_num_threads = 1  # more threads gain little on small images; batches run images in parallel
         model = build_image_encoder(network, resolution)
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

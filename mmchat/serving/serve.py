@@ -44,11 +44,12 @@ def serve(options: argparse.Namespace) -> int:
         import spaces  # noqa: F401 (must be imported before torch, which it patches)
     import gradio
 
-    from ..device import on_zero_gpu
+    from ..device import keep_less_memory, on_zero_gpu
     from . import page, routes
     from .loading import LoadingEngine
     from .request_queue import Busy, Gate, QueuedEngine
 
+    keep_less_memory()
     gate = Gate(page.MAX_CONCURRENT, page.MAX_WAITING, partial(tell_refusal, observers, Busy.__name__))
     engine = LoadingEngine(lambda: wrap(load_engine(options)), notify=gradio.Info)
     beside = [routes.health(lambda: engine.is_ready)]
