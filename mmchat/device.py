@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 QUANTIZATIONS = ("auto", "none", "8bit", "4bit", "4bit-double")
 BYTES_PER_4BIT_WEIGHT = 0.56  # half a byte, plus its share of the scale of a block of 64
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, as glibc's malloc.h numbers them
 HEADROOM = 2e9  # bytes besides the weights: activations, KV cache, CLIP and Whisper
 LLAVA_HEADROOM = 1.2e9  # more, for CLIP ViT-L in 32 bits
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, as glibc's malloc.h numbers them
 FOR_4BIT = ("accelerate", "bitsandbytes")
 
 
@@ -142,14 +142,14 @@ def _trouble(preset: Preset, device: Device) -> str:
 
 
 def keep_less_memory() -> None:
-    """Makes glibc return freed blocks of 1 MB to the system at once; by default it keeps up to 64 MB."""
+    """Makes glibc return freed memory to the system soon; by default it keeps up to 64 MB for the next request."""
     with suppress(AttributeError, OSError, TypeError):  # another C library has no mallopt
         for parameter, size in ((M_TRIM_THRESHOLD, 2**16), (M_MMAP_THRESHOLD, 2**20)):
             ctypes.CDLL(None).mallopt(parameter, size)
 
 
 def release_memory() -> None:
-    """Returns to the system what was freed: glibc keeps the 100 MB or more that loading needed for a moment."""
+    """Makes glibc return to the system what was freed, such as what loading needed for a moment."""
     with suppress(AttributeError, OSError, TypeError):  # another C library has no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -220,7 +220,7 @@ def load_model(
         any_encoder: the weights may have been made for another image encoder, whose features have the same shape: a
             starting point for training with the preset's own. Their tagger, which reads the other encoder's features,
             is then left out.
-        stored: leave a language model that mmchat has converted on disk, see ``StoredLanguageModel``.
+        stored: leave the weights on disk if the base model comes as a GGUF file; see ``StoredLanguageModel``.
 
     Raises:
         WeightsError: the folder is not a weights folder, or was made for other models.

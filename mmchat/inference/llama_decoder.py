@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from ..errors import MmchatError
 from ..fetching.cache import convert_once, remove_oldest
 from ..models.gguf_tensors import ARCHITECTURES, language_model_writer, write_language_model
 from ..models.language_model import base_model
-from ..models.stored_language_model import StoredLanguageModel, loaded
+from ..models.stored_language_model import StoredLanguageModel, has_adapter, loaded
 from .batch import Batch
 from .llama_cpp import CHUNK, LlamaModel, Sequences, load_library
 
@@ -49,7 +49,9 @@ def load_llama_decoder(model: nn.Module) -> LlamaDecoder | None:
         return None
     try:
         load_library()
-        files = {merge: _converted(model, merge) for merge in ((False, True) if _has_adapter(model) else (False,))}
+        whole = cache(lambda: base_model(loaded(model)))  # read once, and only if a file is missing
+        merges = (False, True) if has_adapter(model) else (False,)
+        files = {merge: _converted(model, whole, merge) for merge in merges}
         decoder = LlamaDecoder(model, files)
     except (MmchatError, OSError, MemoryError) as error:
         logger.warning("llama.cpp cannot run this model; decoding with PyTorch, which is slower: %s", error)
@@ -57,10 +59,6 @@ def load_llama_decoder(model: nn.Module) -> LlamaDecoder | None:
     remove_oldest("llama-*", CACHED_BYTES, [path.parent for path in files.values()])
     logger.info("Decoding with llama.cpp and 8-bit weights")
     return decoder
-
-
-def _has_adapter(model: nn.Module) -> bool:
-    return bool(model.adapter) if isinstance(model, StoredLanguageModel) else hasattr(model, "peft_config")
 
 
 def _digest(model: nn.Module, merge: bool) -> str:
@@ -91,14 +89,17 @@ def _is_supported(model: nn.Module) -> bool:
     )
 
 
-def _converted(model: nn.Module, merge: bool) -> Path:
-    """The GGUF file of the base model, or of it with the adapter merged."""
+def _converted(model: nn.Module, whole: Callable[[], nn.Module], merge: bool) -> Path:
+    """The GGUF file of the base model, or of it with the adapter merged.
+
+    Args:
+        whole: returns the base model with its weights and adapter layers.
+    """
 
     def convert(folder: Path) -> None:
-        base = base_model(loaded(model))
-        writer = language_model_writer(base, folder / FILE, short_rope=True)
+        writer = language_model_writer(whole(), folder / FILE, short_rope=True)
         writer.add_tokenizer_model(NO_VOCABULARY)
-        write_language_model(writer, base, "q8_0", merge=merge)
+        write_language_model(writer, whole(), "q8_0", merge=merge)
 
     # "1" is the version of convert: raise it when its output changes
     return convert_once(f"llama-1-{_digest(model, merge)}", convert) / FILE

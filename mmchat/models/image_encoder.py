@@ -48,10 +48,10 @@ class ImageEncoder(nn.Module):
         return self(self._batch(images))
 
     def release_network(self) -> None:
-        """Frees weights that are not needed on a CPU, once another engine has a copy of them."""
+        """Frees the weights of which ONNX Runtime has a copy; most encoders need all of theirs."""
 
     def _batch(self, images: list[Image.Image]) -> torch.Tensor:
-        device = next(self.parameters(), torch.empty(0)).device
+        device = next(self.parameters(), torch.empty(0)).device  # none are left of a tuned encoder that was released
         pixels = torch.stack([self.preprocess(image) for image in images])  # [batch, 3, resolution, resolution]
         return pixels.to(device)
 

@@ -70,6 +70,11 @@ class StoredLanguageModel(nn.Module):
         return load_adapter(model, self.adapter) if self.adapter else model
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a language model, which may be a stored one, has a LoRA adapter."""
+    return model.adapter is not None if isinstance(model, StoredLanguageModel) else hasattr(model, "peft_config")
+
+
 def loaded(model: nn.Module) -> nn.Module:
     """The whole of a language model, which may be a stored one."""
     return model.load() if isinstance(model, StoredLanguageModel) else model

@@ -8,7 +8,7 @@ from torch import nn
 from .language_model import base_model
 from .projector import ProjectorConfig
 from .prompt import IMAGE_TOKEN_ID
-from .stored_language_model import StoredLanguageModel
+from .stored_language_model import has_adapter
 from .tagger import Tagger
 
 IGNORE_INDEX = -100  # PyTorch's default: no loss at this label
@@ -35,9 +35,7 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def has_adapter(self) -> bool:
-        if isinstance(self.language_model, StoredLanguageModel):
-            return self.language_model.adapter is not None
-        return hasattr(self.language_model, "peft_config")
+        return has_adapter(self.language_model)
 
     @property
     def tokens_per_image(self) -> int:

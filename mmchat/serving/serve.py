@@ -1,4 +1,4 @@
-"""mmchat serve: the port answers at once, the page opens when gradio is there, and the engine loads behind it."""
+"""mmchat serve: the port answers at once, the page follows gradio's import, and the engine loads in the background."""
 
 from __future__ import annotations
 

@@ -36,7 +36,8 @@ class FrontEnd:
 
     def __init__(self, app: ASGIApp, demo: gr.Blocks):
         self._app = app
-        self._made = {THEME: demo.theme_css.encode()}  # and name → style sheets of a page in one
+        # Files that gradio's folder lacks: the theme, and for each page its style sheets in one.
+        self._made = {THEME: demo.theme_css.encode()}
         self._theme = f"v={demo.theme_hash}"
         self._heads = {page: self._head(_types(demo, page)) for page, *_ in demo.pages}
 
@@ -56,7 +57,8 @@ class FrontEnd:
         is_packed = takes_brotli and name.endswith((".js", ".css"))
         content = _content(name) if name in _names() else self._made[name]
         kind = mimetypes.guess_type(name)[0]
-        return Response(_packed(content) if is_packed else content, 200, {**KEEP, **_encoding(is_packed)}, kind)
+        content = _compressed_file(content) if is_packed else content
+        return Response(content, 200, {**KEEP, **_encoding(is_packed)}, kind)
 
     def _head(self, types: list[str]) -> str:
         """What takes the place of the style sheet in the head of a page; empty if gradio's files are not as expected.
@@ -93,7 +95,7 @@ class _Completed:
             if message.get("more_body"):
                 return
             body = SHEET.sub(lambda found: self._head or found[0], self._body.decode(), count=1).encode()
-            body = _compressed(body) if self._takes_brotli else body
+            body = _compressed_page(body) if self._takes_brotli else body
             headers = MutableHeaders(scope=self._start)
             headers.update(
                 {**_encoding(self._takes_brotli), "Content-Length": str(len(body)), "Vary": "Accept-Encoding"}
@@ -157,14 +159,12 @@ def _content(name: str) -> bytes:
     return (FOLDER / "assets" / name).read_bytes()
 
 
-@lru_cache(maxsize=4)  # pages
 def _compressed(content: bytes) -> bytes:
     return brotli.compress(content, quality=QUALITY)
 
 
-@cache
-def _packed(content: bytes) -> bytes:
-    return _compressed(content)
+_compressed_file = cache(_compressed)
+_compressed_page = lru_cache(maxsize=4)(_compressed)
 
 
 def _encoding(takes_brotli: bool) -> dict[str, str]:
