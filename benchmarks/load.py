@@ -312,7 +312,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5, help="duration of the test (default: 5)")
     parser.add_argument("--out", help="a JSON file for the figures")
     options = parser.parse_args()
-    with serving() as (page, address, _):
+    with serving() as (page, address, *_):
         figures = asyncio.run(measure(address, page.pid, options))
         log = page.poll()
     if log is not None:
