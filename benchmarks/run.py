@@ -271,6 +271,27 @@ def repeated() -> Iterator[Row]:
     )
 
 
+def new_picture() -> Iterator[Row]:
+    """Time to first token of a question about a new picture, which the page shows the model as soon as it is chosen."""
+    from mmchat import Message
+
+    at_once, shown = [], []
+    for photo in PHOTOS:
+        for seconds, is_shown in ((at_once, False), (shown, True)):
+            engine().forget(pictures=True)
+            if is_shown:
+                engine().prefill([Message("user", "", [photo])])
+            seconds.append(first_token([Message("user", PICTURE_QUESTION, [photo])]))
+    one, other = median(shown), median(at_once)
+    yield Row(
+        "new picture, chosen before the question",
+        f"{one:.2f} s",
+        f"{other:.2f} s, both at once",
+        other / one,
+        "0.12 s",
+    )
+
+
 @cache
 def _bandwidth() -> float:
     """Memory bandwidth of this machine, in bytes per second."""
@@ -568,6 +589,7 @@ def quality(captions: str, photos: str, limit: int) -> Iterator[Row]:
 ROWS = {
     "follow-up": follow_up,
     "repeated": repeated,
+    "new-picture": new_picture,
     "decoding": decoding,
     "llama.cpp": llama_cpp,
     "together": together,

@@ -128,8 +128,8 @@ class Transcript:
 class Engine(Protocol):
     """What the page, the terminal and the API talk to: local models, or a model server.
 
-    A reply is a generator. Closing it stops generation. An engine may also have ``details`` and ``count_tokens``, as
-    ``LocalEngine`` does; callers check whether it does.
+    A reply is a generator. Closing it stops generation. An engine may also have ``details``, ``count_tokens`` and
+    ``prefill``, as ``LocalEngine`` does; callers check whether it does.
     """
 
     @property

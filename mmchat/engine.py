@@ -32,7 +32,7 @@ from .fetching import expect
 from .inference.decoder import load_decoder
 from .inference.fair_lock import FairLock
 from .inference.generation import generate_batch, generate_text, prefill
-from .inference.prefix_cache import PrefixCache, TokenKeys, common_length
+from .inference.prefix_cache import CachedPrefix, PrefixCache, TokenKeys, common_length
 from .media import decode_image, picture_digest
 from .models.chat_formats import chat_format_of
 from .models.image_encoder import ImageEncoder, load_image_encoder
@@ -215,7 +215,32 @@ class LocalEngine(SpeechMixin):
         options = self._with_defaults(options, has_images(messages))
         with self._lock:  # the tokenizer is not thread-safe either
             encoded = self._fit(messages, options.max_new_tokens, notify)
-        pieces = self._generate(encoded, options, with_adapter=has_images(messages))
+        yield from self._in_turns(self._generate(encoded, options, with_adapter=has_images(messages)))
+
+    def prefill(self, messages: Sequence[Message]) -> None:
+        """Prefills a conversation up to the end of its last image, while the question about it is still being typed.
+
+        The first word then comes as soon as in a conversation without a new image.
+
+        Args:
+            messages: as for ``reply``; the last message needs no text. If it has no image, there is nothing to do.
+
+        Raises:
+            BadInput: an image cannot be read.
+        """
+        if not messages[-1].images:
+            return
+        with self._lock:
+            encoded = self.tokenize(self._as_asked(messages))
+        end = max(encoded.image_ends, default=0)
+        if not end or len(encoded.token_ids) > self.context_length:
+            return
+        ends = [each for each in prefill_boundaries(encoded, self._shared_tokens) if each <= end]
+        for _ in self._in_turns(self._prefilled(encoded, ends, with_adapter=True)):
+            pass
+
+    def _in_turns(self, pieces: Generator[str, None, Any]) -> Iterator[str]:
+        """The pieces that are not empty. Each is computed with the lock held, so other threads come in between."""
         try:
             while True:
                 with self._lock:
@@ -244,12 +269,20 @@ class LocalEngine(SpeechMixin):
     def _generate(
         self, encoded: TokenizedConversation, options: SamplingOptions, with_adapter: bool
     ) -> Generator[str, None, None]:
-        """Streams the answer to an encoded conversation, prefilling only what the prefix cache lacks."""
+        """Streams the answer to a tokenized conversation."""
         if options.beams > 1:  # no streaming and no prefix cache
             prompt = self.embed(encoded)[0]  # [length, hidden_size]
             yield from generate_batch(self.language_model, self.tokenizer, [prompt], options, with_adapter=with_adapter)
             return
-        tokens, ends = self._token_keys(encoded), prefill_boundaries(encoded, self._shared_tokens)
+        ends = prefill_boundaries(encoded, self._shared_tokens)
+        prefix = yield from self._prefilled(encoded, ends, with_adapter)
+        yield from generate_text(self.decoder, self.tokenizer, prefix.logits, options, prefix.cache)
+
+    def _prefilled(
+        self, encoded: TokenizedConversation, ends: list[int], with_adapter: bool
+    ) -> Generator[str, None, CachedPrefix]:
+        """Prefills what the prefix cache lacks of a tokenized conversation, up to the last end, and keeps it."""
+        tokens = self._token_keys(encoded)[: ends[-1]]
         prefix = self.prefix_cache.lookup(tokens, ends, with_adapter)
         for start, end in pairwise([len(prefix.tokens), *(end for end in ends if end > len(prefix.tokens))]):
             for logits in prefill(self.decoder, self.embed(encoded, start, end), prefix.cache):
@@ -257,7 +290,7 @@ class LocalEngine(SpeechMixin):
                 yield ""  # answers in progress advance between chunks
             prefix.tokens = tokens[:end]
         self.prefix_cache.keep(prefix)
-        yield from generate_text(self.decoder, self.tokenizer, prefix.logits, options, prefix.cache)
+        return prefix
 
     @cached_property
     def _shared_tokens(self) -> list[int]:
@@ -360,11 +393,12 @@ class LocalEngine(SpeechMixin):
 
 
 def prefill_boundaries(encoded: TokenizedConversation, shared: Sequence[int]) -> list[int]:
-    """Prefill boundaries: the end of the common prefix, the start of each earlier answer, the end of the prompt."""
+    """Prefill boundaries: the ends of the common prefix, of images and of the prompt, the start of each answer."""
     before = zip(encoded.is_answer, encoded.is_answer[1:], strict=False)
     starts = [index for index, (one, next_one) in enumerate(before, start=1) if next_one and not one]
     has_shared = len(shared) >= MIN_SHARED and encoded.token_ids[: len(shared)] == shared
-    return [*([len(shared)] if has_shared else []), *starts, len(encoded.token_ids)]
+    ends = {*([len(shared)] if has_shared else []), *encoded.image_ends, *starts, len(encoded.token_ids)}
+    return sorted(ends)
 
 
 def _count(number: int, noun: str) -> str:

@@ -202,6 +202,16 @@ def test_several_pictures_are_numbered_in_each_question(page, photo, engine, mon
     assert [len(message.images) for message in asked[-1] if message.role == "user"] == [1, 2, 0]
 
 
+def test_a_picture_is_prefilled_while_the_question_is_being_typed(page, photo, engine):
+    engine.forget(pictures=True)
+    show(page, photo)
+    while not len(engine.prefix_cache):
+        page.wait_for_timeout(50)
+    ask(page, "What is this?")
+    finished(page)
+    assert len(engine.prefix_cache) == 1  # it was extended
+
+
 def test_pictures_can_be_dropped_and_pasted_anywhere_also_while_speaking(page, photo):
     shown = page.locator("#box .thumbnail-item:visible")
     give(page, "drop", photo)

@@ -58,14 +58,15 @@ def count_tokens(monkeypatch):
     return watch
 
 
-# What a visitor does next: ask with or without pictures, edit an earlier question, undo, or retry; and the number of
-# pieces of the answer that they wait for.
+# What a visitor does next: ask with or without pictures, edit an earlier question, undo, or retry; the number of pieces
+# of the answer that they wait for; and whether they type so long that the pictures are prefilled before.
 steps = st.lists(
     st.tuples(
         st.sampled_from(["ask", "ask", "edit", "undo", "retry"]),
         st.sampled_from(["Is there a dog?", "Describe the image.", "No.", "A brown dog"]),
         st.lists(st.integers(0, 2), max_size=2),
         st.integers(1, 9),
+        st.booleans(),
     ),
     min_size=1,
     max_size=6,
@@ -77,7 +78,7 @@ steps = st.lists(
 def test_answers_are_the_same_with_and_without_the_cache(pair, steps):
     cached, uncached, pictures = pair
     turns: list[Message] = []
-    for action, text, shown, patience in steps:
+    for action, text, shown, patience, types in steps:
         if action == "undo":
             turns = turns[:-2]
             continue
@@ -86,7 +87,10 @@ def test_answers_are_the_same_with_and_without_the_cache(pair, steps):
         if action == "retry" and turns:
             turns = turns[:-1]
         else:
-            turns = [*turns, Message("user", text, [pictures[number] for number in shown])]
+            images = [pictures[number] for number in shown]
+            if types:
+                cached.prefill([*turns, Message("user", "", images)])
+            turns = [*turns, Message("user", text, images)]
         said, chosen = [], []
         for engine in (cached, uncached):
             with recorded_logits() as logits:
@@ -104,10 +108,28 @@ def test_a_follow_up_prefills_only_new_tokens(pair, count_tokens):
     lengths = count_tokens(cached)
     question = Message("user", "What is in this picture? Yes. No. " * 3, pictures[:1])
     answer = "".join(cached.reply([question], OPTIONS))
-    first = lengths[0]
+    first = sum(lengths)
     lengths.clear()
     "".join(cached.reply([question, Message("assistant", answer), Message("user", "No?")], OPTIONS))
-    assert lengths[0] < first / 2
+    assert sum(lengths) < first / 2
+
+
+def test_a_picture_is_prefilled_once_also_before_the_question(engine, photo, count_tokens, monkeypatch):
+    image = photo.with_name("coffee.jpg")
+    engine.forget(pictures=True)
+    expected = "".join(engine.reply([Message("user", "What is in the cup?", [image])], OPTIONS))
+    engine.forget(pictures=True)
+    lengths = count_tokens(engine)
+    engine.prefill([Message("user", "", [image])])
+    assert sum(lengths) > engine.model.tokens_per_image
+    lengths.clear()
+    monkeypatch.setattr(engine.image_encoder, "encode", lambda images: pytest.fail("it was encoded before"))
+    assert "".join(engine.reply([Message("user", "What is in the cup?", [image])], OPTIONS)) == expected
+    "".join(engine.reply([Message("user", "What is this?", [image])], OPTIONS))
+    assert len(lengths) == 2 and max(lengths) < 20  # the questions alone
+    lengths.clear()
+    engine.prefill([Message("user", "No picture.")])
+    assert not lengths
 
 
 def test_conversations_that_begin_alike_keep_their_prefixes(pair, count_tokens):

@@ -59,6 +59,7 @@ def test_picture_tokens_stand_where_the_picture_was_shown(tokenizer):
         "<|im_start|>assistant\n"
     )
     assert encoded.images == ["a.jpg", "b.jpg", "c.jpg"]
+    assert [tokenizer.decode(shown[end:])[:6] for end in encoded.image_ends] == ["\nOne?<", "\nPictu", "\nAnd t"]
     assert not any(is_answer for token, is_answer in zip(shown, encoded.is_answer, strict=True) if token == 0)
 
 

@@ -1,9 +1,9 @@
 """Prefix cache: keys and values kept between turns, so a follow-up question prefills only its new tokens.
 
 A conversation is always prefilled up to the same boundaries: the end of the prefix that all conversations share, the
-start of each answer, and the end of the prompt. A cached prefix ends at one of them, so its keys and values are bitwise
-equal to recomputed ones, and the cache never changes an answer. The keys and values of a generated answer are
-not kept: the next turn prefills it along with the next question.
+end of each image, the start of each answer, and the end of the prompt. A cached prefix ends at one of them, so its keys
+and values are bitwise equal to recomputed ones, and the cache never changes an answer. The keys and values of a
+generated answer are not kept: the next turn prefills it along with the next question.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ class Segment:
     image: ImageSource | None = None
     is_control: bool = False  # the format's own text; special tokens are recognized only here
     is_answer: bool = False  # the model learns to generate it
+    is_image_text: bool = False  # of the image before it
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class TokenizedConversation:
     token_ids: list[int]
     is_answer: list[bool]  # as long as token_ids
     images: list[ImageSource]  # in the order of their IMAGE_TOKEN_IDs
+    image_ends: tuple[int, ...] = ()  # the index after each image and its text, where they are tokenized by themselves
 
 
 def no_text(image: ImageSource) -> str:
@@ -69,7 +71,7 @@ def segments(
                 yield Segment(f"Picture {index + 1}:{chat_format.after_image}")
             yield Segment(image=image)
             if tags := image_text(image):
-                yield Segment(chat_format.after_image + tags)
+                yield Segment(chat_format.after_image + tags, is_image_text=True)
         # Joined with the text so that the tokens equal those of a tokenizer that is given the whole prompt at once.
         after_image = chat_format.after_image if message.images else ""
         yield Segment(after_image + chat_format.before_text + message.text, is_answer=is_answer)
@@ -95,7 +97,11 @@ def _template_segments(
             yield Segment(message.text, is_answer=True)
             yield Segment(template.answer_end, is_control=True, is_answer=True)
         else:
-            images = [part for image in message.images for part in (Segment(image=image), Segment(image_text(image)))]
+            images = [
+                part
+                for image in message.images
+                for part in (Segment(image=image), Segment(image_text(image), is_image_text=True))
+            ]
             opening = [Segment(system + template.turn_start, is_control=True)]
             yield from images + opening if template.picture_first else opening + images
             yield Segment(template.before_question + message.text + template.after_question)
@@ -129,6 +135,7 @@ def tokenize_conversation(
         pieces.append(Segment(chat_format.answer_start(has_images(messages)), is_control=True))
     token_ids: list[int] = []
     is_answer: list[bool] = []
+    image_ends: list[int] = []
     for piece in pieces:
         if piece.image is not None:
             piece_ids = [IMAGE_TOKEN_ID] * tokens_per_image
@@ -138,7 +145,12 @@ def tokenize_conversation(
             )
         token_ids += piece_ids
         is_answer += [piece.is_answer] * len(piece_ids)
-    return TokenizedConversation(token_ids, is_answer, [piece.image for piece in pieces if piece.image is not None])
+        if piece.is_image_text:
+            image_ends.pop()
+        if piece.is_image_text or piece.image is not None:
+            image_ends.append(len(token_ids))
+    images = [piece.image for piece in pieces if piece.image is not None]
+    return TokenizedConversation(token_ids, is_answer, images, tuple(image_ends))
 
 
 def _encode_template(

@@ -23,6 +23,8 @@ def seconds_needed(messages: Sequence[Message], options: SamplingOptions) -> int
 class ZeroGpuEngine:
     """An engine whose replies borrow a GPU."""
 
+    prefill = None  # no GPU is borrowed before there is a question
+
     def __init__(self, engine: Engine):
         import spaces
 

@@ -14,5 +14,6 @@ const place = () => document.querySelectorAll('#chat .user-row + .message-button
   bar.append(button('mm-edit', '✎', 'Edit question', () => edit(bar)),
     button('mm-retry', '↻', 'Retry', () => trigger('again'))); // page.css shows it below the last message only
 });
+window.mmchat.tellPictures = () => trigger('pictures');
 new MutationObserver(place).observe(document.querySelector('#chat') ?? document.body, {childList: true, subtree: true});
 place();

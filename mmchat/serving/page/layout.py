@@ -193,6 +193,7 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
     demo.load(None, None, kept, js=f"() => mmchat.start({json.dumps(default_settings())})", api_visibility="private")
     box.change(None, box, None, js="box => mmchat.draft.write(box)", **quick)
     demo.load(None, None, chat, js="() => mmchat.store.reopen()", api_visibility="private")
+    parts.buttons.pictures(page.prefill, [box, chat], None, queue=False, **quick)
     box.submit(page.add_text, [box, chat, visit], [box, chat, request_id], **quick)
     connect_voice(voice, parts, quick)
     chat.example_select(page.add_example, [chat, visit], [chat, request_id], **quick)

@@ -28,8 +28,15 @@ window.mmchat = (() => {
   };
   // The question that is being typed, so that the way to the other page and back loses nothing.
   const DRAFT = 'mmchat-draft';
+  let pictures = '';
   const draft = {
-    write: box => { if (areRead) sessionStorage.setItem(DRAFT, JSON.stringify(box)); return []; },
+    write: box => {
+      if (areRead) sessionStorage.setItem(DRAFT, JSON.stringify(box));
+      const shown = box.files.map(file => file.path).join('\n');
+      if (shown !== pictures) mmchat.tellPictures(); // the model reads them while the question is typed
+      pictures = shown;
+      return [];
+    },
     read: async () => {
       const {text, files} = JSON.parse(sessionStorage.getItem(DRAFT)) ?? {text: '', files: []};
       const areThere = await Promise.all(files.map(mmchat.store.isThere));

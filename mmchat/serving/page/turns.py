@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from threading import Lock
 from typing import Any
 
 import gradio as gr
@@ -53,6 +54,7 @@ class Page:
     def __init__(self, engine: Engine, limit: RateLimit | None = None, examples: Sequence[Sequence[str]] = ()):
         self.engine, self.examples = engine, examples
         self.limit = limit or RateLimit(0)
+        self._prefilling = Lock()
 
     def admit(self, request: gr.Request | None) -> None:
         """Counts a question against the rate limit of its address."""
@@ -71,6 +73,18 @@ class Page:
             asked(history, user_turn(question, box["files"])),
             visit.request(speech_seconds=speech_seconds),
         )
+
+    def prefill(self, box: Box, history: History) -> None:
+        """Reads the pictures in the box while the question is being typed; one visitor's at a time, or not at all."""
+        prefill = getattr(self.engine, "prefill", None)
+        if not prefill or not box["files"] or not self._prefilling.acquire(blocking=False):
+            return
+        try:
+            prefill([*to_messages(history), Message("user", "", box["files"])])
+        except BadInput as error:
+            raise shown_error(error) from error
+        finally:
+            self._prefilling.release()
 
     def add_example(self, history: History, visit: Visit, event: gr.SelectData, request: gr.Request | None = None):
         """Asks what a card of the empty conversation shows; the browser names it by its number only."""
