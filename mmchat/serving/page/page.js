@@ -100,7 +100,7 @@ window.mmchat = (() => {
       element.setAttribute('role', 'group');
       element.tabIndex = -1;
     });
-    document.querySelectorAll('#box [data-testid=submit-button]').forEach(element => element.ariaLabel = element.innerText);
+    document.querySelectorAll('#box [data-testid=submit-button]').forEach(element => element.ariaLabel = element.textContent.trim());
     document.querySelectorAll('#box textarea').forEach(element => name(element, 'Your question'));
     picturesByQuestion().forEach(pictures => pictures.forEach((element, index) => {
       const button = element.querySelector('button'), picture = element.querySelector('img');
@@ -114,8 +114,9 @@ window.mmchat = (() => {
     });
   };
   let due = false;
+  const whenIdle = window.requestIdleCallback ?? requestAnimationFrame; // while the page opens, drawing it comes first
   new MutationObserver(() => {
-    if (!due) { due = true; requestAnimationFrame(() => { due = false; repair(); }); }
+    if (!due) { due = true; whenIdle(() => { due = false; repair(); }, {timeout: 300}); }
   }).observe(document, {childList: true, subtree: true});
 
   return {start, openText, draft, settings, switches};
