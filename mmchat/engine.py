@@ -31,7 +31,7 @@ from .errors import BadInput, MmchatError
 from .fetching import expect
 from .inference.decoder import load_decoder
 from .inference.fair_lock import FairLock
-from .inference.generation import generate_batch, generate_text, prefill
+from .inference.generation import generate_text, prefill
 from .inference.prefix_cache import CachedPrefix, PrefixCache, TokenKeys, common_length
 from .media import decode_image, picture_digest
 from .models.chat_formats import chat_format_of
@@ -151,7 +151,7 @@ class LocalEngine(SpeechMixin):
 
     @cached_property
     def language_model(self) -> nn.Module:
-        """The language model in PyTorch, for beam search; where llama.cpp answers, it is loaded on first use."""
+        """The language model in PyTorch; where llama.cpp answers, it is loaded on first use."""
         return loaded(self.decoder.model)
 
     @cached_property
@@ -270,10 +270,6 @@ class LocalEngine(SpeechMixin):
         self, encoded: TokenizedConversation, options: SamplingOptions, with_adapter: bool
     ) -> Generator[str, None, None]:
         """Streams the answer to a tokenized conversation."""
-        if options.beams > 1:  # no streaming and no prefix cache
-            prompt = self.embed(encoded)[0]  # [length, hidden_size]
-            yield from generate_batch(self.language_model, self.tokenizer, [prompt], options, with_adapter=with_adapter)
-            return
         ends = prefill_boundaries(encoded, self._shared_tokens)
         prefix = yield from self._prefilled(encoded, ends, with_adapter)
         yield from generate_text(self.decoder, self.tokenizer, prefix.logits, options, prefix.cache)

@@ -107,6 +107,31 @@ def test_rows_have_the_logits_of_alone(decoders):
             assert (one - other).std() < INT8_ERROR * other.std()
 
 
+@torch.inference_mode()
+def test_reordered_rows_go_on_as_the_rows_that_they_copy(decoders):
+    for decoder in decoders:
+        rows, caches = decoder.batch.rows, []
+        for length in (5, 9):
+            caches.append(decoder.new_cache())
+            decoder.prefill(torch.randn(1, length, decoder.model.config.hidden_size), caches[-1])
+
+        def stepped(cache, *token_ids, rows=rows):
+            """Logits after the tokens, in a row of its own."""
+            row = rows.add(cache)
+            *_, logits = [dict(rows.step({row: token_id}))[row].clone() for token_id in token_ids]
+            rows.remove(row)
+            return logits
+
+        expected = [stepped(caches[0], token_id, 8) for token_id in (7, 7, 5)] + [stepped(caches[1], 9, 10)]
+        bystander, beams = rows.add(caches[1]), [rows.add(caches[0]) for _ in range(3)]
+        list(rows.step({**dict(zip(beams, (5, 6, 7), strict=True)), bystander: 9}))
+        rows.reorder(beams, [2, 2, 0])
+        found = dict(rows.step({**dict.fromkeys(beams, 8), bystander: 10}))
+        for row, logits in zip([*beams, bystander], expected, strict=True):
+            assert (found[row] - logits).std() < INT8_ERROR * logits.std()
+            rows.remove(row)
+
+
 class CountingRows:
     """Rows that record how many tokens each pass writes."""
 

@@ -14,6 +14,7 @@ from mmchat.conversation import with_named_image
 from mmchat.errors import MmchatError
 from mmchat.inference.decoder import TorchDecoder
 from mmchat.inference.prefix_cache import CachedPrefix, PrefixCache
+from mmchat.models.language_model import switch_adapter
 from mmchat.models.prompt import IMAGE_TOKEN_ID
 from tests.close import INT8_RUN_TO_RUN, assert_close, certain_answer
 
@@ -80,6 +81,30 @@ def test_a_description_in_detail_does_not_repeat_itself(engine, photo, beams):
     assert len(sentences) >= 3 and len(set(sentences)) == len(sentences), said
     anything = SamplingOptions(temperature=0, max_new_tokens=96, beams=beams, no_repeat_ngram_size=0)
     assert answer(engine, question, options=anything) != said
+
+
+def test_a_beam_search_finds_an_answer_as_likely_as_transformers_does(engine, photo):
+    from mmchat.inference.generation import generate_batch
+
+    options = SamplingOptions(temperature=0, max_new_tokens=24, beams=3, repetition_penalty=1, no_repeat_ngram_size=0)
+    for name in ("ball.jpg", "bus.jpg"):
+        question = Message("user", "Describe the image.", images=[photo.with_name(name)])
+        prompt = engine.embed(engine.tokenize([question]))  # [1, length, hidden_size]
+        (expected,) = generate_batch(engine.language_model, engine.tokenizer, [prompt[0]], options)
+        near, best = (
+            log_probability(engine, prompt, text) for text in (answer(engine, question, options=options), expected)
+        )
+        assert near > best - 0.1, (near, best)  # the decoder rounds to 8 bits
+
+
+@torch.inference_mode()
+def log_probability(engine, prompt, text):
+    """The mean log-probability that PyTorch gives the tokens of an answer and its end."""
+    switch_adapter(engine.language_model, True)
+    token_ids = torch.tensor(engine.tokenizer.encode(text, add_special_tokens=False) + [engine.tokenizer.eos_token_id])
+    answer = engine.language_model.get_input_embeddings()(token_ids)[None]
+    logits = engine.language_model(inputs_embeds=torch.cat([prompt, answer], dim=1)).logits[0, prompt.shape[1] - 1 : -1]
+    return logits.log_softmax(dim=-1).gather(1, token_ids[:, None]).mean().item()
 
 
 def test_a_picture_switches_the_adapter_on(engine, photo, monkeypatch):

@@ -108,14 +108,20 @@ def test_answering_with_llama_cpp_imports_no_peft(engine):  # which has converte
         load_library()
     except OSError as error:
         pytest.skip(str(error))
-    script = (
-        "import sys, mmchat; engine = mmchat.load('smol'); next(engine.rewrite('?', 'A dog.')); print(*sys.modules)"
-    )
+    script = """
+import sys, mmchat
+engine = mmchat.load("smol")
+for beams in 1, 2:
+    next(engine.rewrite("?", "A dog.", mmchat.SamplingOptions(beams=beams, max_new_tokens=4)))
+    print(*sys.modules)
+"""
     env = {name: value for name, value in os.environ.items() if name != "MMCHAT_DECODER"}
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True
     )
-    assert not {"peft", "bitsandbytes", "torch._dynamo", "transformers.modeling_utils"} & set(result.stdout.split())
+    answering, searching = (set(line.split()) for line in result.stdout.splitlines())
+    assert not {"peft", "bitsandbytes", "torch._dynamo", "transformers.modeling_utils"} & answering
+    assert not {"peft", "transformers.models.llama.modeling_llama"} & searching
 
 
 def test_public_names_mean_the_same_as_inside_the_package():

@@ -29,6 +29,9 @@ class Rows(Protocol):
     def remove(self, row: Any) -> None:
         """Removes a row."""
 
+    def reorder(self, rows: list[Any], sources: list[int]) -> None:
+        """Makes each of these rows, which are equally long, a copy of the one among them with the index in sources."""
+
     def step(self, token_ids: dict[Any, int]) -> Iterable[tuple[Any, torch.Tensor]]:
         """Appends one token each to these rows, and none to the others → the rows with their logits, [vocabulary]."""
 

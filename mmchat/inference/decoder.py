@@ -117,6 +117,9 @@ class TorchRows:
     def remove(self, row: _Row) -> None:
         self._batches[row.with_adapter].remove(row)
 
+    def reorder(self, rows: list[_Row], sources: list[int]) -> None:
+        self._batches[rows[0].with_adapter].reorder(rows, sources)
+
     def step(self, token_ids: dict[_Row, int]) -> Iterator[tuple[_Row, torch.Tensor]]:
         for with_adapter in {row.with_adapter for row in token_ids}:
             yield from self._batches[with_adapter].step(token_ids)
@@ -160,6 +163,13 @@ class _PaddedRows:
         first = int(self._is_token[kept].any(dim=0).int().argmax())  # column
         self._is_token = self._is_token[kept, first:]
         self._layers = [(keys[kept, :, first:], values[kept, :, first:]) for keys, values in self._layers]
+
+    def reorder(self, rows: list[_Row], sources: list[int]) -> None:
+        index = list(range(len(self._rows)))
+        for row, source in zip(rows, sources, strict=True):
+            index[self._rows.index(row)] = self._rows.index(rows[source])
+        self._is_token = self._is_token[index]
+        self._layers = [(keys[index], values[index]) for keys, values in self._layers]
 
     @torch.inference_mode()
     def step(self, token_ids: dict[_Row, int]) -> list[tuple[_Row, torch.Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Hashable, Iterator, Sequence
 from contextlib import closing
-from itertools import count, takewhile
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,11 +14,12 @@ from torch import nn
 from ..conversation import SamplingOptions
 from ..models.language_model import switch_adapter
 from .batch import Answer
+from .beam_search import beam_search, beam_settings
 from .decoder import Cache, Decoder
 from .sampling import Sampler
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast
+    from transformers import DynamicCache, PreTrainedTokenizerFast
 
 PREFILL_CHUNK = 128  # tokens
 
@@ -55,7 +56,6 @@ def stream_text(
 
     Args:
         embeddings: [1, length, hidden_size], the prompt, or the part of it that the cache lacks.
-        options: ``beams`` is ignored; see ``generate_batch``.
         cache: is extended by the prompt; a new one, with the adapter, if None.
     """
     cache = decoder.new_cache() if cache is None else cache
@@ -68,7 +68,8 @@ def generate_text(
 ) -> Iterator[str]:
     """Streams the answer to a prefilled prompt in pieces of whole characters.
 
-    Each piece is computed when it is requested, so closing the iterator stops generation.
+    Each piece is computed when it is requested, so closing the iterator stops generation. A beam search knows its
+    answer at the end only, which is one piece.
 
     Args:
         logits: of the prompt's last token, [1, vocabulary].
@@ -76,8 +77,13 @@ def generate_text(
     """
     from tokenizers.decoders import DecodeStream
 
+    stop_ids = stop_token_ids(decoder.model)
+    if options.beams > 1:
+        token_ids = beam_search(decoder, logits, options, stop_ids, cache)
+        yield tokenizer.decode(_up_to(stop_ids, token_ids), skip_special_tokens=True).strip()
+        return
     text = DecodeStream(skip_special_tokens=True)
-    with closing(generate_token_ids(decoder, logits, options, stop_token_ids(decoder.model), cache)) as token_ids:
+    with closing(generate_token_ids(decoder, logits, options, stop_ids, cache)) as token_ids:
         for token_id in token_ids:
             piece = text.step(tokenizer.backend_tokenizer, token_id)
             if piece:
@@ -141,8 +147,13 @@ def generate_batch(
         generation_config=beam_settings(options, stop_ids),
         past_key_values=cache,
     )  # [prompts, new tokens]
-    written = [list(takewhile(lambda token_id: token_id not in stop_ids, row)) for row in token_ids.tolist()]
+    written = [_up_to(stop_ids, row) for row in token_ids.tolist()]
     return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+
+def _up_to(stop_ids: set[int], token_ids: list[int]) -> list[int]:
+    """The token ids before the first stop token."""
+    return list(takewhile(lambda token_id: token_id not in stop_ids, token_ids))
 
 
 def _prefill(
@@ -162,18 +173,3 @@ def _prefill(
     if beams > 1:
         cache.batch_repeat_interleave(beams)
     return cache
-
-
-def beam_settings(options: SamplingOptions, stop_ids: set[int]) -> GenerationConfig:
-    """The options as transformers' settings for greedy or beam search."""
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        do_sample=False,
-        num_beams=options.beams,
-        max_new_tokens=options.max_new_tokens,
-        repetition_penalty=options.repetition_penalty or 1.0,
-        no_repeat_ngram_size=options.no_repeat_ngram_size or 0,
-        eos_token_id=sorted(stop_ids),
-        pad_token_id=next(token_id for token_id in count() if token_id not in stop_ids),  # any token; it is cut off
-    )

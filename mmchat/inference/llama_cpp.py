@@ -83,6 +83,7 @@ _SIGNATURES = {
     "llama_get_logits_ith": (c_void_p, [c_void_p, c_int32]),
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_seq_rm": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
+    "llama_memory_seq_cp": (None, [c_void_p, c_int32, c_int32, c_int32, c_int32]),
     "llama_state_seq_get_size": (c_size_t, [c_void_p, c_int32]),
     "llama_state_seq_get_data": (c_size_t, [c_void_p, c_void_p, c_size_t, c_int32]),
     "llama_state_seq_set_data": (c_size_t, [c_void_p, c_void_p, c_size_t, c_int32]),
@@ -213,6 +214,10 @@ class Sequences:
         if not self._library.llama_state_seq_set_data(self._context, state.ctypes.data, state.nbytes, sequence):
             raise MemoryError("llama.cpp has no room for another sequence")
         self._library.llama_memory_seq_rm(self._memory, sequence, length, ALL)
+
+    def copy(self, sequence: int, other: int) -> None:
+        """Makes an empty sequence a copy of another; the tokens that they share take room once."""
+        self._library.llama_memory_seq_cp(self._memory, sequence, other, 0, ALL)
 
     def clear(self, sequence: int) -> None:
         """Empties a sequence."""

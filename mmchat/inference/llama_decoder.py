@@ -157,6 +157,11 @@ class _Context:
     def _sequences(self, capacity: int, count: int) -> Sequences:
         return Sequences(self._model, capacity, count, torch.get_num_threads())
 
+    def free_sequences(self, number: int) -> list[int]:
+        """The numbers of sequences that no answer has; there must be room for them."""
+        taken = {PROMPT, *(row.sequence for row in self.rows)}
+        return [sequence for sequence in range(self.sequences.count) if sequence not in taken][:number]
+
     def reserve(self, tokens: int, rows: int = 0) -> None:
         """Makes room for this many more tokens and rows."""
         old = self.sequences
@@ -209,8 +214,7 @@ class LlamaRows:
     def add(self, cache: LlamaCache) -> _Row:
         context = cache.context
         context.reserve(cache.length + 1, rows=1)
-        taken = {row.sequence for row in context.rows}
-        row = _Row(context, next(number for number in range(1, len(taken) + 2) if number not in taken), cache.length)
+        row = _Row(context, context.free_sequences(1)[0], cache.length)
         context.sequences.restore(row.sequence, cache.state, cache.length)
         context.rows.append(row)
         return row
@@ -218,6 +222,18 @@ class LlamaRows:
     def remove(self, row: _Row) -> None:
         row.context.rows.remove(row)
         row.context.sequences.clear(row.sequence)
+
+    def reorder(self, rows: list[_Row], sources: list[int]) -> None:
+        moved = [(row, rows[source].sequence) for row, source in zip(rows, sources, strict=True)]
+        moved = [(row, source) for row, source in moved if row.sequence != source]
+        context = rows[0].context
+        context.reserve(0, rows=len(moved))
+        old = [row.sequence for row, _ in moved]
+        for (row, source), free in zip(moved, context.free_sequences(len(moved)), strict=True):
+            context.sequences.copy(source, free)
+            row.sequence = free
+        for sequence in old:
+            context.sequences.clear(sequence)
 
     @torch.inference_mode()
     def step(self, token_ids: dict[_Row, int]) -> Iterator[tuple[_Row, torch.Tensor]]:
