@@ -102,6 +102,7 @@ def test_a_conversation_goes_on_after_a_reload_even_if_its_upload_is_gone(page, 
     expect(answers(page)).to_have_count(4)
     page.unroute("**/gradio_api/upload*")
     ask(page, "Is there a fish?")
+    expect(answers(page)).to_have_count(5)
     finished(page)
     assert len(asked[-1]) == 9 and len(asked[-1][0].images) == 1  # the browser still has it
     asked[-1][0].images[0].unlink()
