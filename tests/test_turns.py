@@ -21,6 +21,7 @@ from mmchat.serving.page.conversations import with_id
 from mmchat.serving.page.history import is_folded, said, text_of, user_turn
 from mmchat.serving.page.settings import default_settings, read_settings
 from mmchat.serving.page.voice import VoicePage
+from mmchat.serving.rate_limit import RateLimit
 from mmchat.serving.request_queue import Gate, QueuedEngine
 from tests.raw import endpoints, served, upload
 
@@ -195,6 +196,22 @@ def test_settings_out_of_range_get_a_sentence(values):
         read_settings(*values)
     with pytest.raises(BadInput, match="at most"):
         read_settings(system="x" * 9999)
+
+
+def test_pictures_are_prefilled_within_the_rate_limit_and_only_where_an_engine_can():
+    read, box = [], {"text": "", "files": ["a.jpg"]}
+    able = Engine()
+    able.prefill = read.append
+    page, visitor = Page(able, RateLimit(2)), Told(client=Told(host="192.0.2.1"))
+    for _ in range(3):
+        page.prefill(box, [question(), said("A cat.")], visitor)
+    page.prefill({"text": "Hi", "files": []}, [], None)
+    assert [messages[-1] for messages in read] == 2 * [Message("user", "", ["a.jpg"])] and len(read[0]) == 3
+    page.admit(visitor)  # these were no questions
+    Page(Engine()).prefill(box, [])
+    loading = LoadingEngine(lambda: able, lambda _: None)
+    Page(QueuedEngine(loading, Gate(1, 1))).prefill(box, [])
+    assert len(read) == 2
 
 
 def test_the_first_load_shows_how_much_of_all_is_fetched(tmp_path, monkeypatch):

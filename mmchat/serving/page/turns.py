@@ -54,7 +54,7 @@ class Page:
     def __init__(self, engine: Engine, limit: RateLimit | None = None, examples: Sequence[Sequence[str]] = ()):
         self.engine, self.examples = engine, examples
         self.limit = limit or RateLimit(0)
-        self._prefilling = Lock()
+        self._prefilling, self._prefills = Lock(), RateLimit(self.limit.per_minute)
 
     def admit(self, request: gr.Request | None) -> None:
         """Counts a question against the rate limit of its address."""
@@ -74,10 +74,15 @@ class Page:
             visit.request(speech_seconds=speech_seconds),
         )
 
-    def prefill(self, box: Box, history: History) -> None:
-        """Reads the pictures in the box while the question is being typed; one visitor's at a time, or not at all."""
+    def prefill(self, box: Box, history: History, request: gr.Request | None = None) -> None:
+        """Reads the pictures in the box while the question is being typed; one visitor's at a time, or not at all.
+
+        An address gets as much of this per minute as it may ask questions.
+        """
         prefill = getattr(self.engine, "prefill", None)
-        if not prefill or not box["files"] or not self._prefilling.acquire(blocking=False):
+        if not prefill or not box["files"] or not self._prefills.admits(address_of(request)):
+            return
+        if not self._prefilling.acquire(blocking=False):
             return
         try:
             prefill([*to_messages(history), Message("user", "", box["files"])])
