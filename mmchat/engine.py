@@ -232,8 +232,9 @@ class LocalEngine(SpeechMixin):
             return
         with self._lock:
             encoded = self.tokenize(self._as_asked(messages))
-        end = max(encoded.image_ends, default=0)
-        if not end or len(encoded.token_ids) > self.context_length:
+            end = max(encoded.image_ends, default=0)
+            is_known = self.prefix_cache.covers(self._token_keys(encoded)[:end], with_adapter=True)
+        if not end or is_known or len(encoded.token_ids) > self.context_length:
             return
         ends = [each for each in prefill_boundaries(encoded, self._shared_tokens) if each <= end]
         for _ in self._in_turns(self._prefilled(encoded, ends, with_adapter=True)):

@@ -129,6 +129,7 @@ def test_a_picture_is_prefilled_once_also_before_the_question(engine, photo, cou
     assert len(lengths) == 2 and max(lengths) < 20  # the questions alone
     lengths.clear()
     engine.prefill([Message("user", "No picture.")])
+    engine.prefill([Message("user", "", [image])])  # is known
     assert not lengths
 
 

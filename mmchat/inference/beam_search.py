@@ -28,8 +28,9 @@ def beam_search(
         options: temperature, top_p and seed are ignored.
         cache: of the prompt; it is not modified.
     """
-    beams = Beams(decoder.batch.rows, cache, options.beams)
+    beams = Beams(decoder.batch.rows)
     try:
+        beams.start(cache, options.beams)
         # generate is told of a prompt of one token, whose logits are there already
         token_ids = _generator(beams, logits).generate(
             inputs_embeds=logits.new_zeros(1, 1, 1),
@@ -47,8 +48,14 @@ class Beams:
 
     is_compileable = False
 
-    def __init__(self, rows: Rows, cache: Cache, number: int):
-        self._rows, self.beams = rows, [rows.add(cache) for _ in range(number)]
+    def __init__(self, rows: Rows):
+        self._rows = rows
+        self.beams: list[Any] = []
+
+    def start(self, cache: Cache, number: int) -> None:
+        """Adds this many beams that continue a prompt."""
+        for _ in range(number):
+            self.beams.append(self._rows.add(cache))
 
     def get_seq_length(self, layer: int = 0) -> int:
         return 0  # asked before the first pass only

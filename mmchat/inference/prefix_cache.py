@@ -70,6 +70,13 @@ class PrefixCache:
         self._prefixes.remove(best)
         return best
 
+    def covers(self, tokens: TokenKeys, with_adapter: bool) -> bool:
+        """Whether a cached prefix begins with these tokens, so that prefilling them would gain nothing."""
+        return any(
+            prefix.cache.with_adapter == with_adapter and prefix.tokens[: len(tokens)] == tokens
+            for prefix in self._prefixes
+        )
+
     def keep(self, prefix: CachedPrefix) -> None:
         """Adds a prefix as the most recent one and evicts the oldest ones that no longer fit."""
         self._prefixes = [*(other for other in self._prefixes if other is not prefix), prefix]

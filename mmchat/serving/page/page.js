@@ -33,7 +33,7 @@ window.mmchat = (() => {
     write: box => {
       if (areRead) sessionStorage.setItem(DRAFT, JSON.stringify(box));
       const shown = box.files.map(file => file.path).join('\n');
-      if (shown !== pictures) mmchat.tellPictures(); // the model reads them while the question is typed
+      if (shown && shown !== pictures) mmchat.tellPictures?.(); // the model reads them while the question is typed
       pictures = shown;
       return [];
     },
