@@ -221,7 +221,7 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
     )
     leave = {**keep, "js": "(history) => mmchat.store.save(history, false)"}  # an answer that is being written
     listing.open(**leave).then(turns.leave, visit, None, **quick).then(
-        None, None, chat, js="() => [mmchat.opened]", **quick
+        None, None, chat, js="() => [mmchat.store.arrived(mmchat.opened)]", **quick
     )
     listing.notice(conversations.show_notice, None, None, trigger_mode="multiple", **quick)  # two may come at once
     parts.save.click(None, chat, None, js="(history) => mmchat.transfer.saveMarkdown(history)", **quick)

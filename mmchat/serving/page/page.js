@@ -114,9 +114,8 @@ window.mmchat = (() => {
     });
   };
   let due = false;
-  const whenIdle = window.requestIdleCallback ?? requestAnimationFrame; // while the page opens, drawing it comes first
   new MutationObserver(() => {
-    if (!due) { due = true; whenIdle(() => { due = false; repair(); }, {timeout: 300}); }
+    if (!due) { due = true; requestAnimationFrame(() => { due = false; repair(); }); }
   }).observe(document, {childList: true, subtree: true});
 
   return {start, openText, draft, settings, switches};

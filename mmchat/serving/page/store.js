@@ -91,10 +91,12 @@ mmchat.store = (() => {
     }).catch(error => console.debug('thumb', error));
   };
   let saving = Promise.resolve(); // one save after the other
+  let coming = null; // id of a conversation that is opened but not yet in view; the one in view may still be saved
+  const arrived = history => { coming = null; return history; };
   const save = (history, isOpen = true) => {
     if (history?.length && idOf(history)) {
       const copy = structuredClone(history);
-      if (isOpen) sessionStorage.setItem(OPEN, idOf(history));
+      if (isOpen && [null, idOf(history)].includes(coming)) sessionStorage.setItem(OPEN, idOf(history));
       saving = saving.then(() => write_chat(copy)).catch(error => drop('all', 'nothing_kept', error));
     }
     return [];
@@ -148,6 +150,7 @@ mmchat.store = (() => {
     emptied = null;
     lit[id] ??= chat.thumbs;
     sessionStorage.setItem(OPEN, id);
+    coming = id;
     if (await restore(chat.history)) await keepChat(chat);
     changed();
     return chat.history;
@@ -155,7 +158,7 @@ mmchat.store = (() => {
   let left = null;
   const fresh = () => { // empties the question box, the recording and the conversation
     left = sessionStorage.getItem(OPEN);
-    emptied = null;
+    emptied = coming = null;
     sessionStorage.removeItem(OPEN);
     changed();
     return [{text: '', files: []}, null, []];
@@ -163,7 +166,7 @@ mmchat.store = (() => {
   const settle = history => [history?.length && idOf(history) === left ? [] : history]; // an answer's late piece
   const reopen = async () => { // after a reload
     const id = sessionStorage.getItem(OPEN);
-    try { return [id ? await open(id) : []]; } catch (error) { console.debug('reload', error); return [[]]; }
+    try { return [id ? arrived(await open(id)) : []]; } catch (error) { console.debug('reload', error); return [[]]; }
   };
 
   const list = async () => (await run('chats', 'readonly', all => all.getAll())).sort((a, b) => b.time - a.time);
@@ -193,7 +196,7 @@ mmchat.store = (() => {
   };
 
   return {
-    say, save, isThere, open, fresh, settle, reopen, reviveFirst, undone, list, rename, remove, add, read, typed, files, textOf, idOf, newId, gone, thumbs, rate, OPEN,
+    say, save, isThere, open, arrived, fresh, settle, reopen, reviveFirst, undone, list, rename, remove, add, read, typed, files, textOf, idOf, newId, gone, thumbs, rate, OPEN,
     connect: (give, tell) => { upload = give; notice = tell; ready(); },
   };
 })();
