@@ -32,7 +32,7 @@ from .fetching import expect
 from .inference.decoder import load_decoder
 from .inference.fair_lock import FairLock
 from .inference.generation import generate_text, prefill
-from .inference.prefix_cache import CachedPrefix, PrefixCache, TokenKeys, common_length
+from .inference.prefix_cache import CachedPrefix, PrefixCache, TokenKeys, common_length, prefill_boundaries
 from .media import decode_image, picture_digest
 from .models.chat_formats import chat_format_of
 from .models.image_encoder import ImageEncoder, load_image_encoder
@@ -49,7 +49,6 @@ from .presets import AUTO, DEFAULT_PRESET, Preset, get_preset
 logger = logging.getLogger(__name__)
 
 CACHED_PICTURES = 64
-MIN_SHARED = 8  # tokens that all conversations share; fewer are not worth a prefill of their own
 SHOWN_CLASSES = 5  # in the details of an answer
 CACHE_BUDGET = {"cpu": 2e8, "mps": 1e9, "cuda": 2e9}  # bytes of KV cache kept for idle conversations
 
@@ -387,15 +386,6 @@ class LocalEngine(SpeechMixin):
             self.prefix_cache.clear()
             if pictures:
                 self._features.clear()
-
-
-def prefill_boundaries(encoded: TokenizedConversation, shared: Sequence[int]) -> list[int]:
-    """Prefill boundaries: the ends of the common prefix, of images and of the prompt, the start of each answer."""
-    before = zip(encoded.is_answer, encoded.is_answer[1:], strict=False)
-    starts = [index for index, (one, next_one) in enumerate(before, start=1) if next_one and not one]
-    has_shared = len(shared) >= MIN_SHARED and encoded.token_ids[: len(shared)] == shared
-    ends = {*([len(shared)] if has_shared else []), *encoded.image_ends, *starts, len(encoded.token_ids)}
-    return sorted(ends)
 
 
 def _count(number: int, noun: str) -> str:

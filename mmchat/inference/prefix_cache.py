@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..models.prompt import TokenizedConversation
 from .decoder import Cache, Decoder
+
+MIN_SHARED = 8  # tokens that all conversations share; fewer are not worth a prefill of their own
 
 TokenKeys = list[Hashable]  # a token's id, or (digest of an image, index of its token)
 
@@ -88,6 +91,15 @@ class PrefixCache:
     def clear(self) -> None:
         """Removes every entry."""
         self._prefixes.clear()
+
+
+def prefill_boundaries(encoded: TokenizedConversation, shared: Sequence[int]) -> list[int]:
+    """Prefill boundaries: the ends of the common prefix, of images and of the prompt, the start of each answer."""
+    before = zip(encoded.is_answer, encoded.is_answer[1:], strict=False)
+    starts = [index for index, (one, next_one) in enumerate(before, start=1) if next_one and not one]
+    has_shared = len(shared) >= MIN_SHARED and encoded.token_ids[: len(shared)] == shared
+    ends = {*([len(shared)] if has_shared else []), *encoded.image_ends, *starts, len(encoded.token_ids)}
+    return sorted(ends)
 
 
 def common_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:

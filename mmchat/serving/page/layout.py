@@ -213,10 +213,10 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
     )
     stop.click(turns.stop_reply, visit, None, queue=False, **quick)
     listing = parts.listing
-    emptied, freshen = [box, parts.voice.recording, chat], [parts.fresh.click, chat.clear]
-    gr.on(freshen, None, None, emptied, js="() => mmchat.store.fresh()", **quick)
+    emptied, new_chat = [box, parts.voice.recording, chat], [parts.fresh.click, chat.clear]
+    gr.on(new_chat, None, None, emptied, js="() => mmchat.store.fresh()", **quick)
     # Sent at once: after the other it could reach the server after the next question, and end the reply to that.
-    gr.on(freshen, turns.leave, visit, None, queue=False, **quick).then(
+    gr.on(new_chat, turns.leave, visit, None, queue=False, **quick).then(
         None, chat, chat, js="(history) => mmchat.store.settle(history)", **quick
     )
     leave = {**keep, "js": "(history) => mmchat.store.save(history, false)"}  # an answer that is being written
