@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import logging
+import socket
 from functools import partial
 from types import SimpleNamespace
 
+import gradio
 import httpx
 import pytest
 from gradio_client import Client
@@ -301,3 +303,18 @@ def test_the_port_answers_until_the_page_does():
         Opening(None, opening.port)
     opening.close()
     Opening(None, opening.port).close()
+
+
+def test_another_program_takes_the_port_before_the_page_does():
+    opening = Opening(None, None)
+    taken = opening.port
+    opening.close()
+    with gradio.Blocks() as demo, socket.create_server(("127.0.0.1", taken)):
+        start = partial(demo.launch, prevent_thread_lock=True, quiet=True)
+        try:
+            with pytest.raises(MmchatError, match="port is not available"):
+                serve.open_page(start, taken, taken)
+            serve.open_page(start, taken, None)
+            assert demo.server_port != taken and httpx.get(demo.local_url).status_code == 200
+        finally:
+            demo.close()

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,13 +75,9 @@ def serve(options: argparse.Namespace) -> int:
     if on_zero_gpu():  # models must load before the page starts, in the thread that imported spaces
         engine.load_here()
     demo = page.build(QueuedEngine(engine, gate), bundled("examples"), limit, feedback_store())
-    address = {"server_name": options.host, "server_port": opening.port}
+    launch = partial(page.launch, demo, server_name=options.host, auth=sign_in(), prevent_thread_lock=True)
     opening.close()
-    try:
-        page.launch(demo, **address, auth=sign_in(), prevent_thread_lock=True, app_kwargs={"routes": beside})
-    except OSError as error:
-        logging.debug("launch", exc_info=error)
-        raise MmchatError("That address or port is not available. Choose another with --host or --port.") from error
+    open_page(partial(launch, app_kwargs={"routes": beside}), opening.port, options.port)
     if not on_zero_gpu():
         time.sleep(HEAD_START)
         engine.start()
@@ -88,6 +85,28 @@ def serve(options: argparse.Namespace) -> int:
     logging.info("Ready")
     demo.block_thread()
     return 0
+
+
+def open_page(launch: Callable[..., object], port: int, chosen: int | None) -> None:
+    """Launches the page on the port that the opening had, or on the next free one if another program was faster.
+
+    Args:
+        launch: takes ``server_port``; gradio looks for a free port if it is None.
+        chosen: the port that the user asked for: no other will do.
+
+    Raises:
+        MmchatError: the address or port is not available.
+    """
+    try:
+        try:
+            launch(server_port=port)
+        except OSError:
+            if chosen is not None:
+                raise
+            launch(server_port=None)
+    except OSError as error:
+        logging.debug("launch", exc_info=error)
+        raise MmchatError("That address or port is not available. Choose another with --host or --port.") from error
 
 
 def feedback_store() -> FeedbackStore | None:
