@@ -555,3 +555,5 @@ def test_averaged_weights_lie_between_two_runs(tiny, tmp_path):
             average_weights(tmp_path / name, second, 0.5, tmp_path / "x")
     with pytest.raises(BadInput, match="between 0 and 1"):
         average_weights(first, second, 2, tmp_path / "x")
+    with pytest.raises(BadInput, match="one is not empty"):  # the run itself, say
+        average_weights(first, second, 0.5, tmp_path / "one")

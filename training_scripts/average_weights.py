@@ -24,7 +24,7 @@ def main():
         default=0.5,
         help="interpolation coefficient: 0 gives the first, 1 the second (default: 0.5)",
     )
-    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--out", required=True, help="the folder to write, empty or new")
     options = parser.parse_args()
 
     from mmchat.errors import MmchatError

@@ -90,6 +90,7 @@ prepare data/flickr-part.json captions $FLICKR --split train --agreement 1 --per
 prepare data/world-names.json labels $LABELS --make names
 prepare data/easy-few.json easy-vqa $EASY --per-image 5 --turns 1 --limit 400 --seed 38
 finetune 5-things runs/smol-5
+[ -e runs/smol-average.done ] || rm -rf runs/smol-average # a part of it may be there
 stage runs/smol-average "$PYTHON" training_scripts/average_weights.py runs/smol-4 runs/smol-5 --share 0.55 \
     --out runs/smol-average
 echo "Chat with the weights: make run OPTIONS=\"--weights runs/smol-average\""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from ..checkpoints.weights_config import CONFIG_FILE
 from ..checkpoints.weights_folder import ADAPTER_FOLDER, PROJECTOR_FILE
 from ..errors import BadInput, WeightsError
+from ..folders import empty_folder
 from ..models.language_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..models.tagger import TAGGER_FILE
 from ..presets import IMAGE_ENCODER_FILE
@@ -26,12 +27,12 @@ def average_weights(first: str | Path, second: str | Path, share: float, out: st
         share: the interpolation coefficient: 0 writes ``first``, 1 writes ``second``.
 
     Raises:
-        BadInput: ``share`` is not between 0 and 1.
+        BadInput: ``share`` is not between 0 and 1, or ``out`` is not empty.
         WeightsError: a file is missing or damaged, or the tensors of the two differ.
     """
     if not 0 <= share <= 1:
         raise BadInput("The share must be between 0 and 1.")
-    first, second, out = Path(first), Path(second), Path(out)
+    first, second, out = Path(first), Path(second), empty_folder(out)
     names = [PROJECTOR_FILE, f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}"]
     averaged = {name: _average(first, second, name, share) for name in names if (second / name).is_file()}
     if PROJECTOR_FILE not in averaged:
