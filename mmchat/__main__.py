@@ -114,7 +114,10 @@ def _add_model_flags(command: argparse.ArgumentParser) -> None:
         default=os.environ.get("MMCHAT_PRESET", DEFAULT_PRESET),
         help=f"which models to use: {', '.join([AUTO, *PRESETS])} (default: MMCHAT_PRESET, or {DEFAULT_PRESET})",
     )
-    command.add_argument("--weights", help="a weights folder that training wrote (default: the preset's own)")
+    command.add_argument(
+        "--weights",
+        help="a weights folder that training or importing wrote, or a LLaVA model (default: the preset's own)",
+    )
     command.add_argument(
         "--quantization",
         default=os.environ.get("MMCHAT_QUANTIZATION", "auto"),
@@ -289,11 +292,14 @@ def _finished(path: Path, questions: list[tuple[int, str]]) -> int:
     """Number of questions already answered. Drops a last line that an interruption cut short.
 
     Raises:
-        BadInput: the file answers other questions.
+        BadInput: the file answers other questions, or cannot be read.
     """
     if not path.exists():
         return 0
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}.") from error
     whole = content[: content.rfind(b"\n") + 1]
     answers = [_entry(line) for line in whole.decode("utf-8", "replace").split("\n")[:-1]]
     asked = [_entry(line) for _, line in questions[: len(answers)]]

@@ -1,4 +1,4 @@
-"""Folders that commands write."""
+"""Folders and files that commands write."""
 
 from __future__ import annotations
 
@@ -19,3 +19,17 @@ def empty_folder(path: str | Path) -> Path:
     if folder.is_dir() and any(folder.iterdir()):
         raise BadInput(f"{path} is not empty. Name another folder, or empty it.")
     return folder
+
+
+def check_writable(path: str | Path) -> None:
+    """Makes the folder of a file that will be written at the end of long work, and checks that it can be written.
+
+    Raises:
+        BadInput: it cannot.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with Path(path).open("a"):
+            pass
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written: {error.strerror}.") from error

@@ -1,4 +1,4 @@
-"""Presets: which models work together. No other module names a model."""
+"""Presets: which models work together, each with its pinned source."""
 
 from __future__ import annotations
 
@@ -334,8 +334,10 @@ def get_preset(name: str) -> Preset:
     """Looks up a preset by name.
 
     Raises:
-        MmchatError: there is no such preset; the message lists the known ones.
+        MmchatError: there is no such preset, or the name stands for one that is chosen; the message lists the known.
     """
+    if name == AUTO:
+        raise MmchatError(f"'{AUTO}' is only for the app. Name a preset: {', '.join(PRESETS)}.")
     if name not in PRESETS:
         raise MmchatError(f"There is no preset '{name}'. The presets are: {', '.join([AUTO, *PRESETS])}.")
     return PRESETS[name]

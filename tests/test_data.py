@@ -137,6 +137,11 @@ def test_splitting_keeps_the_questions_of_a_picture_together(tmp_path):
     train, rest = split_by_image(tmp_path / "all.json", 0.3, random.Random(0))
     assert len(train) == 28 and len(rest) == 12
     assert not {entry["image"] for entry in train} & {entry["image"] for entry in rest}
+    with pytest.raises(BadInput, match="between 0 and 1"):
+        split_by_image(tmp_path / "all.json", 2, random.Random(0))
+    (tmp_path / "names.json").write_text('["a.jpg", "b.jpg"]')
+    with pytest.raises(BadInput, match=r"names.json is not a list of conversations"):
+        split_by_image(tmp_path / "names.json", 0.5, random.Random(0))
 
 
 class TestRows:

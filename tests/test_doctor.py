@@ -36,6 +36,10 @@ def test_every_problem_comes_with_advice(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path / "not" / "there"))
     assert main(["doctor"]) == 1
     shown = capsys.readouterr().out
-    for advice in ("→ pip install no-such-package", "→ Free 1 GB of disk space", "→ It is missing: run pip download."):
+    for advice in (
+        "→ pip install no-such-package",
+        "→ Free 1.5 GB",
+        "→ It is missing: run pip download.",
+    ):
         assert advice in shown
     assert "language model, image encoder, speech not here yet" in shown

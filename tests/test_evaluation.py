@@ -398,7 +398,7 @@ def test_the_script_prints_and_writes_all_results(tiny, trained, tmp_path):
     (tmp_path / "speech.json").write_text(json.dumps([{"audio": str(SPEECH), "text": SAID}]))
     command = f"training_scripts/evaluate.py --preset llama-patches --weights {trained} {trained / 'checkpoint-150'}"
     command += f" --questions {tiny / 'eval.json'} --features {tiny / 'features-patches'}"
-    result = run_script(f"{command} --speech speech.json --out results.json --table table.md", tmp_path)
+    result = run_script(f"{command} --speech speech.json --out results.json --table tables/one.md", tmp_path)
     assert result.returncode == 0, result.stderr
     shown = result.stdout
     assert "perplexity" in shown and "word error rate" in shown and "checkpoint-150" in shown and "shuffled" in shown
@@ -406,5 +406,12 @@ def test_the_script_prints_and_writes_all_results(tiny, trained, tmp_path):
     assert [result["condition"] for result in results] == ["real"] + ["real", "shuffled", "blank"] * 2
     speech = results[0]["metrics"][0]
     assert speech["metric"] == "word error rate" and speech["value"] == 0
-    written = (tmp_path / "table.md").read_text()
+    written = (tmp_path / "tables" / "one.md").read_text()
     assert "| eval.json | all | perplexity | 6 |" in written and "checkpoint-150, blank |" in written
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path):
+    result = run_script(
+        "training_scripts/evaluate.py --weights nowhere --questions q.json --images nowhere --out .", tmp_path
+    )
+    assert result.returncode == 1 and result.stderr.startswith(". cannot be written: Is a directory.")

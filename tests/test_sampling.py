@@ -89,6 +89,12 @@ def test_a_seed_gives_the_same_token_whatever_the_rounding():
     assert [choose(logits) for _ in range(20)] == [choose_nearly(nearly) for _ in range(20)]
 
 
+def test_a_seed_may_be_negative():
+    one, other = (Sampler(SamplingOptions(1.5, 1.0, seed=-1)) for _ in range(2))
+    logits = torch.zeros(VOCABULARY)
+    assert [one(logits) for _ in range(5)] == [other(logits) for _ in range(5)]
+
+
 def test_the_penalty_lowers_what_was_written():
     choose = Sampler(SamplingOptions(0, repetition_penalty=2.0))
     logits = torch.tensor([3.0, 2.0, -1.0, -1.5])

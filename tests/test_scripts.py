@@ -66,10 +66,11 @@ def test_flags_override_the_file_and_the_file_overrides_the_defaults(tmp_path):
         ("rank: many", "rank: 'many' is not a valid int"),
         ("- a\n- b", "must be a YAML mapping"),
         ("a: [", "is not YAML"),
+        (b"\xff\x00", "is not a text file"),
     ],
 )
 def test_bad_recipes_are_errors(tmp_path, content, says):
-    (tmp_path / "r.yaml").write_text(content)
+    (tmp_path / "r.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(BadInput, match=says):
         read_recipe(tmp_path / "r.yaml")
 
@@ -99,6 +100,8 @@ def test_old_names_of_settings_are_read_with_a_warning(tmp_path, caplog):
         (["--train", "a.json", "--features", "f", "--lr", "0", "--projector-lr", "0"], "Both learning rates are 0"),
         (["--train", "a.json", "--features", "f", "--own-tokens", "2"], "probability between 0 and 1"),
         (["--train", "a.json", "--features", "f", "--patience", "2"], "patience needs --eval"),
+        (["--train", "a.json", "--features", "f", "--batch-size", "0"], "batch_size must be 1 or more"),
+        (["--train", "a.json", "--features", "f", "--lr", "-1"], "A learning rate must be 0 or more"),
     ],
 )
 def test_bad_flags_are_errors(capsys, flags, says):

@@ -174,6 +174,13 @@ def test_long_recordings_are_split_and_transcribed_in_order(tiny_en, tmp_path):
     assert abs(second - first - (len(samples) + len(pause)) / rate) < 1
 
 
+def test_a_model_in_another_format_is_refused(tmp_path):
+    (tmp_path / "whisper-small").mkdir()
+    (tmp_path / "whisper-small" / "config.json").write_text("{}")
+    with pytest.raises(WeightsError, match="small is not a Whisper model in CTranslate2's format"):
+        SpeechRecognizer(find_speech_model(str(tmp_path / "whisper-small"))).load()
+
+
 def test_loading_whisper_keeps_pytorchs_thread_count(tiny_en):
     threads = torch.get_num_threads()
     torch.set_num_threads(3)  # tiny.en uses one

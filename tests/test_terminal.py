@@ -163,6 +163,10 @@ class TestBatch:
         assert self.batch(questions, out) == 1
         assert "answers other questions" in capsys.readouterr().err and out.read_text().count("\n") == lines
 
+    def test_a_folder_is_no_file_of_answers(self, questions, tmp_path, capsys):
+        assert self.batch(questions, tmp_path) == 1
+        assert "cannot be read: Is a directory." in capsys.readouterr().err
+
     def test_missing_weights_end_the_run_and_keep_the_answers(self, questions, tmp_path, monkeypatch, engine):
         def missing(*_):
             raise AssetError("The image encoder is missing.")

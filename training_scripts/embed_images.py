@@ -26,7 +26,7 @@ def main():
     parser.add_argument(
         "--image-encoder",
         help="instead of the preset's: a CLIP or SigLIP vision model (Hub name or folder), a folder that "
-        "tune_image_encoder.py wrote, or efficientnet-lite0, as trained on ImageNet",
+        "tune_image_encoder.py wrote, efficientnet-lite0 or efficientnet-lite2, as trained on ImageNet",
     )
     parser.add_argument(
         "--image-features", choices=("patches", "pooled"), default="patches", help="which features to use (patches)"

@@ -65,11 +65,14 @@ def main():
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
     from mmchat.errors import MmchatError
+    from mmchat.folders import check_writable
     from mmchat.training.evaluation.evaluator import read_items
     from mmchat.training.evaluation.recordings import read_recordings
 
     results = []
-    try:  # the files are read before any model loads
+    try:  # the files are read, and those to write are opened, before any model loads
+        for path in filter(None, (options.table, options.out)):
+            check_writable(path)
         recordings = read_recordings(options.speech) if options.speech else []
         files = {path: read_items(path, options.limit) for path in options.questions}
         if recordings:
@@ -79,12 +82,12 @@ def main():
     except MmchatError as error:
         sys.exit(str(error))
     print_table(results)
+    if options.out:
+        Path(options.out).write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
     if options.table:
         from mmchat.training.evaluation.evaluator import markdown
 
         Path(options.table).write_text(markdown(results), encoding="utf-8")
-    if options.out:
-        Path(options.out).write_text(json.dumps(results, indent=1, ensure_ascii=False))
 
 
 def evaluate_questions(options, files):

@@ -19,6 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+def at_least_1(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(text)
+
+
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="captions | labels | easy-vqa | split")
@@ -32,16 +38,16 @@ def parse():
     captions.add_argument("--captions", required=True, help="COCO or Karpathy JSON, a JSON list, or Flickr8k's list")
     captions.add_argument("--splits", help="JSON: split name → file names (default: the splits in the captions)")
     captions.add_argument("--split", help="convert this split only (default: all pictures)")
-    captions.add_argument("--limit", type=int, help="only the first N pictures")
+    captions.add_argument("--limit", type=at_least_1, help="only the first N pictures")
     captions.add_argument("--folder", default="", help="the pictures' folder, relative to the embedded folder")
     captions.add_argument(
         "--agreement",
-        type=int,
+        type=at_least_1,
         default=2,
         help="captions that must name the same color or count; 1 gives three times as many questions, slightly less "
         "accurate (default: 2)",
     )
-    captions.add_argument("--per-image", type=int, help="at most N random questions about a picture")
+    captions.add_argument("--per-image", type=at_least_1, help="at most N random questions about a picture")
     captions.add_argument("--apart", action="store_true", help="put every question into its own conversation")
     captions.add_argument(
         "--make",
@@ -63,7 +69,7 @@ def parse():
     )
     labels.add_argument("--splits", help="JSON: split name → file names")
     labels.add_argument("--split", help="convert this split only (default: all pictures)")
-    labels.add_argument("--limit", type=int, help="only the first N pictures")
+    labels.add_argument("--limit", type=at_least_1, help="only the first N pictures")
     labels.add_argument("--folder", default="", help="the pictures' folder, relative to the embedded folder")
     labels.add_argument(
         "--wordnet",
@@ -71,7 +77,7 @@ def parse():
         help="the folder of WordNet 3.0's data.noun and index.noun, for the kinds that things belong to and for "
         "synonyms (default: labels only)",
     )
-    labels.add_argument("--per-image", type=int, help="at most N random questions about a picture")
+    labels.add_argument("--per-image", type=at_least_1, help="at most N random questions about a picture")
     labels.add_argument("--kinds", help='with --make questions: only these kinds, such as "name,room"')
     labels.add_argument(
         "--make",
@@ -83,10 +89,10 @@ def parse():
     easy = commands.add_parser("easy-vqa", parents=[common], help="easy-VQA, from the Python package index")
     easy.add_argument("--split", choices=("train", "test"), default="train", help="(default: train)")
     easy.add_argument("--images", help="also write the pictures to this folder")
-    easy.add_argument("--limit", type=int, help="only the first N pictures")
+    easy.add_argument("--limit", type=at_least_1, help="only the first N pictures")
     easy.add_argument("--folder", default="", help="the pictures' folder, relative to the embedded folder")
-    easy.add_argument("--turns", type=int, default=3, help="questions in a conversation (default: 3)")
-    easy.add_argument("--per-image", type=int, help="at most N random questions about a picture")
+    easy.add_argument("--turns", type=at_least_1, default=3, help="questions in a conversation (default: 3)")
+    easy.add_argument("--per-image", type=at_least_1, help="at most N random questions about a picture")
     easy.add_argument("--make", choices=("conversations", "questions"), default="conversations", help="as for captions")
 
     split = commands.add_parser("split", parents=[common], help="split a file of conversations by picture")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train the projector alone, with the language model frozen (stage 1).
 
-    python training_scripts/pretrain_projector.py --train captions.json --features features/ --out runs/projector
+    python training_scripts/pretrain_projector.py --train train.json --features features/ --out runs/projector
     python training_scripts/finetune_qlora.py --start-from runs/projector --train train.json --features features/
 
 Chat with the output folder, with modest answers: python app.py --weights runs/projector

@@ -6,8 +6,8 @@
     python training_scripts/embed_images.py --images photos/ --image-encoder runs/encoder --out features/
 
 This step is optional. It starts from EfficientNet-Lite0, trained on ImageNet's classes; captions also name colors and
-actions. The encoder of the preset "smol" was tuned this way on Flickr8k. Train with the encoder that you embed with: a
-recipe names its folder as "image_encoder", and the trained weights include it. Never tune on evaluation pictures.
+actions. Train with the encoder that you embed with: a recipe names its folder as "image_encoder", and the trained
+weights include it. Never tune on evaluation pictures.
 """
 
 import argparse

@@ -30,7 +30,8 @@ class Sampler:
     def __init__(self, options: SamplingOptions):
         self._penalty = options.repetition_penalty or 1.0
         self._temperature, self._top_p = options.temperature, options.top_p
-        self._seed = secrets.randbits(64) if options.seed is None else options.seed
+        # NumPy takes no negative seed.
+        self._seed = secrets.randbits(64) if options.seed is None else options.seed % 2**64
         self._ngram_size = options.no_repeat_ngram_size or 0
         self._written: list[int] = []  # tokens of the answer
         self._followers: dict[tuple[int, ...], list[int]] = defaultdict(list)  # what came after the start of an n-gram

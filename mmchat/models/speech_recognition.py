@@ -170,7 +170,14 @@ def _faster_whisper(preset: SpeechPreset, folder: Path) -> Listen:
     cores = torch.get_num_threads()
     # A single-threaded model transcribes several parts in parallel; each worker takes extra memory.
     workers = min(cores, MAX_WORKERS) if preset.threads == 1 else 1
-    model = Recognizer(str(folder), device="cpu", num_workers=workers, **options)
+    try:
+        model = Recognizer(str(folder), device="cpu", num_workers=workers, **options)
+    except (RuntimeError, ValueError, OSError) as error:
+        name = getattr(preset.source, "name", "The speech model")
+        raise WeightsError(
+            f"{name} is not a Whisper model in CTranslate2's format, or is damaged. Name a size, such as --speech "
+            "small, or a repository such as Systran/faster-whisper-small."
+        ) from error
     torch.set_num_threads(cores)  # loading CTranslate2 changes it
 
     def listen(samples: np.ndarray, language: str | None, task: str) -> Iterator[Transcript]:

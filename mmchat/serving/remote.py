@@ -17,7 +17,7 @@ from ..media import decode_image
 from ..models.speech_mixin import SpeechMixin
 from ..models.speech_recognition import SpeechRecognizer
 from ..models.text_to_speech import Voice
-from ..presets import SpeechPreset
+from ..presets import SMOL, SpeechPreset
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class RemoteEngine(SpeechMixin):
     """
 
     def __init__(
-        self, address: str, model: str | None = None, key: str | None = None, speech: SpeechPreset | None = None
+        self, address: str, model: str | None = None, key: str | None = None, speech: SpeechPreset = SMOL.speech
     ):
         try:
             import openai
@@ -74,7 +74,7 @@ class RemoteEngine(SpeechMixin):
         """Streams the answer to a conversation from the server. Closing the iterator ends the request.
 
         Args:
-            messages, options: see ``Engine.reply``; beams and repetition_penalty are not sent.
+            messages, options: see ``Engine.reply``; beams, repetition_penalty and no_repeat_ngram_size are not sent.
             notify: never called, because a server does not report dropped turns.
 
         Raises:
@@ -115,10 +115,9 @@ def _data_url(source: Any) -> str:
     image = decode_image(source)
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     data = io.BytesIO()
-    image.save(data, "PNG" if max(image.size) <= 64 else "JPEG", quality=95)
-    return (
-        f"data:image/{'png' if max(image.size) <= 64 else 'jpeg'};base64,{base64.b64encode(data.getvalue()).decode()}"
-    )
+    kind = "png" if max(image.size) <= 64 else "jpeg"
+    image.save(data, kind, quality=95)
+    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 @contextmanager

@@ -36,6 +36,10 @@ OLD_NAMES = {  # old name of a setting → today's; recipes and flags accept bot
 }
 OLD_VALUES = {"quantization": {"int8": CPU_INT8}}
 DATA, MODEL, SCHEDULE, RUN = "data", "model", "schedule", "run"
+AT_LEAST_1 = (
+    "max_length batch_size gradient_accumulation_steps rank projector_depth scheduled_sampling_cycle save_steps "
+    "eval_steps log_steps save_total_limit"
+).split()
 
 
 def setting(default: Any, group: str, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -61,8 +65,8 @@ class Recipe:
     image_encoder: str | None = setting(
         None,
         MODEL,
-        "a CLIP or SigLIP vision model (Hub name or folder), efficientnet-lite0, or a folder that "
-        "tune_image_encoder.py wrote; default: the preset's",
+        "a CLIP or SigLIP vision model (Hub name or folder), efficientnet-lite0, efficientnet-lite2, or a folder "
+        "that tune_image_encoder.py wrote; default: the preset's",
     )
     image_features: str = setting("patches", MODEL, "which of its features to use", ("patches", "pooled"))
     image_layer: int = setting(-2, MODEL, "the layer that the patches come from")
@@ -161,14 +165,17 @@ class Recipe:
             raise BadInput("Name either --features, written by embed_images.py, or --images.")
         if self.lr == 0 and self.projector_lr == 0:
             raise BadInput("Both learning rates are 0, so nothing would be trained: set --lr or --projector-lr.")
+        for name in AT_LEAST_1:
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} must be 1 or more.")
+        if self.lr < 0 or self.projector_lr < 0:
+            raise BadInput("A learning rate must be 0 or more.")
         if self.patience and (not self.eval or self.save_steps % self.eval_steps):
             raise BadInput("patience needs --eval, and save_steps must be a multiple of eval_steps.")
         if self.shard and (self.quantization != "none" or self.scst_samples or self.compile):
             raise BadInput("shard works only with quantization none, and without scst_samples and compile.")
         if not 0 <= self.label_smoothing < 1:
             raise BadInput("label_smoothing must be at least 0 and below 1.")
-        if self.projector_depth < 1:
-            raise BadInput("projector_depth must be 1 or more.")
         if not 0 <= self.scheduled_sampling <= 1:
             raise BadInput("scheduled_sampling must be a probability between 0 and 1.")
         if self.scst_samples == 1 or self.scst_samples < 0:
@@ -216,6 +223,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise BadInput(f"{path.name} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path.name} is not a text file.") from error
     except yaml.YAMLError as error:
         raise BadInput(f"{path.name} is not YAML: {error}.") from error
     if not isinstance(content, dict):

@@ -77,10 +77,10 @@ class Page:
     def prefill(self, box: Box, history: History, request: gr.Request | None = None) -> None:
         """Reads the pictures in the box while the question is being typed; one visitor's at a time, or not at all.
 
-        An address gets as much of this per minute as it may ask questions.
+        Each address may do this as often per minute as it may ask questions.
         """
         prefill = getattr(self.engine, "prefill", None)
-        if not prefill or not box["files"] or not self._prefills.admits(address_of(request)):
+        if not prefill or not 0 < len(box["files"]) <= MAX_PICTURES or not self._prefills.admits(address_of(request)):
             return
         if not self._prefilling.acquire(blocking=False):
             return

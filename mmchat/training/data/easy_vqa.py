@@ -19,7 +19,6 @@ from ...fetching.sources import Wheel
 from .llava_json import entry_of
 
 WHEEL = Wheel("easy-vqa", "1.0", "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f")
-SPLITS = ("train", "test")
 
 
 def extract_pictures(folder: str | Path, split: str, limit: int | None = None) -> int:

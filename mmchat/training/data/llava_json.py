@@ -81,8 +81,15 @@ def split_by_image(path: str | Path, share: float, rng: Any) -> tuple[list[dict]
     Args:
         share: the fraction of the pictures, 0 to 1, that goes to the second part.
         rng: a ``random.Random``.
+
+    Raises:
+        BadInput: the file is not a list of conversations, or ``share`` is not between 0 and 1.
     """
+    if not 0 <= share <= 1:
+        raise BadInput("The share must be between 0 and 1.")
     entries = [entry for _, entry in stream_entries(Path(path))]
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise BadInput(f"{Path(path).name} is not a list of conversations.")
     pictures = sorted({str(entry.get("image")) for entry in entries})
     chosen = set(rng.sample(pictures, round(share * len(pictures))))
     return tuple(
