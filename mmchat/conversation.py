@@ -44,7 +44,7 @@ Rewrite the draft answer in clear, correct English. Keep its meaning, and add no
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation.
+    """One message of a conversation.
 
     Attributes:
         role: "system", "user" or "assistant".

@@ -109,5 +109,5 @@ def locked(folder: Path) -> Iterator[Path]:
 def _unusable_cache(error: OSError) -> AssetError:
     return AssetError(
         f"The cache folder {cache_folder()} cannot be used ({error.strerror}). "
-        "Set MMCHAT_CACHE to a writable folder with 1 GB of free space."
+        "Set MMCHAT_CACHE to a writable folder with 1.5 GB of free space."
     )

@@ -30,7 +30,7 @@ class Rows(Protocol):
         """Removes a row."""
 
     def reorder(self, rows: list[Any], sources: list[int]) -> None:
-        """Makes each of these rows, which are equally long, a copy of the one among them with the index in sources."""
+        """Replaces each ``rows[i]`` with a copy of what ``rows[sources[i]]`` was; all of them are equally long."""
 
     def step(self, token_ids: dict[Any, int]) -> Iterable[tuple[Any, torch.Tensor]]:
         """Appends one token each to these rows, and none to the others → the rows with their logits, [vocabulary]."""

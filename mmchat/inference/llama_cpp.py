@@ -215,9 +215,9 @@ class Sequences:
             raise MemoryError("llama.cpp has no room for another sequence")
         self._library.llama_memory_seq_rm(self._memory, sequence, length, ALL)
 
-    def copy(self, sequence: int, other: int) -> None:
-        """Makes an empty sequence a copy of another; the tokens that they share take room once."""
-        self._library.llama_memory_seq_cp(self._memory, sequence, other, 0, ALL)
+    def copy(self, source: int, target: int) -> None:
+        """Copies a sequence into an empty one; the tokens that they share take room once."""
+        self._library.llama_memory_seq_cp(self._memory, source, target, 0, ALL)
 
     def clear(self, sequence: int) -> None:
         """Empties a sequence."""

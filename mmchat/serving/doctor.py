@@ -21,7 +21,7 @@ OPTIONAL = {
     "openai": "a model server",
     "openai-whisper": "Whisper's .pt files",
 }
-MIN_FREE_DISK = 1e9  # bytes to fetch and unpack `smol`
+MIN_FREE_DISK = 1.5e9  # bytes to fetch and unpack `smol`
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _cache() -> Finding:
     folder = cache_folder()
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
-    advice = "" if free > MIN_FREE_DISK else "Free 1 GB of disk space, or set MMCHAT_CACHE to a folder on another disk."
+    advice = "" if free > MIN_FREE_DISK else "Free 1.5 GB of disk space, or set MMCHAT_CACHE to a folder elsewhere."
     return Finding("cache", f"{folder}, {free / 1e9:.0f} GB free", advice)
 
 

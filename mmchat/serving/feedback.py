@@ -77,9 +77,9 @@ class FeedbackStore:
         image.thumbnail((MAX_SIDE, MAX_SIDE))
         image.info.clear()
         data = io.BytesIO()
-        image.save(data, "PNG" if max(image.size) <= 128 else "JPEG", quality=95)
-        suffix = "png" if max(image.size) <= 128 else "jpg"
-        path = self.folder / "pictures" / f"{hashlib.sha256(data.getvalue()).hexdigest()[:32]}.{suffix}"
+        kind = "png" if max(image.size) <= 128 else "jpeg"
+        image.save(data, kind, quality=95)
+        path = self.folder / "pictures" / f"{hashlib.sha256(data.getvalue()).hexdigest()[:32]}.{kind}"
         if not path.exists():
             _write(path, data.getvalue())
         return path.name

@@ -94,7 +94,7 @@ class Gate:
 
     @contextmanager
     def turn(self) -> Iterator[Iterator[Waiting]]:
-        """A place in the queue: iterate over the value until it ends, and it is this question's turn.
+        """Joins the queue. Once the positions that it gives end, it is this question's turn, until the block ends.
 
         The page's own queue limits how many wait here.
         """

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...conversation import Engine, Message
+from ...errors import counted
 from ..caching import CachedText
 from .history import History, Turn, said
 
@@ -56,7 +57,7 @@ def details(
     tokens = told.get("tokens", 0)
     lines = [f"Model: {told['model']}"] if told.get("model") else []
     if tokens:
-        lines.append(f"Length: {_count(tokens, 'token')}")
+        lines.append(f"Length: {counted(tokens, 'token')}")
     is_timed = watch.pieces > 1 and not is_rewritten and not isinstance(text, CachedText)  # while it was written
     if is_timed and tokens >= MIN_TOKENS and seconds > first:
         lines.append(f"Speed: {(tokens - 1) / (seconds - first):.0f} tokens per second")
@@ -68,7 +69,7 @@ def details(
             lines.append(f"Seen in picture {number}: {', '.join(classes)}")
     if isinstance(text, CachedText):
         lines.append("From the cache: the same question was answered before")
-    log = _count(tokens, "token") if tokens else ""
+    log = counted(tokens, "token") if tokens else ""
     metadata = {"title": DETAILS, "log": log, "duration": round(seconds, 2), "status": "done"}
     return {**said("\n".join(f"- {line}" for line in lines)), "metadata": metadata}
 
@@ -80,7 +81,3 @@ def _ask(engine: Engine, text: str, messages: list[Message]) -> dict[str, Any]:
     except Exception as error:
         logger.debug("details", exc_info=error)
         return {}
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
