@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_FOLDER = bundled("weights")
 LLAVA = "llava"
+PROJECTOR_KINDS = ("linear", "llava", "mlp", "resblock", "normblocks")  # see ProjectorConfig
 IMAGE_ENCODER_FILE = "image_encoder.safetensors"  # a tuned image encoder in a weights folder
 
 

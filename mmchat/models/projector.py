@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..presets import PROJECTOR_KINDS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-KINDS = ("linear", "llava", "mlp", "resblock", "normblocks")
 OLD_NAMES = {  # in saved configs
     "image_width": "image_dim",
     "hidden_width": "intermediate_size",
@@ -163,7 +164,7 @@ def build_projector(config: ProjectorConfig) -> nn.Module:
     elif config.kind == "normblocks":
         projector = NormblocksProjector(*sizes, config.depth, config.dropout)
     else:
-        raise ValueError(f"'{config.kind}' is not a kind of projector; the kinds are {', '.join(KINDS)}")
+        raise ValueError(f"'{config.kind}' is not a kind of projector; the kinds are {', '.join(PROJECTOR_KINDS)}")
     return WithEndOfImage(projector, config.hidden_size) if config.end_of_image_token else projector
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from ..errors import BadInput
-from ..presets import SMOL
+from ..presets import PROJECTOR_KINDS, SMOL
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Recipe:
         None,
         MODEL,
         "kind of a fresh projector; default: the preset's",
-        ("linear", "llava", "mlp", "resblock", "normblocks"),
+        PROJECTOR_KINDS,
     )
     intermediate_size: int | None = setting(None, MODEL, "inner size of a fresh projector; default: the preset's")
     end_of_image_token: bool = setting(False, MODEL, "add a learned end-of-image token to a fresh projector")

@@ -9,7 +9,7 @@ from typing import Any
 from ...conversation import Message
 from ..uploads import is_uploaded
 
-Turn = dict[str, Any]  # {"role", "content", "metadata"}: one message of the Chatbot
+Turn = dict[str, Any]  # {"role", "content", "metadata"}: one message of the Chatbot, a question or an answer
 History = list[Turn]
 Box = dict[str, Any]  # {"text", "files"}: what is in the question box
 EMPTY_BOX: Box = {"text": "", "files": []}
