@@ -376,6 +376,15 @@ def test_questions_depend_only_on_the_seed():
         assert count <= 4 and yes_no <= 2
 
 
+def test_kinds_of_questions_can_be_chosen():
+    entries = list(conversations(collection(), random.Random(3), kinds=["how many"]))
+    assert entries and {entry["conversations"][1]["value"] for entry in entries} == {
+        "One.", "Two.", "Three.", "Four.", "Five."
+    }  # fmt: skip
+    entries = list(questions_only(collection(), random.Random(3), kinds=["name", "room"]))
+    assert {entry["kind"] for entry in entries} == {"name", "room"}
+
+
 def test_yes_and_no_stay_balanced_in_small_samples():
     found = Counter()
     for entry in conversations(collection(), random.Random(3), per_image=3):

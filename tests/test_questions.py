@@ -146,6 +146,21 @@ def test_conversations_contain_every_caption_and_every_question():
     assert len(plain) == 10 and all(len(entry["conversations"]) == 2 for entry in plain)
 
 
+def test_numbers_are_evened_out():
+    """Most captions count two; a model that is trained on them says two whatever it sees."""
+    said = ["Two dogs run on grass."] * 12 + ["Three dogs run on grass."] * 5 + ["Four dogs run on grass."] * 2
+    pictures = [{"image": f"{number}.jpg", "captions": [caption] * 3} for number, caption in enumerate(said)]
+
+    def numbers(**options):
+        entries = conversations(pictures, random.Random(3), apart=True, **options)
+        return Counter(entry["conversations"][1]["value"] for entry in entries)
+
+    every, even = numbers(), numbers(per_number=4)
+    assert (every["Two."], every["Three."], every["Four."]) == (24, 10, 4)  # each is asked twice
+    assert (even["Two."], even["Three."], even["Four."]) == (4, 4, 4)
+    assert every["Yes."] == even["Yes."]
+
+
 def test_evaluation_entries_are_read_back(tmp_path):
     pictures = [{"image": "a.jpg", "captions": DOGS}, {"image": "b.jpg", "captions": CAR}]
     write_conversations(tmp_path / "captions.json", descriptions(pictures))

@@ -48,6 +48,11 @@ def parse():
         "accurate (default: 2)",
     )
     captions.add_argument("--per-image", type=at_least_1, help="at most N random questions about a picture")
+    captions.add_argument(
+        "--per-number",
+        type=at_least_1,
+        help='at most N "how many" questions with the same answer: most captions count two',
+    )
     captions.add_argument("--apart", action="store_true", help="put every question into its own conversation")
     captions.add_argument(
         "--make",
@@ -78,7 +83,7 @@ def parse():
         "synonyms (default: labels only)",
     )
     labels.add_argument("--per-image", type=at_least_1, help="at most N random questions about a picture")
-    labels.add_argument("--kinds", help='with --make questions: only these kinds, such as "name,room"')
+    labels.add_argument("--kinds", help='only these kinds of questions, such as "name,room,how many"')
     labels.add_argument(
         "--make",
         choices=("conversations", "questions", "names"),
@@ -146,6 +151,7 @@ def from_captions(options):
         with_questions=options.make == "conversations",
         agreement=options.agreement,
         per_image=options.per_image,
+        per_number=options.per_number,
         apart=options.apart,
         details=options.details,
     )
@@ -178,15 +184,14 @@ def from_labels(options):
     pictures = labels.in_folder(pictures[: options.limit], options.folder)
     random_numbers = random.Random(options.seed)
     dictionary = Dictionary.read(options.wordnet)
+    kinds = options.kinds.split(",") if options.kinds else None
     if options.make == "conversations":
         return label_questions.conversations(
-            pictures, random_numbers, dictionary=dictionary, per_image=options.per_image
+            pictures, random_numbers, dictionary=dictionary, per_image=options.per_image, kinds=kinds
         )
     if options.make == "names":
         return label_questions.names(pictures, dictionary=dictionary)
-    kinds = options.kinds.split(",") if options.kinds else None
-    entries = label_questions.questions_only(pictures, random_numbers, dictionary=dictionary)
-    return (entry for entry in entries if kinds is None or entry["kind"] in kinds)
+    return label_questions.questions_only(pictures, random_numbers, dictionary=dictionary, kinds=kinds)
 
 
 def in_folder(folder, entry):

@@ -156,6 +156,7 @@ def conversations(
     with_questions: bool = True,
     agreement: int = AGREEMENT,
     per_image: int | None = None,
+    per_number: int | None = None,
     apart: bool = False,
     details: bool = False,
 ) -> Iterator[dict]:
@@ -170,6 +171,7 @@ def conversations(
         with_questions: add the questions that the captions answer.
         agreement: as in ``ask``.
         per_image: maximum number of questions about a picture.
+        per_number: maximum number of "how many" questions with the same answer, sampled at random.
         apart: put every question into its own conversation.
         details: add detailed descriptions.
     """
@@ -180,6 +182,8 @@ def conversations(
     if with_questions:  # colors and counts are rare, so they are asked a second time in another wording
         for questions, again in zip(asked, ask(pictures, rng, agreement=agreement), strict=True):
             questions += [question for question in again if question.kind in RARE_KINDS]
+    if per_number is not None:
+        asked = _evened(asked, per_number, rng)
     for picture, questions in zip(pictures, asked, strict=True):
         image = picture["image"]
         wording = DESCRIBE if rng.random() < 0.5 else rng.choice(OTHER_WORDINGS)
@@ -194,6 +198,15 @@ def conversations(
                 turns.append([(question.text, question.answer)])
         for number, turn in enumerate(turns):
             yield entry_of(f"{image}-{number}", image, turn)
+
+
+def _evened(asked: Sequence[list[Question]], per_number: int, rng: random.Random) -> list[list[Question]]:
+    """Drops "how many" questions at random until no answer has more than ``per_number``: most captions count two."""
+    by_answer: dict[str, list[int]] = defaultdict(list)
+    for question in (question for questions in asked for question in questions if question.kind == "count"):
+        by_answer[question.answer].append(id(question))
+    dropped = {one for found in by_answer.values() for one in rng.sample(found, max(len(found) - per_number, 0))}
+    return [[question for question in questions if id(question) not in dropped] for questions in asked]
 
 
 def details_to_train_on(pictures: Sequence[dict], rng: random.Random) -> Iterator[dict]:

@@ -21,13 +21,15 @@ def conversations(
     *,
     dictionary: Dictionary | None = None,
     per_image: int | None = None,
+    kinds: Sequence[str] | None = None,
 ) -> Iterator[dict]:
     """LLaVA-Instruct training entries, one question each.
 
     Args:
         per_image: maximum number of questions about a picture, sampled at random.
+        kinds: only questions of these kinds; all if None.
     """
-    asked = Asker(pictures, rng, dictionary).ask()
+    asked = [_of_kinds(questions, kinds) for questions in Asker(pictures, rng, dictionary).ask()]
     sampled = _balanced([_sampled(questions, rng, per_image) for questions in asked], rng)
     for picture, questions in zip(pictures, sampled, strict=True):
         for number, question in enumerate(questions):
@@ -58,12 +60,24 @@ def _sampled(questions: Sequence[LabelQuestion], rng: random.Random, count: int 
     return [question for question in shuffled if id(question) not in dropped][:count]
 
 
+def _of_kinds(questions: list[LabelQuestion], kinds: Sequence[str] | None) -> list[LabelQuestion]:
+    return [question for question in questions if kinds is None or question.kind in kinds]
+
+
 def questions_only(
-    pictures: Sequence[Labeled], rng: random.Random, *, dictionary: Dictionary | None = None
+    pictures: Sequence[Labeled],
+    rng: random.Random,
+    *,
+    dictionary: Dictionary | None = None,
+    kinds: Sequence[str] | None = None,
 ) -> Iterator[dict]:
-    """Evaluation entries, each with its ``kind`` and, if several answers are right, ``accepted``."""
+    """Evaluation entries, each with its ``kind`` and, if several answers are right, ``accepted``.
+
+    Args:
+        kinds: only questions of these kinds; all if None.
+    """
     for picture, questions in zip(pictures, Asker(pictures, rng, dictionary, evaluation=True).ask(), strict=True):
-        for number, question in enumerate(questions):
+        for number, question in enumerate(_of_kinds(questions, kinds)):
             extra = {"accepted": list(question.accepted)} if question.accepted else {}
             yield entry_of(
                 f"{picture.image}-{question.kind.replace(' ', '-')}-{number}",
