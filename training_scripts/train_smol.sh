@@ -37,6 +37,11 @@ finetune() { # a recipe's name, and the folder that it writes
         --recipe "training_scripts/recipes/smol/$1.yaml"
 }
 
+average() { # two runs' folders, the share of the second, and the folder to write
+    [ -e "$4.done" ] || rm -rf "$4" # a part of it may be there
+    stage "$4" "$PYTHON" training_scripts/average_weights.py "$1" "$2" --share "$3" --out "$4"
+}
+
 link() { # a folder of pictures, and its name below data/pictures
     mkdir -p data/pictures
     [ -e "data/pictures/$2" ] || ln -s "$(realpath "$1")" "data/pictures/$2"
@@ -90,7 +95,16 @@ prepare data/flickr-part.json captions $FLICKR --split train --agreement 1 --per
 prepare data/world-names.json labels $LABELS --make names
 prepare data/easy-few.json easy-vqa $EASY --per-image 5 --turns 1 --limit 400 --seed 38
 finetune 5-things runs/smol-5
-[ -e runs/smol-average.done ] || rm -rf runs/smol-average # a part of it may be there
-stage runs/smol-average "$PYTHON" training_scripts/average_weights.py runs/smol-4 runs/smol-5 --share 0.55 \
-    --out runs/smol-average
-echo "Chat with the weights: make run OPTIONS=\"--weights runs/smol-average\""
+average runs/smol-4 runs/smol-5 0.55 runs/smol-average
+
+# 7. "How many" with each number equally often
+prepare data/flickr-even.json captions $FLICKR --split train --agreement 1 --per-image 5 --apart --per-number 180 \
+    --limit 2400 --seed 47
+prepare data/world-captions-even.json captions --captions "$DATA/world/captions.json" $WORLD --split train \
+    --agreement 1 --per-image 5 --apart --details --per-number 40 --seed 48
+prepare data/world-labels-some.json labels $LABELS --per-image 4 --seed 49
+prepare data/world-counts.json labels $LABELS --kinds "how many" --seed 50
+prepare data/world-counts-again.json labels $LABELS --kinds "how many" --seed 51
+finetune 6-counts runs/smol-6
+average runs/smol-average runs/smol-6 0.6 runs/smol-release
+echo "Chat with the weights: make run OPTIONS=\"--weights runs/smol-release\""
