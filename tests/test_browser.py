@@ -19,7 +19,7 @@ def test_the_answer_to_a_typed_question_streams_in(page):
         new MutationObserver(() => { const all = document.querySelectorAll('#chat .bot .prose');
             if (all.length) window.lengths.add(all[all.length - 1].textContent.length); })
         .observe(document.querySelector('#chat'), {childList: true, subtree: true, characterData: true}); }""")
-    ask(page, "Write two sentences about the sea.")
+    ask(page, "Tell me a long story about the sea.")
     finished(page)
     assert len(answers(page).last.inner_text()) > 20
     assert len(page.evaluate("[...window.lengths]")) > 5  # it grew

@@ -179,7 +179,7 @@ def test_different_pictures_get_different_answers(engine, photo):
 @pytest.mark.parametrize(
     ("name", "question", "word"),
     [
-        ("coffee.jpg", "What is in the cup?", "Espresso"),
+        ("coffee.jpg", "What is in the cup?", "Coffee"),
         ("bananas.jpg", "What is this?", "banana"),
         ("bus.jpg", "What color is the bus?", "Red"),
         ("snail.jpg", "What animal is this?", "snail"),
