@@ -335,7 +335,7 @@ def get_preset(name: str) -> Preset:
     """Looks up a preset by name.
 
     Raises:
-        MmchatError: there is no such preset, or the name stands for one that is chosen; the message lists the known.
+        MmchatError: there is no such preset, or it is AUTO, which only the app resolves; the message lists them.
     """
     if name == AUTO:
         raise MmchatError(f"'{AUTO}' is only for the app. Name a preset: {', '.join(PRESETS)}.")

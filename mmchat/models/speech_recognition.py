@@ -172,7 +172,7 @@ def _faster_whisper(preset: SpeechPreset, folder: Path) -> Listen:
     workers = min(cores, MAX_WORKERS) if preset.threads == 1 else 1
     try:
         model = Recognizer(str(folder), device="cpu", num_workers=workers, **options)
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError) as error:  # of CTranslate2 and its tokenizer
         name = getattr(preset.source, "name", "The speech model")
         raise WeightsError(
             f"{name} is not a Whisper model in CTranslate2's format, or is damaged. Name a size, such as --speech "
