@@ -34,6 +34,8 @@ CANTONESE = "yue"  # came with large-v3; the vocabularies of smaller and older m
 CANTONESE_MODELS = ("large-v3", "turbo")  # in the names of the models that know it
 TASKS = ("transcribe", "translate")  # Whisper's own; it translates into English only
 WINDOW = 30  # seconds; Whisper's input length
+SILENCE = 6  # seconds encoded after the end of a recording; with less, more words are wrong (benchmarks/voice.py)
+FRAME_RATE = 100  # feature frames per second
 ENGLISH_PRIOR = 3  # another language must be this many times as probable as English, so an accent is not taken for one
 MAX_WORKERS = 4  # parts of a recording transcribed in parallel
 POLL_SECONDS = 0.2  # how often a caller may stop while a part is being transcribed
@@ -155,11 +157,15 @@ def _faster_whisper(preset: SpeechPreset, folder: Path) -> Listen:
     from faster_whisper import WhisperModel
 
     class Recognizer(WhisperModel):
-        """Whisper that caches the last encoded window, so detecting its language and transcribing it encode once."""
+        """Whisper that encodes short recordings as such, without padding them to WINDOW seconds.
+
+        The last window is cached, so detecting its language and transcribing it encode once.
+        """
 
         last: tuple[Any, Any] = (None, None)  # features, [mels, frames], and what they were encoded to
 
         def encode(self, features: np.ndarray) -> Any:
+            features = _trimmed(features)
             encoded_features, encoded = self.last
             if encoded_features is None or not np.array_equal(encoded_features, features):
                 encoded = super().encode(features)
@@ -211,6 +217,13 @@ def _faster_whisper(preset: SpeechPreset, folder: Path) -> Listen:
             pool.shutdown(wait=False, cancel_futures=True)
 
     return listen
+
+
+def _trimmed(features: np.ndarray) -> np.ndarray:
+    """Drops padding, [mels, frames], but for SILENCE seconds: without any, Whisper may repeat the last words."""
+    sound = np.flatnonzero(features.any(axis=0))  # padded frames are 0
+    end = (sound[-1] + 1 if len(sound) else 0) + SILENCE * FRAME_RATE
+    return np.ascontiguousarray(features[:, : end + end % 2])  # the encoder halves the frames
 
 
 def _awaited(result: Future[T], so_far: Transcript) -> Generator[Transcript, None, T]:
