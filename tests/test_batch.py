@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+from threading import Thread, current_thread
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from mmchat import Message, SamplingOptions
 from mmchat.inference.batch import MAX_UNREAD, Answer, Batch
 from mmchat.inference.decoder import TorchDecoder
 from mmchat.inference.generation import stream_token_ids
+from mmchat.inference.llama_cpp import Sequences
 from mmchat.inference.llama_decoder import load_llama_decoder
+from mmchat.inference.llama_rows import CALM, CROWD
 from mmchat.inference.sampling import Sampler
 from mmchat.models.language_model import add_adapter, load_language_model
 from mmchat.presets import get_preset
@@ -130,6 +134,89 @@ def test_reordered_rows_go_on_as_the_rows_that_they_copy(decoders):
         for row, logits in zip([*beams, bystander], expected, strict=True):
             assert (found[row] - logits).std() < INT8_ERROR * logits.std()
             rows.remove(row)
+
+
+@torch.inference_mode()
+def test_a_crowd_shares_passes_until_it_is_gone(decoders, monkeypatch):
+    """On llama.cpp, few rows have passes of their own, and rows move between contexts with all their tokens."""
+    decoder, sizes, extend = decoders[1], [], Sequences.extend
+    rows, number = decoder.batch.rows, CROWD + 2
+    caches = []
+    for index in range(number + 1):
+        caches.append(decoder.new_cache(with_adapter=index < number))
+        decoder.prefill(torch.randn(1, 3 + 11 * index, decoder.model.config.hidden_size), caches[-1])
+    alone = []
+    for cache in caches:
+        row = rows.add(cache)
+        alone.append([dict(rows.step({row: token_id}))[row].clone() for token_id in range(4, 5 + 2 * number)])
+        rows.remove(row)
+    monkeypatch.setattr(Sequences, "extend", lambda self, *given: sizes.append(len(given[0])) or extend(self, *given))
+    running, lengths = {}, [0] * (number + 1)
+    for turn in range(2 * number + 1):
+        if turn <= number:  # the last row, without the adapter, is there from the start
+            running[(turn - 1) % (number + 1)] = rows.add(caches[turn - 1])
+        else:
+            rows.remove(running.pop(turn - number - 1))
+        sizes.clear()
+        for row, logits in rows.step({row: 4 + lengths[index] for index, row in running.items()}):
+            (index,) = (index for index, other in running.items() if other is row)
+            expected = alone[index][lengths[index]]
+            assert (logits - expected).std() < INT8_ERROR * expected.std()
+            lengths[index] += 1
+        with_adapter = sum(index < number for index in running)
+        if with_adapter >= CROWD:
+            assert sorted(sizes) == [1, with_adapter]
+        elif with_adapter < CALM or turn <= number:
+            assert set(sizes) == {1} and len(sizes) == len(running)
+    for row in running.values():
+        rows.remove(row)
+
+
+@torch.inference_mode()
+def test_a_pass_that_fails_leaves_the_other_rows_usable(decoders, monkeypatch):
+    def fail(self, embeddings, positions, *given):
+        if positions[0] == 9:
+            raise MemoryError("too little")
+        return extend(self, embeddings, positions, *given)
+
+    decoder, extend = decoders[1], Sequences.extend
+    rows, handles = decoder.batch.rows, []
+    for length in (5, 9, 6):
+        decoder.prefill(torch.randn(1, length, decoder.model.config.hidden_size), cache := decoder.new_cache())
+        handles.append(rows.add(cache))
+    with monkeypatch.context() as patched, pytest.raises(MemoryError, match="too little"):
+        patched.setattr(Sequences, "extend", fail)
+        list(rows.step(dict.fromkeys(handles, 5)))
+    rows.remove(handles[1])
+    assert len(list(rows.step(dict.fromkeys(handles[::2], 5)))) == 2
+
+
+def test_garbage_collection_does_not_close_an_answer_on_another_core(engine, monkeypatch):
+    """Closing waits for the engine's lock, whose holder waits for the other cores."""
+
+    class Abandoned:
+        """An answer in a reference cycle: only garbage collection closes it."""
+
+        def __init__(self):
+            self.pieces, self.itself = engine.reply([Message("user", "Write a story.")], options), self
+            next(self.pieces)
+
+    def extend(self, *given):
+        if current_thread() is not thread:
+            gc.collect() if gc.isenabled() else None  # as any allocation may do
+        return compute(self, *given)
+
+    def run():
+        streams = [engine.reply([Message("user", f"Write {number} poems.")], options) for number in (3, 4, 5, 6)]
+        for _ in zip(*streams, strict=False):
+            Abandoned()
+
+    options, compute = SamplingOptions(temperature=0, max_new_tokens=6), Sequences.extend
+    monkeypatch.setattr(Sequences, "extend", extend)
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 class CountingRows:

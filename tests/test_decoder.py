@@ -124,7 +124,7 @@ def step(decoder, embeddings, adapters):
 @torch.inference_mode()
 def test_room_grows_with_the_answers(adapted, monkeypatch):
     """Long and short answers come and go, so the room is in pieces; each keeps its own keys and values."""
-    monkeypatch.setattr("mmchat.inference.llama_decoder.CAPACITY", 256)
+    monkeypatch.setattr("mmchat.inference.llama_rows.CAPACITY", 256)
     decoder, rows = load_llama_decoder(adapted), load_llama_decoder(adapted).batch.rows
     prompts = [torch.randn(1, 60 + 40 * (index % 4), 64, generator=seeded(index)) for index in range(12)]
     caches = [decoder.new_cache() for _ in prompts]

@@ -77,6 +77,7 @@ _SIGNATURES = {
     "llama_model_free": (None, [c_void_p]),
     "llama_init_from_model": (c_void_p, [c_void_p, _ContextParameters]),
     "llama_free": (None, [c_void_p]),
+    "llama_set_n_threads": (None, [c_void_p, c_int32, c_int32]),
     "llama_model_get_vocab": (c_void_p, [c_void_p]),
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
     "llama_decode": (c_int32, [c_void_p, _Batch]),
@@ -153,19 +154,14 @@ class LlamaModel:
 
 
 class Sequences:
-    """Keys and values of up to ``count`` sequences with ``capacity`` tokens together, and the passes that extend them.
+    """A context: keys and values of up to ``count`` sequences with ``capacity`` tokens together, and passes on them."""
 
-    Args:
-        threads: used for one pass.
-    """
-
-    def __init__(self, model: LlamaModel, capacity: int, count: int, threads: int):
+    def __init__(self, model: LlamaModel, capacity: int, count: int):
         self._library, self._model = load_library(), model  # the model must outlive its context
         self.capacity, self.count = capacity, count
         parameters = self._library.llama_context_default_params()
         parameters.n_ctx, parameters.n_seq_max = capacity, count
         parameters.n_batch = parameters.n_ubatch = CHUNK
-        parameters.n_threads = parameters.n_threads_batch = threads
         parameters.flash_attn_type, parameters.kv_unified, parameters.no_perf = FLASH_ATTENTION, True, True
         self._context = self._library.llama_init_from_model(model.pointer, parameters)
         if not self._context:
@@ -174,7 +170,12 @@ class Sequences:
         self._memory = self._library.llama_get_memory(self._context)
 
     def extend(
-        self, embeddings: np.ndarray, positions: Sequence[int], sequences: Sequence[int], outputs: Sequence[int]
+        self,
+        embeddings: np.ndarray,
+        positions: Sequence[int],
+        sequences: Sequence[int],
+        outputs: Sequence[int],
+        threads: int,
     ) -> np.ndarray:
         """Appends tokens to their sequences, in one pass.
 
@@ -183,6 +184,7 @@ class Sequences:
             positions: of the tokens in their sequences.
             sequences: the sequence of each token.
             outputs: indices of the tokens whose logits are wanted.
+            threads: that share the work.
 
         Returns:
             Logits, [outputs, vocabulary].
@@ -195,6 +197,7 @@ class Sequences:
         is_output = np.zeros(tokens, dtype=np.int8)
         is_output[list(outputs)] = 1
         arrays = (embeddings, places, one_each, addresses, is_output)
+        self._library.llama_set_n_threads(self._context, threads, threads)
         batch = _Batch(tokens, None, *(array.ctypes.data for array in arrays))
         if status := self._library.llama_decode(self._context, batch):
             raise MemoryError(f"llama.cpp could not compute the next tokens (status {status})")

@@ -11,12 +11,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cache, cached_property
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -26,12 +24,11 @@ from ..models.gguf_tensors import ARCHITECTURES, language_model_writer, write_la
 from ..models.language_model import base_model
 from ..models.stored_language_model import StoredLanguageModel, has_adapter, loaded
 from .batch import Batch
-from .llama_cpp import CHUNK, LlamaModel, Sequences, load_library
+from .llama_cpp import load_library
+from .llama_rows import LlamaCache, LlamaRows, Weights
 
 logger = logging.getLogger(__name__)
 
-CAPACITY, COUNT = 1024, 4  # tokens and sequences for which there is room at first
-PROMPT = 0  # the sequence in which prompts are prefilled; answers have the others
 FILE = "model.gguf"
 CACHED_BYTES = 4e9  # of converted models, of which each adapter has its own
 NO_VOCABULARY = "none"  # llama.cpp's name for a model that is given no text
@@ -115,137 +112,15 @@ class LlamaDecoder:
 
     def __init__(self, model: nn.Module, files: dict[bool, Path]):
         self.model, self.files = model, files
-        self._contexts = {merged: _Context(path) for merged, path in files.items()}
-        self.batch = Batch(LlamaRows(model))
+        cores = torch.get_num_threads()
+        self._weights = {merged: Weights(path, cores) for merged, path in files.items()}
+        self.batch = Batch(LlamaRows(model, cores))
 
     def new_cache(self, with_adapter: bool = True) -> LlamaCache:
-        return LlamaCache(self._contexts.get(with_adapter, self._contexts[False]), with_adapter)
+        return LlamaCache(self._weights.get(with_adapter, self._weights[False]), with_adapter)
 
     def prefill(self, embeddings: torch.Tensor, cache: LlamaCache) -> torch.Tensor:
-        context, length = cache.context, cache.length
-        context.reserve(length + embeddings.shape[1])
-        if length:
-            context.sequences.restore(PROMPT, cache.state, length)
-        try:
-            for chunk in embeddings[0].float().split(CHUNK):  # [tokens, hidden_size]
-                tokens = len(chunk)
-                logits = context.sequences.extend(
-                    chunk.numpy(), range(length, length + tokens), [PROMPT] * tokens, [tokens - 1]
-                )
-                length += tokens
-            cache.state, cache.length = context.sequences.save(PROMPT), length
-        finally:
-            context.sequences.clear(PROMPT)
+        context, tokens = cache.weights.contexts[0], embeddings[0].float().numpy()  # [tokens, hidden_size]
+        logits, cache.state = context.prefill(tokens, cache.state, cache.length)
+        cache.length += len(tokens)
         return torch.from_numpy(logits)
-
-
-class _Context:
-    """One file's weights, loaded on first use, and the sequences in progress on them."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self.rows: list[_Row] = []
-
-    @cached_property
-    def sequences(self) -> Sequences:
-        return self._sequences(CAPACITY, COUNT)
-
-    @cached_property
-    def _model(self) -> LlamaModel:
-        return LlamaModel(self._path)
-
-    def _sequences(self, capacity: int, count: int) -> Sequences:
-        return Sequences(self._model, capacity, count, torch.get_num_threads())
-
-    def free_sequences(self, number: int) -> list[int]:
-        """The numbers of sequences that no answer has; there must be room for them."""
-        taken = {PROMPT, *(row.sequence for row in self.rows)}
-        return [sequence for sequence in range(self.sequences.count) if sequence not in taken][:number]
-
-    def reserve(self, tokens: int, rows: int = 0) -> None:
-        """Makes room for this many more tokens and rows."""
-        old = self.sequences
-        capacity, count = sum(row.length for row in self.rows) + tokens, 1 + len(self.rows) + rows
-        if capacity <= old.capacity and count <= old.count:
-            return
-        new = self._sequences(
-            old.capacity if capacity <= old.capacity else max(capacity, 2 * old.capacity),
-            old.count if count <= old.count else max(count, 2 * old.count),
-        )
-        moved = list(self.rows)
-        for row in moved:
-            new.restore(row.sequence, old.save(row.sequence), row.length)
-        self.sequences = new
-        for row in set(moved) - set(self.rows):  # garbage collection may have closed its answer meanwhile
-            new.clear(row.sequence)
-
-
-@dataclass(eq=False)
-class LlamaCache:
-    """A ``Cache`` whose keys and values are copied into llama.cpp's context when they are needed."""
-
-    context: _Context
-    with_adapter: bool
-    length: int = 0  # tokens
-    # Never written to, so copies share it.
-    state: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint8))
-
-    @property
-    def size(self) -> int:
-        return self.state.nbytes
-
-    def prefix(self, length: int) -> LlamaCache:
-        return LlamaCache(self.context, self.with_adapter, length, self.state)
-
-
-@dataclass(eq=False)
-class _Row:
-    context: _Context
-    sequence: int
-    length: int  # tokens
-
-
-class LlamaRows:
-    """``Rows`` in one batch for the base model and one for the adapter."""
-
-    def __init__(self, model: nn.Module):
-        self._model = model
-
-    def add(self, cache: LlamaCache) -> _Row:
-        context = cache.context
-        context.reserve(cache.length + 1, rows=1)
-        row = _Row(context, context.free_sequences(1)[0], cache.length)
-        context.sequences.restore(row.sequence, cache.state, cache.length)
-        context.rows.append(row)
-        return row
-
-    def remove(self, row: _Row) -> None:
-        row.context.rows.remove(row)
-        row.context.sequences.clear(row.sequence)
-
-    def reorder(self, rows: list[_Row], sources: list[int]) -> None:
-        moved = [(row, rows[source].sequence) for row, source in zip(rows, sources, strict=True)]
-        moved = [(row, source) for row, source in moved if row.sequence != source]
-        context = rows[0].context
-        context.reserve(0, rows=len(moved))
-        old = [row.sequence for row, _ in moved]
-        for (row, source), free in zip(moved, context.free_sequences(len(moved)), strict=True):
-            context.sequences.copy(source, free)
-            row.sequence = free
-        for sequence in old:
-            context.sequences.clear(sequence)
-
-    @torch.inference_mode()
-    def step(self, token_ids: dict[_Row, int]) -> Iterator[tuple[_Row, torch.Tensor]]:
-        for context in {row.context for row in token_ids}:
-            present = [row for row in token_ids if row.context is context]
-            context.reserve(len(present))
-            for start in range(0, len(present), CHUNK):
-                rows = present[start : start + CHUNK]
-                tokens = torch.tensor([token_ids[row] for row in rows])
-                embeddings = self._model.get_input_embeddings()(tokens).float().numpy()  # [rows, hidden_size]
-                positions, sequences = [row.length for row in rows], [row.sequence for row in rows]
-                logits = context.sequences.extend(embeddings, positions, sequences, range(len(rows)))
-                for row in rows:
-                    row.length += 1
-                yield from zip(rows, torch.from_numpy(logits), strict=True)

@@ -1,0 +1,303 @@
+"""Answers in progress on llama.cpp: which context holds their KV cache, and which of them share a pass.
+
+A few answers get a core each. One core computes a token about as fast as two, since both wait for the weights, and what
+one core has just read is still in the processor's cache when the other needs it. llama.cpp's pass for several tokens
+takes longer than as many passes for one, until CROWD answers have the same weights.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
+from pathlib import Path
+from threading import Lock
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from .llama_cpp import CHUNK, LlamaModel, Sequences
+
+Result = TypeVar("Result")
+
+CAPACITY, COUNT = 1024, 4  # tokens and sequences that a context can hold at first
+GROWTH, SPARE = 1.5, 4  # a full context grows by the first factor; one that is larger by the second than needed shrinks
+PROMPT = 0  # the sequence in which prompts are prefilled; answers have the others
+CROWD, CALM = 6, 4  # answers with the same weights that start sharing passes, and the fewest that still do
+
+
+_COLLECTING = Lock()  # held by who turns garbage collection off
+
+
+class Weights:
+    """The weights in one file, loaded on first use, and a context for each of some cores."""
+
+    def __init__(self, path: Path, cores: int):
+        self._path = path
+        self.contexts = [Context(self, cores) for _ in range(cores)]
+        self.is_crowded = False
+
+    @cached_property
+    def model(self) -> LlamaModel:
+        return LlamaModel(self._path)
+
+
+class Context:
+    """A llama.cpp context for answers in progress, which grows with them.
+
+    Args:
+        cores: that compute a prompt.
+    """
+
+    def __init__(self, weights: Weights, cores: int):
+        self._weights, self._cores = weights, cores
+        self.rows: list[Row] = []
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        return Sequences(self._weights.model, CAPACITY, COUNT)
+
+    def add(self, row: Row, state: np.ndarray) -> None:
+        """Adds a row with these keys and values."""
+        self.reserve(row.length + 1, rows=1)
+        row.sequence = self.free_sequences(1)[0]
+        self.sequences.restore(row.sequence, state, row.length)
+        self.rows.append(row)
+
+    def remove(self, row: Row) -> None:
+        self.rows.remove(row)
+        self.sequences.clear(row.sequence)
+
+    def free_sequences(self, number: int) -> list[int]:
+        """The numbers of sequences that no row has; there must be space for them."""
+        taken = {PROMPT, *(row.sequence for row in self.rows)}
+        return [sequence for sequence in range(self.sequences.count) if sequence not in taken][:number]
+
+    def reserve(self, tokens: int, rows: int = 0) -> None:
+        """Makes space for this many more tokens and rows, and gives back what a crowd needed."""
+        old = self.sequences
+        needed, count = sum(row.length for row in self.rows) + tokens, 1 + len(self.rows) + rows
+        capacity = old.capacity
+        if needed > capacity:
+            capacity = max(needed, int(GROWTH * capacity))
+        elif capacity > SPARE * max(needed, CAPACITY):
+            capacity = max(needed, CAPACITY)
+        if capacity == old.capacity and count <= old.count:
+            return
+        new = Sequences(self._weights.model, capacity, old.count if count <= old.count else max(count, 2 * old.count))
+        moved = list(self.rows)
+        for row in moved:
+            new.restore(row.sequence, old.save(row.sequence), row.length)
+        self.sequences = new
+        for row in set(moved) - set(self.rows):  # garbage collection may have closed its answer meanwhile
+            new.clear(row.sequence)
+
+    def prefill(self, embeddings: np.ndarray, state: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Extends a prompt, on all cores.
+
+        Args:
+            embeddings: [tokens, hidden_size].
+            state: keys and values of at least the ``length`` tokens before them.
+
+        Returns:
+            Logits of the last token, [1, vocabulary]; keys and values of all tokens.
+        """
+        self.reserve(length + len(embeddings))
+        if length:
+            self.sequences.restore(PROMPT, state, length)
+        try:
+            for start in range(0, len(embeddings), CHUNK):
+                chunk = embeddings[start : start + CHUNK]
+                positions, last = range(length + start, length + start + len(chunk)), [len(chunk) - 1]
+                logits = self.sequences.extend(chunk, positions, [PROMPT] * len(chunk), last, self._cores)
+            return logits, self.sequences.save(PROMPT)
+        finally:
+            self.sequences.clear(PROMPT)
+
+    def step(self, rows: Sequence[Row], embeddings: dict[Row, np.ndarray], threads: int) -> dict[Row, np.ndarray]:
+        """Appends a token to each of some rows in one pass → their logits, [vocabulary].
+
+        Args:
+            embeddings: of the tokens, [hidden_size] each.
+        """
+        logits = self.sequences.extend(
+            np.stack([embeddings[row] for row in rows]),
+            [row.length for row in rows],
+            [row.sequence for row in rows],
+            range(len(rows)),
+            threads,
+        )
+        for row in rows:
+            row.length += 1
+        return dict(zip(rows, logits, strict=True))
+
+
+@dataclass(eq=False)
+class Row:
+    """An answer in progress.
+
+    Attributes:
+        length: in tokens, with the prompt.
+        core: that its context belongs to.
+        is_beam: whether it is one of several beams, which copy each other's tokens.
+        sequence: its number in its context.
+    """
+
+    weights: Weights
+    length: int
+    core: int
+    is_beam: bool = False
+    sequence: int = field(init=False)
+
+    @property
+    def context(self) -> Context:
+        return self.weights.contexts[self.core]
+
+    @property
+    def shares_passes(self) -> bool:
+        return self.is_beam or self.weights.is_crowded
+
+    def move(self, core: int) -> None:
+        """Moves it to the context of another core."""
+        if core != self.core:
+            state = self.context.sequences.save(self.sequence)
+            self.context.remove(self)
+            self.core = core
+            self.context.add(self, state)
+
+
+@dataclass(eq=False)
+class LlamaCache:
+    """A ``Cache`` whose keys and values are copied into a context when they are needed."""
+
+    weights: Weights
+    with_adapter: bool
+    length: int = 0  # tokens
+    # Never written to, so copies share it.
+    state: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint8))
+
+    @property
+    def size(self) -> int:
+        return self.state.nbytes
+
+    def prefix(self, length: int) -> LlamaCache:
+        return LlamaCache(self.weights, self.with_adapter, length, self.state)
+
+
+class LlamaRows:
+    """``Rows``: a few on a core each, a crowd with the same weights in one pass."""
+
+    def __init__(self, model: nn.Module, cores: int):
+        self._model, self._cores = model, cores
+        self._rows: list[Row] = []
+
+    def add(self, cache: LlamaCache) -> Row:
+        row = Row(cache.weights, cache.length, self._by_load()[0])
+        row.context.add(row, cache.state)
+        self._rows.append(row)
+        return row
+
+    def remove(self, row: Row) -> None:
+        row.context.remove(row)
+        self._rows.remove(row)
+
+    def reorder(self, rows: list[Row], sources: list[int]) -> None:
+        for row in rows:
+            row.is_beam = True
+            row.move(0)  # within a context, copies share memory
+        moved = [(row, rows[source].sequence) for row, source in zip(rows, sources, strict=True)]
+        moved = [(row, source) for row, source in moved if row.sequence != source]
+        context = rows[0].context
+        context.reserve(0, rows=len(moved))
+        old = [row.sequence for row, _ in moved]
+        for (row, source), free in zip(moved, context.free_sequences(len(moved)), strict=True):
+            context.sequences.copy(source, free)
+            row.sequence = free
+        for sequence in old:
+            context.sequences.clear(sequence)
+
+    @torch.inference_mode()
+    def step(self, token_ids: dict[Row, int]) -> Iterator[tuple[Row, torch.Tensor]]:
+        self._arrange()
+        for context in {row.context for row in token_ids}:
+            context.reserve(sum(row.context is context for row in token_ids))
+        tokens = torch.tensor(list(token_ids.values()))
+        embeddings = self._model.get_input_embeddings()(tokens).float().numpy()  # [rows, hidden_size]
+        inputs = dict(zip(token_ids, embeddings, strict=True))
+        for results in (self._step_together(inputs), self._step_apart(inputs)):
+            for row, logits in results.items():
+                yield row, torch.from_numpy(logits)
+
+    def _step_together(self, inputs: dict[Row, np.ndarray]) -> dict[Row, np.ndarray]:
+        """Passes of several rows, on all cores."""
+        results: dict[Row, np.ndarray] = {}
+        for weights in {row.weights for row in inputs}:
+            rows = [row for row in inputs if row.weights is weights and row.shares_passes]
+            for start in range(0, len(rows), CHUNK):
+                results |= weights.contexts[0].step(rows[start : start + CHUNK], inputs, self._cores)
+        return results
+
+    def _step_apart(self, inputs: dict[Row, np.ndarray]) -> dict[Row, np.ndarray]:
+        """Passes of one row each, on their own cores; a single row has all cores."""
+        rows = [row for row in inputs if not row.shares_passes]
+        if not rows:
+            return {}
+        if len(rows) == 1:
+            return rows[0].context.step(rows, inputs, self._cores)
+
+        def steps(core: int) -> dict[Row, np.ndarray]:
+            found = [row.context.step([row], inputs, 1) for row in rows if row.core == core]
+            return dict(ChainMap(*found))
+
+        found = _parallel([partial(steps, core) for core in {row.core for row in rows}])
+        return dict(ChainMap(*found))
+
+    def _arrange(self) -> None:
+        """Brings each crowd together, and spreads the other rows evenly over the cores."""
+        for weights in {row.weights for row in self._rows}:
+            rows = [row for row in self._rows if row.weights is weights]
+            weights.is_crowded = len(rows) >= (CALM if weights.is_crowded else CROWD)
+            for row in rows if weights.is_crowded else ():
+                row.move(0)
+        while True:
+            idlest, busiest = (self._by_load()[index] for index in (0, -1))
+            if self._load(busiest) - self._load(idlest) < 2:
+                return
+            next(row for row in self._rows if row.core == busiest and not row.shares_passes).move(idlest)
+
+    def _load(self, core: int) -> int:
+        """The number of rows that a core has to itself."""
+        return sum(row.core == core and not row.shares_passes for row in self._rows)
+
+    def _by_load(self) -> list[int]:
+        """The cores, that with the fewest rows first."""
+        return sorted(range(self._cores), key=self._load)
+
+
+def _parallel(work: Sequence[Callable[[], Result]]) -> list[Result]:
+    """Calls functions at the same time, the first in this thread; returns when all have ended.
+
+    Meanwhile there is no garbage collection: in another thread it might close an answer, and that waits for a lock that
+    this thread holds.
+    """
+    first, *others = work
+    with _COLLECTING:
+        is_collecting = gc.isenabled()
+        gc.disable()
+        futures = [_threads().submit(function) for function in others]
+        try:
+            return [first(), *(future.result() for future in futures)]
+        finally:
+            wait(futures)  # after an error or Ctrl-C, too: the next pass must not begin before
+            if is_collecting:
+                gc.enable()
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="llama.cpp")
