@@ -26,7 +26,7 @@ from .turns import Page
 from .visit import Visit
 from .voice import VoicePage, VoiceTab, build_speaker, build_voice_tab, connect_voice
 
-MAX_CONCURRENT = 4  # answers generated at the same time, in one batch
+MAX_CONCURRENT = 8  # answers generated at the same time, in one batch
 MAX_WAITING = 16  # questions in the queue; the next one is turned away
 
 # Markdown in an answer may link pictures anywhere on the web; the browser must not fetch them.
