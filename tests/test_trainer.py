@@ -287,6 +287,18 @@ def test_bf16_and_scheduled_sampling_learn(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_train_alike_and_are_not_compiled_for_each_length(tiny, tmp_path):
+    for name in ("plain", "compiled"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        train(recipe(tiny, tmp_path / name, compile=name == "compiled", max_steps=12))
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    plain, compiled = ([float(row["loss"]) for row in history(tmp_path / name)] for name in ("plain", "compiled"))
+    assert compiled == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.slow
 def test_label_smoothing_is_for_training_only(tiny, tmp_path):
     settings = {"max_steps": 1, "lr": 1e-9, "projector_lr": 1e-9, "eval": [str(tiny / "train.json")], "eval_steps": 1}
     losses = []
