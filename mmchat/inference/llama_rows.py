@@ -1,8 +1,8 @@
 """Answers in progress on llama.cpp: which context holds their KV cache, and which of them share a pass.
 
-A few answers get a core each. One core computes a token about as fast as two, since both wait for the weights, and what
-one core has just read is still in the processor's cache when the other needs it. llama.cpp's pass for several tokens
-takes longer than as many passes for one, until CROWD answers have the same weights.
+On a machine with few cores, a few answers get a core each. One core computes a token about as fast as two, since both
+wait for the weights, and what one core has just read is still in the processor's cache when the other needs it.
+llama.cpp's pass for several tokens takes longer than as many passes for one, until CROWD answers have the same weights.
 """
 
 from __future__ import annotations
@@ -144,6 +144,7 @@ class Row:
     Attributes:
         length: in tokens, with the prompt.
         core: that its context belongs to.
+        is_apart: whether that core computes it alone, instead of all cores together with other rows.
         is_beam: whether it is one of several beams, which copy each other's tokens.
         sequence: its number in its context.
     """
@@ -151,16 +152,13 @@ class Row:
     weights: Weights
     length: int
     core: int
+    is_apart: bool = True
     is_beam: bool = False
     sequence: int = field(init=False)
 
     @property
     def context(self) -> Context:
         return self.weights.contexts[self.core]
-
-    @property
-    def shares_passes(self) -> bool:
-        return self.is_beam or self.weights.is_crowded
 
     def move(self, core: int) -> None:
         """Moves it to the context of another core."""
@@ -190,7 +188,7 @@ class LlamaCache:
 
 
 class LlamaRows:
-    """``Rows``: a few on a core each, a crowd with the same weights in one pass."""
+    """``Rows``, which share passes on all cores or have a core each."""
 
     def __init__(self, model: nn.Module, cores: int):
         self._model, self._cores = model, cores
@@ -234,45 +232,42 @@ class LlamaRows:
                 yield row, torch.from_numpy(logits)
 
     def _step_together(self, inputs: dict[Row, np.ndarray]) -> dict[Row, np.ndarray]:
-        """Passes of several rows, on all cores."""
+        """Passes of all rows with the same weights, on all cores."""
         results: dict[Row, np.ndarray] = {}
         for weights in {row.weights for row in inputs}:
-            rows = [row for row in inputs if row.weights is weights and row.shares_passes]
+            rows = [row for row in inputs if row.weights is weights and not row.is_apart]
             for start in range(0, len(rows), CHUNK):
                 results |= weights.contexts[0].step(rows[start : start + CHUNK], inputs, self._cores)
         return results
 
     def _step_apart(self, inputs: dict[Row, np.ndarray]) -> dict[Row, np.ndarray]:
-        """Passes of one row each, on their own cores; a single row has all cores."""
-        rows = [row for row in inputs if not row.shares_passes]
-        if not rows:
-            return {}
-        if len(rows) == 1:
-            return rows[0].context.step(rows, inputs, self._cores)
+        """Passes of one row, on one core each."""
+        rows = [row for row in inputs if row.is_apart]
 
         def steps(core: int) -> dict[Row, np.ndarray]:
-            found = [row.context.step([row], inputs, 1) for row in rows if row.core == core]
-            return dict(ChainMap(*found))
+            return dict(ChainMap(*(row.context.step([row], inputs, 1) for row in rows if row.core == core)))
 
-        found = _parallel([partial(steps, core) for core in {row.core for row in rows}])
-        return dict(ChainMap(*found))
+        return dict(ChainMap(*_parallel([partial(steps, core) for core in {row.core for row in rows}])))
 
     def _arrange(self) -> None:
-        """Brings each crowd together, and spreads the other rows evenly over the cores."""
+        """Decides which rows have a core of their own, spreads these evenly, and brings the others together."""
         for weights in {row.weights for row in self._rows}:
-            rows = [row for row in self._rows if row.weights is weights]
-            weights.is_crowded = len(rows) >= (CALM if weights.is_crowded else CROWD)
-            for row in rows if weights.is_crowded else ():
+            number = sum(row.weights is weights for row in self._rows)
+            weights.is_crowded = number >= (CALM if weights.is_crowded else CROWD)
+        few = [row for row in self._rows if not (row.is_beam or row.weights.is_crowded)]
+        for row in self._rows:
+            row.is_apart = row in few and len(few) >= self._cores  # fewer would leave cores idle
+            if not row.is_apart:
                 row.move(0)
         while True:
             idlest, busiest = (self._by_load()[index] for index in (0, -1))
             if self._load(busiest) - self._load(idlest) < 2:
                 return
-            next(row for row in self._rows if row.core == busiest and not row.shares_passes).move(idlest)
+            next(row for row in self._rows if row.is_apart and row.core == busiest).move(idlest)
 
     def _load(self, core: int) -> int:
         """The number of rows that a core has to itself."""
-        return sum(row.core == core and not row.shares_passes for row in self._rows)
+        return sum(row.is_apart and row.core == core for row in self._rows)
 
     def _by_load(self) -> list[int]:
         """The cores, that with the fewest rows first."""
@@ -285,6 +280,8 @@ def _parallel(work: Sequence[Callable[[], Result]]) -> list[Result]:
     Meanwhile there is no garbage collection: in another thread it might close an answer, and that waits for a lock that
     this thread holds.
     """
+    if len(work) < 2:
+        return [function() for function in work]
     first, *others = work
     with _COLLECTING:
         is_collecting = gc.isenabled()
