@@ -11,6 +11,7 @@ import gc
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -30,8 +31,24 @@ GROWTH, SPARE = 1.5, 4  # a full context grows by the first factor; one that is 
 PROMPT = 0  # the sequence in which prompts are prefilled; answers have the others
 CROWD, CALM = 6, 4  # answers with the same weights that start sharing passes, and the fewest that still do
 
+_collecting = Lock()  # held by the thread that paused garbage collection
 
-_COLLECTING = Lock()  # held by who turns garbage collection off
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Pauses garbage collection, which closes answers that nobody reads.
+
+    Here it would remove a row that is being moved or computed. In the thread of another core, it would also wait for
+    the engine's lock, whose holder waits for that thread.
+    """
+    with _collecting:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was_enabled:
+                gc.enable()
 
 
 class Weights:
@@ -90,13 +107,11 @@ class Context:
         if capacity == old.capacity and count <= old.count:
             return
         new = Sequences(self._weights.model, capacity, old.count if count <= old.count else max(count, 2 * old.count))
-        moved = list(self.rows)
-        for row in moved:
+        for row in self.rows:
             new.restore(row.sequence, old.save(row.sequence), row.length)
         self.sequences = new
-        for row in set(moved) - set(self.rows):  # garbage collection may have closed its answer meanwhile
-            new.clear(row.sequence)
 
+    @no_garbage_collection()
     def prefill(self, embeddings: np.ndarray, state: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Extends a prompt, on all cores.
 
@@ -194,6 +209,7 @@ class LlamaRows:
         self._model, self._cores = model, cores
         self._rows: list[Row] = []
 
+    @no_garbage_collection()
     def add(self, cache: LlamaCache) -> Row:
         row = Row(cache.weights, cache.length, self._by_load()[0])
         row.context.add(row, cache.state)
@@ -204,6 +220,7 @@ class LlamaRows:
         row.context.remove(row)
         self._rows.remove(row)
 
+    @no_garbage_collection()
     def reorder(self, rows: list[Row], sources: list[int]) -> None:
         for row in rows:
             row.is_beam = True
@@ -219,17 +236,17 @@ class LlamaRows:
         for sequence in old:
             context.sequences.clear(sequence)
 
+    @no_garbage_collection()
     @torch.inference_mode()
-    def step(self, token_ids: dict[Row, int]) -> Iterator[tuple[Row, torch.Tensor]]:
+    def step(self, token_ids: dict[Row, int]) -> list[tuple[Row, torch.Tensor]]:
         self._arrange()
         for context in {row.context for row in token_ids}:
             context.reserve(sum(row.context is context for row in token_ids))
         tokens = torch.tensor(list(token_ids.values()))
         embeddings = self._model.get_input_embeddings()(tokens).float().numpy()  # [rows, hidden_size]
         inputs = dict(zip(token_ids, embeddings, strict=True))
-        for results in (self._step_together(inputs), self._step_apart(inputs)):
-            for row, logits in results.items():
-                yield row, torch.from_numpy(logits)
+        results = self._step_together(inputs) | self._step_apart(inputs)
+        return [(row, torch.from_numpy(logits)) for row, logits in results.items()]
 
     def _step_together(self, inputs: dict[Row, np.ndarray]) -> dict[Row, np.ndarray]:
         """Passes of all rows with the same weights, on all cores."""
@@ -275,24 +292,15 @@ class LlamaRows:
 
 
 def _parallel(work: Sequence[Callable[[], Result]]) -> list[Result]:
-    """Calls functions at the same time, the first in this thread; returns when all have ended.
-
-    Meanwhile there is no garbage collection: in another thread it might close an answer, and that waits for a lock that
-    this thread holds.
-    """
-    if len(work) < 2:
-        return [function() for function in work]
+    """Calls functions at the same time, the first in this thread; returns when all have ended."""
+    if not work:
+        return []
     first, *others = work
-    with _COLLECTING:
-        is_collecting = gc.isenabled()
-        gc.disable()
-        futures = [_threads().submit(function) for function in others]
-        try:
-            return [first(), *(future.result() for future in futures)]
-        finally:
-            wait(futures)  # after an error or Ctrl-C, too: the next pass must not begin before
-            if is_collecting:
-                gc.enable()
+    futures = [_threads().submit(function) for function in others]
+    try:
+        return [first(), *(future.result() for future in futures)]
+    finally:
+        wait(futures)  # after an error or Ctrl-C, too: the next pass must not begin before
 
 
 @cache
