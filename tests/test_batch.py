@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import weakref
 from threading import Thread, current_thread
 
 import pytest
@@ -16,6 +17,7 @@ from mmchat.inference.generation import stream_token_ids
 from mmchat.inference.llama_cpp import Sequences
 from mmchat.inference.llama_decoder import load_llama_decoder
 from mmchat.inference.llama_rows import CALM, CROWD
+from mmchat.inference.prefix_cache import PrefixCache
 from mmchat.inference.sampling import Sampler
 from mmchat.models.language_model import add_adapter, load_language_model
 from mmchat.presets import get_preset
@@ -27,8 +29,10 @@ from tests.conftest import ROOT
 def decoders(request, tiny, tmp_path, monkeypatch):
     """Decoders of a small model with an adapter that changes its logits.
 
-    PyTorch's comes first. Only its tokens are exactly the same in a batch: llama.cpp rounds to 8 bits.
+    PyTorch's comes first. Only its tokens are exactly the same in a batch: llama.cpp rounds to 8 bits, and has two
+    cores.
     """
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
     model, _ = load_language_model(get_preset(request.param).language_model, torch.float32)
     model = add_adapter(model, rank=4, alpha=8, dropout=0.0, base_name="tiny").eval()
@@ -212,11 +216,28 @@ def test_garbage_collection_does_not_close_an_answer_on_another_core(engine, mon
             Abandoned()
 
     options, compute = SamplingOptions(temperature=0, max_new_tokens=6), Sequences.extend
+    with monkeypatch.context() as two_cores:
+        two_cores.setattr(torch, "get_num_threads", lambda: 2)
+        decoder = load_llama_decoder(engine.decoder.model)
+    monkeypatch.setattr(engine, "decoder", decoder)
+    monkeypatch.setattr(engine, "prefix_cache", PrefixCache(decoder, 0))
     monkeypatch.setattr(Sequences, "extend", extend)
     thread = Thread(target=run, daemon=True)
     thread.start()
     thread.join(60)
     assert not thread.is_alive()
+
+
+def test_a_decoder_and_its_open_answers_may_be_garbage_together(decoders):
+    class Cycle:
+        def __init__(self, decoder):
+            self.stream, self.itself = begun(decoder, 9)[1], self
+            next(self.stream), next(self.stream)
+
+    freed = weakref.ref(decoders[1])
+    Cycle(decoders.pop())
+    gc.collect()
+    assert freed() is None
 
 
 class CountingRows:

@@ -157,7 +157,7 @@ class Sequences:
     """A context: keys and values of up to ``count`` sequences with ``capacity`` tokens together, and passes on them."""
 
     def __init__(self, model: LlamaModel, capacity: int, count: int):
-        self._library, self._model = load_library(), model  # the model must outlive its context
+        self._library, self._model = load_library(), model
         self.capacity, self.count = capacity, count
         parameters = self._library.llama_context_default_params()
         parameters.n_ctx, parameters.n_seq_max = capacity, count
@@ -166,7 +166,8 @@ class Sequences:
         self._context = self._library.llama_init_from_model(model.pointer, parameters)
         if not self._context:
             raise MemoryError("llama.cpp cannot make a context: too little memory, or a model that it does not know")
-        weakref.finalize(self, self._library.llama_free, self._context).atexit = False  # a thread may still use it
+        self._finalizer = weakref.finalize(self, _free, self._library, self._context, model)
+        self._finalizer.atexit = False  # a thread may still use it
         self._memory = self._library.llama_get_memory(self._context)
 
     def extend(
@@ -224,4 +225,10 @@ class Sequences:
 
     def clear(self, sequence: int) -> None:
         """Empties a sequence."""
-        self._library.llama_memory_seq_rm(self._memory, sequence, 0, ALL)
+        if self._finalizer.alive:  # garbage collection may free a context before it closes the answers in it
+            self._library.llama_memory_seq_rm(self._memory, sequence, 0, ALL)
+
+
+def _free(library: ctypes.CDLL, context: int, _: LlamaModel) -> None:
+    """Frees a context. Its model must outlive it, so it is an argument."""
+    library.llama_free(context)
