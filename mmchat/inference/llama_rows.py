@@ -8,7 +8,6 @@ llama.cpp's pass for several tokens takes longer than as many passes for one, un
 from __future__ import annotations
 
 import gc
-from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
 from threading import Lock
-from typing import TypeVar
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from torch import nn
 
 from .llama_cpp import CHUNK, LlamaModel, Sequences
 
-Result = TypeVar("Result")
+Result: TypeAlias = "tuple[Row, np.ndarray]"  # a row and its logits, [vocabulary]
 
 CAPACITY, COUNT = 1024, 4  # tokens and sequences that a context can hold at first
 GROWTH, SPARE = 1.5, 4  # a full context grows by the first factor; one that is larger by the second than needed shrinks
@@ -134,8 +133,8 @@ class Context:
         finally:
             self.sequences.clear(PROMPT)
 
-    def step(self, rows: Sequence[Row], embeddings: dict[Row, np.ndarray], threads: int) -> dict[Row, np.ndarray]:
-        """Appends a token to each of some rows in one pass → their logits, [vocabulary].
+    def step(self, rows: Sequence[Row], embeddings: dict[Row, np.ndarray], threads: int) -> list[Result]:
+        """Appends a token to each of some rows in one pass → the rows with their logits, [vocabulary].
 
         Args:
             embeddings: of the tokens, [hidden_size] each.
@@ -149,7 +148,7 @@ class Context:
         )
         for row in rows:
             row.length += 1
-        return dict(zip(rows, logits, strict=True))
+        return list(zip(rows, logits, strict=True))
 
 
 @dataclass(eq=False)
@@ -245,26 +244,27 @@ class LlamaRows:
         tokens = torch.tensor(list(token_ids.values()))
         embeddings = self._model.get_input_embeddings()(tokens).float().numpy()  # [rows, hidden_size]
         inputs = dict(zip(token_ids, embeddings, strict=True))
-        results = self._step_together(inputs) | self._step_apart(inputs)
-        return [(row, torch.from_numpy(logits)) for row, logits in results.items()]
+        results = self._step_together(inputs) + self._step_apart(inputs)
+        return [(row, torch.from_numpy(logits)) for row, logits in results]
 
-    def _step_together(self, inputs: dict[Row, np.ndarray]) -> dict[Row, np.ndarray]:
+    def _step_together(self, inputs: dict[Row, np.ndarray]) -> list[Result]:
         """Passes of all rows with the same weights, on all cores."""
-        results: dict[Row, np.ndarray] = {}
+        results: list[Result] = []
         for weights in {row.weights for row in inputs}:
             rows = [row for row in inputs if row.weights is weights and not row.is_apart]
             for start in range(0, len(rows), CHUNK):
-                results |= weights.contexts[0].step(rows[start : start + CHUNK], inputs, self._cores)
+                results += weights.contexts[0].step(rows[start : start + CHUNK], inputs, self._cores)
         return results
 
-    def _step_apart(self, inputs: dict[Row, np.ndarray]) -> dict[Row, np.ndarray]:
+    def _step_apart(self, inputs: dict[Row, np.ndarray]) -> list[Result]:
         """Passes of one row, on one core each."""
         rows = [row for row in inputs if row.is_apart]
 
-        def steps(core: int) -> dict[Row, np.ndarray]:
-            return dict(ChainMap(*(row.context.step([row], inputs, 1) for row in rows if row.core == core)))
+        def steps(core: int) -> list[Result]:
+            return [result for row in rows if row.core == core for result in row.context.step([row], inputs, 1)]
 
-        return dict(ChainMap(*_parallel([partial(steps, core) for core in {row.core for row in rows}])))
+        found = _parallel([partial(steps, core) for core in {row.core for row in rows}])
+        return [result for results in found for result in results]
 
     def _arrange(self) -> None:
         """Decides which rows have a core of their own, spreads these evenly, and brings the others together."""
@@ -291,7 +291,7 @@ class LlamaRows:
         return sorted(range(self._cores), key=self._load)
 
 
-def _parallel(work: Sequence[Callable[[], Result]]) -> list[Result]:
+def _parallel(work: Sequence[Callable[[], list[Result]]]) -> list[list[Result]]:
     """Calls functions at the same time, the first in this thread; returns when all have ended."""
     if not work:
         return []
