@@ -9,9 +9,12 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+
+from tqdm.auto import tqdm
 
 from mmchat.presets import PRESETS
 from mmchat.training.recipe import Recipe, read_recipe
@@ -24,6 +27,7 @@ def start(recipe: Recipe) -> int:
     process = os.fork()
     if process == 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        tqdm.set_lock(threading.RLock())  # all forks share tqdm's own: one killed while holding it blocks the others
         try:
             train(recipe)
         except BaseException:
