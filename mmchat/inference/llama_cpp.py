@@ -70,6 +70,21 @@ class _Batch(ctypes.Structure):
     ]
 
 
+class _Tokens:
+    """What llama_batch says of the tokens of a pass, in arrays that every pass of a context uses again."""
+
+    def __init__(self) -> None:
+        self.positions, self.sequences, one_each = (np.ones(CHUNK, dtype=np.int32) for _ in range(3))
+        self.is_output = np.zeros(CHUNK, dtype=np.int8)
+        addresses = self.sequences.ctypes.data + self.sequences.itemsize * np.arange(CHUNK, dtype=np.uintp)
+        self._arrays = (self.positions, one_each, addresses, self.is_output)
+        self._pointers = [array.ctypes.data for array in self._arrays]
+
+    def batch(self, embeddings: np.ndarray) -> _Batch:
+        """The argument of llama_decode, for embeddings, [tokens, hidden_size], which must stay until it returns."""
+        return _Batch(len(embeddings), None, embeddings.ctypes.data, *self._pointers)
+
+
 _SIGNATURES = {
     "llama_model_default_params": (_ModelParameters, []),
     "llama_context_default_params": (_ContextParameters, []),
@@ -81,7 +96,7 @@ _SIGNATURES = {
     "llama_model_get_vocab": (c_void_p, [c_void_p]),
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
     "llama_decode": (c_int32, [c_void_p, _Batch]),
-    "llama_get_logits_ith": (c_void_p, [c_void_p, c_int32]),
+    "llama_get_logits": (c_void_p, [c_void_p]),
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_seq_rm": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
     "llama_memory_seq_cp": (None, [c_void_p, c_int32, c_int32, c_int32, c_int32]),
@@ -169,6 +184,7 @@ class Sequences:
         self._finalizer = weakref.finalize(self, _free, self._library, self._context, model)
         self._finalizer.atexit = False  # a thread may still use it
         self._memory = self._library.llama_get_memory(self._context)
+        self._tokens = _Tokens()
 
     def extend(
         self,
@@ -184,7 +200,7 @@ class Sequences:
             embeddings: [tokens, hidden_size], at most CHUNK tokens.
             positions: of the tokens in their sequences.
             sequences: the sequence of each token.
-            outputs: indices of the tokens whose logits are wanted.
+            outputs: indices of the tokens whose logits are wanted, in ascending order.
             threads: that share the work.
 
         Returns:
@@ -192,19 +208,14 @@ class Sequences:
         """
         tokens = len(embeddings)
         embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
-        places, numbers = np.array(positions, dtype=np.int32), np.array(sequences, dtype=np.int32)
-        one_each = np.ones(tokens, dtype=np.int32)
-        addresses = numbers.ctypes.data + numbers.itemsize * np.arange(tokens, dtype=np.uintp)
-        is_output = np.zeros(tokens, dtype=np.int8)
-        is_output[list(outputs)] = 1
-        arrays = (embeddings, places, one_each, addresses, is_output)
+        self._tokens.positions[:tokens], self._tokens.sequences[:tokens] = positions, sequences
+        self._tokens.is_output[:] = False
+        self._tokens.is_output[list(outputs)] = True
         self._library.llama_set_n_threads(self._context, threads, threads)
-        batch = _Batch(tokens, None, *(array.ctypes.data for array in arrays))
-        if status := self._library.llama_decode(self._context, batch):
+        if status := self._library.llama_decode(self._context, self._tokens.batch(embeddings)):
             raise MemoryError(f"llama.cpp could not compute the next tokens (status {status})")
         logits = np.empty((len(outputs), self._model.vocabulary), dtype=np.float32)
-        for row, index in zip(logits, outputs, strict=True):
-            ctypes.memmove(row.ctypes.data, self._library.llama_get_logits_ith(self._context, index), row.nbytes)
+        ctypes.memmove(logits.ctypes.data, self._library.llama_get_logits(self._context), logits.nbytes)
         return logits
 
     def save(self, sequence: int) -> np.ndarray:

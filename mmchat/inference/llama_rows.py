@@ -205,22 +205,29 @@ class LlamaRows:
     """``Rows``, which share passes on all cores or have a core each."""
 
     def __init__(self, model: nn.Module, cores: int):
-        self._model, self._cores = model, cores
+        self._cores = cores
+        embeddings = model.get_input_embeddings().weight.detach()  # [vocabulary, hidden_size]
+        # NumPy finds a row in a third of PyTorch's time, but knows no bfloat16.
+        self._embeddings = embeddings.numpy() if embeddings.dtype == torch.float32 else embeddings
         self._rows: list[Row] = []
+        self._is_arranged = True
 
     @no_garbage_collection()
     def add(self, cache: LlamaCache) -> Row:
         row = Row(cache.weights, cache.length, self._by_load()[0])
         row.context.add(row, cache.state)
         self._rows.append(row)
+        self._is_arranged = False
         return row
 
     def remove(self, row: Row) -> None:
         row.context.remove(row)
         self._rows.remove(row)
+        self._is_arranged = False
 
     @no_garbage_collection()
     def reorder(self, rows: list[Row], sources: list[int]) -> None:
+        self._is_arranged = False
         for row in rows:
             row.is_beam = True
             row.move(0)  # within a context, copies share memory
@@ -238,14 +245,19 @@ class LlamaRows:
     @no_garbage_collection()
     @torch.inference_mode()
     def step(self, token_ids: dict[Row, int]) -> list[tuple[Row, torch.Tensor]]:
-        self._arrange()
+        if not self._is_arranged:
+            self._arrange()
+            self._is_arranged = True
         for context in {row.context for row in token_ids}:
             context.reserve(sum(row.context is context for row in token_ids))
-        tokens = torch.tensor(list(token_ids.values()))
-        embeddings = self._model.get_input_embeddings()(tokens).float().numpy()  # [rows, hidden_size]
-        inputs = dict(zip(token_ids, embeddings, strict=True))
+        inputs = {row: self._embedding(token_id) for row, token_id in token_ids.items()}
         results = self._step_together(inputs) + self._step_apart(inputs)
         return [(row, torch.from_numpy(logits)) for row, logits in results]
+
+    def _embedding(self, token_id: int) -> np.ndarray:
+        """A token's embedding, [hidden_size]."""
+        embedding = self._embeddings[token_id]
+        return embedding if isinstance(embedding, np.ndarray) else embedding.float().numpy()
 
     def _step_together(self, inputs: dict[Row, np.ndarray]) -> list[Result]:
         """Passes of all rows with the same weights, on all cores."""

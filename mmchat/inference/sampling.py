@@ -6,6 +6,7 @@ more and take a core from the decoder while it computes the next token.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections import defaultdict
 
@@ -41,13 +42,13 @@ class Sampler:
         if self._temperature == 0:
             token_id = int(self.scores(logits).argmax())
         else:
-            token_id = self._draw(*self.distribution(logits), len(logits))
+            token_id = self._draw(*self.distribution(logits))
         if self._ngram_size:
             self._followers[self._ngram_start()].append(token_id)
         self._written.append(token_id)
         return token_id
 
-    def _draw(self, token_ids: np.ndarray, probabilities: np.ndarray, vocabulary: int) -> int:
+    def _draw(self, token_ids: np.ndarray, probabilities: np.ndarray) -> int:
         """Samples a token with the Gumbel-max trick, as ``torch.multinomial`` does, but with noise per token id.
 
         Rounding swaps the ranks of nearly equal tokens and moves the end of the nucleus. With noise per rank, or noise
@@ -55,9 +56,9 @@ class Sampler:
         """
         if len(token_ids) == 1:
             return int(token_ids[0])
-        random = np.random.default_rng((self._seed, len(self._written)))
-        noise = random.standard_exponential(vocabulary, dtype=np.float32)  # [vocabulary]
-        return int(token_ids[(probabilities / noise[token_ids]).argmax()])
+        key = hashlib.blake2b(f"{self._seed} {len(self._written)}".encode(), digest_size=8).digest()
+        noise = -np.log(_uniform(int.from_bytes(key, "little"), token_ids))  # [tokens], exponentially distributed
+        return int(token_ids[(probabilities / noise).argmax()])
 
     def distribution(self, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that may be next and their probabilities, [candidates] each, from logits, [vocabulary].
@@ -85,8 +86,9 @@ class Sampler:
         """Logits, [vocabulary]: lower for tokens that are in the answer, -inf for those that would repeat an n-gram."""
         scores = logits.float().cpu().numpy()
         if self._penalty != 1 and self._written:
-            scores, written = scores.copy(), scores[self._written]
-            scores[self._written] = np.where(written < 0, written * self._penalty, written / self._penalty)
+            token_ids, scores = np.array(self._written), scores.copy()
+            written = scores[token_ids]  # [written tokens]
+            scores[token_ids] = np.where(written < 0, written * self._penalty, written / self._penalty)
         if self._ngram_size and (repeating := self._followers.get(self._ngram_start())):
             scores = scores.copy()
             scores[repeating] = -np.inf
@@ -95,3 +97,16 @@ class Sampler:
     def _ngram_start(self) -> tuple[int, ...]:
         """The last tokens, which the next one would complete to an n-gram; fewer at the start of the answer."""
         return tuple(self._written[max(len(self._written) - self._ngram_size + 1, 0) :])
+
+
+def _uniform(key: int, token_ids: np.ndarray) -> np.ndarray:
+    """A random number in (0, 1) for each token id, which depends on the key and that id alone: [tokens].
+
+    SplitMix64 (Steele, Lea, Flood 2014, doi:10.1145/2660193.2660195). NumPy's generators would have to draw a number
+    for every token of the vocabulary.
+    """
+    bits = np.uint64(key) + token_ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # modulo 2**64
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    bits ^= bits >> np.uint64(31)
+    return ((bits >> np.uint64(12)) + 0.5) / 2.0**52
