@@ -143,8 +143,20 @@ def _trouble(preset: Preset, device: Device) -> str:
 
 def keep_less_memory() -> None:
     """Makes glibc return freed memory to the system soon; by default it keeps up to 64 MB for the next request."""
+    _set_malloc(trim_threshold=2**16, mmap_threshold=2**20)
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep freed memory for the next request, instead of getting new pages, full of zeros, each time.
+
+    Every training step allocates the same large tensors, so this saves a seventh of its time.
+    """
+    _set_malloc(trim_threshold=2**31 - 1, mmap_threshold=2**30)
+
+
+def _set_malloc(trim_threshold: int, mmap_threshold: int) -> None:
     with suppress(AttributeError, OSError, TypeError):  # another C library has no mallopt
-        for parameter, size in ((M_TRIM_THRESHOLD, 2**16), (M_MMAP_THRESHOLD, 2**20)):
+        for parameter, size in ((M_TRIM_THRESHOLD, trim_threshold), (M_MMAP_THRESHOLD, mmap_threshold)):
             ctypes.CDLL(None).mallopt(parameter, size)
 
 

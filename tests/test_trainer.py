@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -392,6 +393,30 @@ def test_a_full_disk_keeps_the_last_checkpoint(tiny, tmp_path, monkeypatch, writ
     has_space[0] = True
     train(recipe(tiny, tmp_path, max_steps=6, lr_scheduler_type="constant", resume=True))
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-6"]
+
+
+PAGES = """
+import resource, numpy as np
+from mmchat.device import keep_freed_memory
+
+def pages(count):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(count):
+        np.ones(4_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+new = pages(4)
+keep_freed_memory()
+pages(1)
+print(new, pages(4))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc only")
+def test_freed_memory_is_used_again():
+    said = subprocess.run([sys.executable, "-c", PAGES], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    new, kept = map(int, said.split())
+    assert kept < new / 10
 
 
 @pytest.mark.slow

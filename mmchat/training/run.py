@@ -14,7 +14,7 @@ import torch
 from transformers import EarlyStoppingCallback, set_seed
 
 from ..checkpoints.weights_folder import load_model, preset_for_weights, save_weights
-from ..device import choose_device
+from ..device import choose_device, keep_freed_memory
 from ..errors import BadInput, MmchatError
 from ..models.chat_formats import chat_format_of
 from ..models.image_encoder import find_image_encoder, load_image_encoder
@@ -231,6 +231,7 @@ def run_from_terminal(recipe: Recipe) -> None:
     """
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # only the first of several processes logs
     logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, format="%(message)s")
+    keep_freed_memory()
     try:
         is_finished = train(recipe)
     except MmchatError as error:
