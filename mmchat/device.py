@@ -149,7 +149,7 @@ def keep_less_memory() -> None:
 def keep_freed_memory() -> None:
     """Makes glibc keep freed memory for the next request, instead of getting new pages, full of zeros, each time.
 
-    Every training step allocates the same large tensors, so this saves a seventh of its time.
+    Every training step allocates the same large tensors, so this saves an eighth of its time with compiled layers.
     """
     _set_malloc(trim_threshold=2**31 - 1, mmap_threshold=2**30)
 
