@@ -451,7 +451,7 @@ def speech() -> Iterator[Row]:
 def training() -> Iterator[Row]:
     """Training speed: captions of 14 words, five per picture, about 32 per step; forward, backward, AdamW.
 
-    Ours is compiled, as in the recipes of ``smol``.
+    Ours is compiled, as in the recipes of ``smol``, which needs a C++ compiler.
     """
     import torch
     from torch import nn

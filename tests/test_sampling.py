@@ -80,17 +80,14 @@ def test_samples_follow_the_distribution():
 
 
 def test_neighboring_seeds_and_positions_draw_independently():
-    """Each of four equally likely tokens follows each in a quarter of the cases, at the next position and seed."""
+    """Pairs of four equally likely tokens are equally frequent, at successive positions and for successive seeds."""
     logits, pairs = torch.zeros(4), torch.zeros(2, 4, 4)
     drawn = []
     for seed in range(200):
         choose = Sampler(SamplingOptions(1.0, 1.0, repetition_penalty=1.0, seed=seed))
         drawn.append([choose(logits) for _ in range(40)])
     drawn = torch.tensor(drawn)  # [seeds, positions]
-    for counts, one, other in (
-        (pairs[0], drawn[:, :-1], drawn[:, 1:]),
-        (pairs[1], drawn[:-1], drawn[1:]),
-    ):
+    for counts, one, other in ((pairs[0], drawn[:, :-1], drawn[:, 1:]), (pairs[1], drawn[:-1], drawn[1:])):
         counts.index_put_((one.flatten(), other.flatten()), torch.tensor(1.0), accumulate=True)
     shares = pairs / pairs.sum(dim=(1, 2), keepdim=True)  # of 7,800 or more pairs
     assert (shares - 1 / 16).abs().max() < 0.012  # four standard deviations

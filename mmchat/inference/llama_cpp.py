@@ -77,7 +77,7 @@ class _Tokens:
         self.positions, self.sequences, one_each = (np.ones(CHUNK, dtype=np.int32) for _ in range(3))
         self.is_output = np.zeros(CHUNK, dtype=np.int8)
         addresses = self.sequences.ctypes.data + self.sequences.itemsize * np.arange(CHUNK, dtype=np.uintp)
-        self._arrays = (self.positions, one_each, addresses, self.is_output)
+        self._arrays = (self.positions, one_each, addresses, self.is_output)  # llama.cpp has only their addresses
         self._pointers = [array.ctypes.data for array in self._arrays]
 
     def batch(self, embeddings: np.ndarray) -> _Batch:

@@ -1,7 +1,7 @@
 """Answers in progress on llama.cpp: which context holds their KV cache, and which of them share a pass.
 
-On a machine with few cores, a few answers get a core each. One core computes a token about as fast as two, since both
-wait for the weights, and what one core has just read is still in the processor's cache when the other needs it.
+On a machine with few cores, a few answers get a core each. Where memory limits the speed, one core computes a token
+about as fast as two, and what it has just read is still in the processor's cache when another core needs it.
 llama.cpp's pass for several tokens takes longer than as many passes for one, until CROWD answers have the same weights.
 """
 
