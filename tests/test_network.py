@@ -25,12 +25,14 @@ KINDS = ["reply", "rewrite", "transcribe", "reply"]  # what the test asks for, i
 
 
 @pytest.mark.slow
-def test_the_app_with_all_its_routes_contacts_no_other_machine(tmp_path, photo):
+@pytest.mark.parametrize("decoder", ["llama.cpp", "openvino"])  # OpenVINO's package would report its import
+def test_the_app_with_all_its_routes_contacts_no_other_machine(tmp_path, photo, decoder):
     asked, log = tmp_path / "asked.txt", tmp_path / "log.txt"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "GRADIO_"))}
+    environment |= SETTINGS | {"MMCHAT_DECODER": decoder}
     command = [sys.executable, "-m", "tests.watched", str(asked), "app.py", "--preset", "smol", "--api", "--metrics"]
     with log.open("w") as sink:
-        app = subprocess.Popen(command, cwd=ROOT, stdout=sink, stderr=sink, env=environment | SETTINGS)
+        app = subprocess.Popen(command, cwd=ROOT, stdout=sink, stderr=sink, env=environment)
     try:
         address = page_address(app, log)
         health = httpx.get(f"{address}/healthz")

@@ -17,6 +17,7 @@ from ..models.language_model import switch_adapter
 from ..models.stored_language_model import loaded
 from .batch import Batch
 from .llama_decoder import load_llama_decoder
+from .openvino_decoder import load_openvino_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -55,12 +56,12 @@ class Decoder(Protocol):
 
 
 def load_decoder(model: nn.Module) -> Decoder:
-    """The fastest decoder for a language model on this machine.
+    """The fastest decoder for a language model on this machine, or the one that MMCHAT_DECODER names.
 
     Args:
         model: the language model, with or without a LoRA adapter; a stored one is loaded if PyTorch must compute it.
     """
-    return load_llama_decoder(model) or TorchDecoder(loaded(model))
+    return load_openvino_decoder(model) or load_llama_decoder(model) or TorchDecoder(loaded(model))
 
 
 class TorchDecoder:

@@ -8,7 +8,6 @@ small products for each layer. Of PyTorch's weights, only the token embeddings a
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from ..errors import MmchatError
 from ..fetching.cache import convert_once, remove_oldest
 from ..models.gguf_tensors import ARCHITECTURES, language_model_writer, write_language_model
 from ..models.language_model import base_model
-from ..models.stored_language_model import StoredLanguageModel, has_adapter, loaded
+from ..models.stored_language_model import has_adapter, loaded, weights_digest
 from .batch import Batch
 from .llama_cpp import load_library
 from .llama_rows import LlamaCache, LlamaRows, Weights
@@ -58,22 +57,6 @@ def load_llama_decoder(model: nn.Module) -> LlamaDecoder | None:
     return decoder
 
 
-def _digest(model: nn.Module, merge: bool) -> str:
-    """Digest of the config and weights: of the base model's only the first values, since hashing all would be slow."""
-    if isinstance(model, StoredLanguageModel):
-        return model.digest(merge)
-    base = base_model(model)
-    digest = hashlib.blake2b(base.config.to_json_string().encode(), digest_size=6)
-    for name, weight in base.named_parameters():
-        if "lora_" not in name:
-            digest.update(weight.detach().flatten()[:64].float().numpy().tobytes())
-        elif merge:
-            digest.update(weight.detach().float().contiguous().numpy().tobytes())
-    for module in base.modules() if merge else ():
-        digest.update(repr(getattr(module, "scaling", "")).encode())
-    return digest.hexdigest()
-
-
 def _is_supported(model: nn.Module) -> bool:
     """Whether the base model is one that llama.cpp computes alike, on the CPU, and not quantized."""
     config = model.config
@@ -99,7 +82,7 @@ def _converted(model: nn.Module, whole: Callable[[], nn.Module], merge: bool) ->
         write_language_model(writer, whole(), "q8_0", merge=merge)
 
     # "1" is the version of convert: raise it when its output changes
-    return convert_once(f"llama-1-{_digest(model, merge)}", convert) / FILE
+    return convert_once(f"llama-1-{weights_digest(model, merge)}", convert) / FILE
 
 
 class LlamaDecoder:

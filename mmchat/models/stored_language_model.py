@@ -16,6 +16,7 @@ from ..presets import LanguageModelPreset
 from .language_model import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    base_model,
     load_adapter,
     load_language_model,
     model_folder,
@@ -85,3 +86,19 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def weights_digest(model: nn.Module, merge: bool) -> str:
+    """Digest of the config and weights: of the base model's only the first values, since hashing all would be slow."""
+    if isinstance(model, StoredLanguageModel):
+        return model.digest(merge)
+    base = base_model(model)
+    digest = hashlib.blake2b(base.config.to_json_string().encode(), digest_size=6)
+    for name, weight in base.named_parameters():
+        if "lora_" not in name:
+            digest.update(weight.detach().flatten()[:64].float().numpy().tobytes())
+        elif merge:
+            digest.update(weight.detach().float().contiguous().numpy().tobytes())
+    for module in base.modules() if merge else ():
+        digest.update(repr(getattr(module, "scaling", "")).encode())
+    return digest.hexdigest()
