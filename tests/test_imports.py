@@ -73,7 +73,7 @@ def test_subpackages_import_only_those_of_the_layers_before():
 def test_every_package_that_the_app_imports_is_installed_with_it():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
-    for extra in ("gpu", "server", "operate", "whisper", "train"):
+    for extra in ("gpu", "server", "operate", "whisper", "openvino", "train"):
         lines += project["optional-dependencies"][extra]
     required = {re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in lines}
     known = {name for package, names in BROUGHT_BY.items() if package in required for name in names.split()}
