@@ -108,7 +108,7 @@ def _tensors(module: nn.Module, merge: bool) -> Iterator[tuple[str, torch.Tensor
             raise BadInput("An adapter with DoRA has magnitudes, which OpenVINO's graph has no place for.")
         weight = weight + module.get_delta_weight("default").float()
     yield "weight", weight
-    if layer.bias is not None if hasattr(layer, "bias") else False:
+    if getattr(layer, "bias", None) is not None:
         yield "bias", layer.bias.float()
 
 
