@@ -17,6 +17,7 @@ from mmchat.inference.generation import stream_token_ids
 from mmchat.inference.llama_cpp import Sequences
 from mmchat.inference.llama_decoder import load_llama_decoder
 from mmchat.inference.llama_rows import CALM, CROWD
+from mmchat.inference.openvino_decoder import load_openvino_decoder
 from mmchat.inference.prefix_cache import PrefixCache
 from mmchat.inference.sampling import Sampler
 from mmchat.models.language_model import add_adapter, load_language_model
@@ -29,9 +30,10 @@ from tests.conftest import ROOT
 def decoders(request, tiny, tmp_path, monkeypatch):
     """Decoders of a small model with an adapter that changes its logits.
 
-    PyTorch's comes first. Only its tokens are exactly the same in a batch: llama.cpp rounds to 8 bits, and has two
-    cores.
+    PyTorch's comes first. Only its tokens are exactly the same in a batch: llama.cpp, which has two cores, and OpenVINO
+    round to 8 bits.
     """
+    monkeypatch.setenv("MMCHAT_DECODER", "openvino")  # for the last
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
     model, _ = load_language_model(get_preset(request.param).language_model, torch.float32)
@@ -40,7 +42,7 @@ def decoders(request, tiny, tmp_path, monkeypatch):
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data.normal_(std=0.3)
-    return [TorchDecoder(model), load_llama_decoder(model)]
+    return [TorchDecoder(model), load_llama_decoder(model), load_openvino_decoder(model)]
 
 
 def test_tokens_are_the_same_as_alone(decoders):
@@ -234,10 +236,11 @@ def test_a_decoder_and_its_open_answers_may_be_garbage_together(decoders):
             self.stream, self.itself = begun(decoder, 9)[1], self
             next(self.stream), next(self.stream)
 
-    freed = weakref.ref(decoders[1])
-    Cycle(decoders.pop())
-    gc.collect()
-    assert freed() is None
+    for _ in range(2):
+        freed = weakref.ref(decoders[-1])
+        Cycle(decoders.pop())
+        gc.collect()
+        assert freed() is None
 
 
 class CountingRows:

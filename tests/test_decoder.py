@@ -1,4 +1,4 @@
-"""llama.cpp computes what PyTorch computes, up to the rounding of weights and inputs to 8 bits."""
+"""llama.cpp and OpenVINO compute what PyTorch computes, up to the rounding of weights and inputs to 8 bits."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from mmchat import Message, SamplingOptions
-from mmchat.inference import llama_cpp, llama_decoder
+from mmchat.inference import llama_cpp, llama_decoder, openvino_decoder
 from mmchat.inference.decoder import TorchDecoder, load_decoder
 from mmchat.inference.llama_decoder import LlamaDecoder, load_llama_decoder
+from mmchat.inference.openvino_decoder import load_openvino_decoder
 from mmchat.inference.prefix_cache import PrefixCache
 from mmchat.models.language_model import add_adapter, load_language_model
 from mmchat.presets import get_preset
@@ -38,10 +39,17 @@ def separate_cache(request, tmp_path, monkeypatch):
         monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
 
 
+@pytest.fixture(params=[load_llama_decoder, load_openvino_decoder], ids=["llama.cpp", "openvino"])
+def load(request, monkeypatch):
+    """Loads a decoder of a model, or returns None."""
+    monkeypatch.setenv("MMCHAT_DECODER", "openvino" if request.param is load_openvino_decoder else "")
+    return request.param
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("is_on", [True, False])
-def test_logits_equal_the_models(adapted, is_on):
-    decoder = load_llama_decoder(adapted)
+def test_logits_equal_the_models(adapted, is_on, load):
+    decoder = load(adapted)
     torch.manual_seed(1)
     embeddings = torch.randn(1, 300, 64)
     pieces = [9, 1, 1, 30, 256, 1, 1, 1]  # tokens per prefill; the capacity has to grow in between
@@ -58,7 +66,7 @@ def test_logits_equal_the_models(adapted, is_on):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("targets", [["k_proj", "up_proj"], ["0.self_attn.k_proj"], ["1.mlp.up_proj"]])
-def test_an_adapter_on_some_layers_only(tiny, monkeypatch, tmp_path, targets):
+def test_an_adapter_on_some_layers_only(tiny, monkeypatch, tmp_path, targets, load):
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
     model, _ = load_language_model(get_preset("llama-patches").language_model, torch.float32)
     model = add_adapter(model, rank=4, alpha=8, dropout=0.0, base_name="tiny", target_modules=targets)
@@ -67,16 +75,17 @@ def test_an_adapter_on_some_layers_only(tiny, monkeypatch, tmp_path, targets):
         if "lora_B" in name:
             weight.data.normal_(std=0.3)
     embeddings = torch.randn(1, 9, 64)
-    decoder = load_llama_decoder(model)
+    decoder = load(model)
     near = decoder.prefill(embeddings, decoder.new_cache())[0]
     exact = model(inputs_embeds=embeddings).logits[0, -1]
     assert (near - exact).std() < INT8_ERROR * exact.std()
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", [TorchDecoder, load_llama_decoder])
-def test_caches_are_independent(adapted, kind):
+@pytest.mark.parametrize("kind", [TorchDecoder, load_llama_decoder, load_openvino_decoder])
+def test_caches_are_independent(adapted, kind, monkeypatch):
     """Two conversations with a common prefix, decoded in turns; both caches are copies of its first tokens."""
+    monkeypatch.setenv("MMCHAT_DECODER", "openvino")  # needed by one of them
     decoder = kind(adapted)
     torch.manual_seed(1)
     beginning, *parts = torch.randn(1, 10, 64).split([6, 1, 2, 1], dim=1)
@@ -95,11 +104,11 @@ def test_caches_are_independent(adapted, kind):
 
 
 @torch.inference_mode()
-def test_rows_without_the_adapter_are_as_if_there_were_none(adapted, tiny):
+def test_rows_without_the_adapter_are_as_if_there_were_none(adapted, tiny, load):
     """Beside a row with the adapter, too."""
-    decoder, embeddings = load_llama_decoder(adapted), torch.randn(1, 7, 64, generator=seeded(4))
+    decoder, embeddings = load(adapted), torch.randn(1, 7, 64, generator=seeded(4))
     preset = get_preset(f"{adapted.config.model_type}-patches")
-    plain = load_llama_decoder(load_language_model(preset.language_model, torch.float32)[0])
+    plain = load(load_language_model(preset.language_model, torch.float32)[0])
     alone = step(plain, embeddings, [False])[0]
     found = step(decoder, embeddings, [True, False, True])
     assert_close(step(decoder, embeddings, [False])[0], alone)
@@ -122,10 +131,11 @@ def step(decoder, embeddings, adapters):
 
 
 @torch.inference_mode()
-def test_room_grows_with_the_answers(adapted, monkeypatch):
+def test_room_grows_with_the_answers(adapted, monkeypatch, load):
     """Long and short answers come and go, so the room is in pieces; each keeps its own keys and values."""
     monkeypatch.setattr("mmchat.inference.llama_rows.CAPACITY", 256)
-    decoder, rows = load_llama_decoder(adapted), load_llama_decoder(adapted).batch.rows
+    monkeypatch.setattr("mmchat.inference.paged_cache.PAGES", 4)
+    decoder, rows = load(adapted), load(adapted).batch.rows
     prompts = [torch.randn(1, 60 + 40 * (index % 4), 64, generator=seeded(index)) for index in range(12)]
     caches = [decoder.new_cache() for _ in prompts]
     alone = []
@@ -145,7 +155,7 @@ def test_room_grows_with_the_answers(adapted, monkeypatch):
 
 
 @torch.inference_mode()
-def test_longrope_keeps_its_short_factors(tiny, tmp_path, monkeypatch):
+def test_longrope_keeps_its_short_factors(tiny, tmp_path, monkeypatch, load):
     """The room for all answers together exceeds the length at which llama.cpp takes the long ones."""
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
     model, _ = load_language_model(get_preset("phi3-patches").language_model, torch.float32)
@@ -161,7 +171,7 @@ def test_longrope_keeps_its_short_factors(tiny, tmp_path, monkeypatch):
     model = type(model)(model.config).eval()
     embeddings = torch.randn(1, 50, model.config.hidden_size, generator=seeded(0))
     exact = model(inputs_embeds=embeddings).logits[0, -1]
-    decoder = load_llama_decoder(model)
+    decoder = load(model)
     near = decoder.prefill(embeddings, decoder.new_cache())[0]
     assert (near - exact).std() < INT8_ERROR * exact.std()
 
@@ -200,36 +210,37 @@ def test_what_llama_cpp_lacks_is_told(adapted, monkeypatch, caplog, constant, va
     assert "decoding with PyTorch" in caplog.text and reason in caplog.text
 
 
-def test_adapters_that_differ_in_their_scale_only(adapted):
+def test_adapters_that_differ_in_their_scale_only(adapted, load):
     """They have converted weights of their own."""
     found = []
     for alpha in (16, 8):
         for module in adapted.modules():
             if hasattr(module, "lora_alpha"):
                 module.scaling["default"] = alpha / 4
-        decoder = load_llama_decoder(adapted)
+        decoder = load(adapted)
         found.append(decoder.prefill(torch.randn(1, 3, 64, generator=seeded(0)), decoder.new_cache()))
     assert (found[0] - found[1]).std() > 0.1 * found[0].std()
 
 
-def test_dora_is_left_to_pytorch(tiny, tmp_path, monkeypatch, caplog):
+def test_dora_is_left_to_pytorch(tiny, tmp_path, monkeypatch, caplog, load):
     from peft import LoraConfig, get_peft_model
 
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
     model, _ = load_language_model(get_preset("llama-patches").language_model, torch.float32)
     model = get_peft_model(model, LoraConfig(r=4, use_dora=True, target_modules="all-linear"))
-    assert load_llama_decoder(model) is None and "DoRA" in caplog.text
+    assert load(model) is None and "DoRA" in caplog.text
 
 
-def test_old_converted_models_are_removed(tiny, tmp_path, monkeypatch):
+def test_old_converted_models_are_removed(tiny, tmp_path, monkeypatch, load):
     """Every adapter has its own; what was just loaded stays, however large."""
     monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
     monkeypatch.setattr(llama_decoder, "CACHED_BYTES", 1)
+    monkeypatch.setattr(openvino_decoder, "CACHED_BYTES", 1)
     files, logits = [], []
     for sign in (1, -1):  # models of the same shape
         model, _ = load_language_model(get_preset("llama-patches").language_model, torch.float32)
         model.get_decoder().layers[0].mlp.up_proj.weight.data.mul_(sign)
-        decoder = load_llama_decoder(model)
+        decoder = load(model)
         files += decoder.files.values()
         logits.append(decoder.prefill(torch.ones(1, 3, 64), decoder.new_cache()))
     assert (logits[0] - logits[1]).std() > 0.1 * logits[0].std()

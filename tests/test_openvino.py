@@ -1,9 +1,8 @@
-"""OpenVINO computes what PyTorch computes, up to rounding to 8 bits, for many sequences of any length in one pass."""
+"""What only the decoder on OpenVINO has; test_decoder.py and test_batch.py test what all decoders do."""
 
 from __future__ import annotations
 
 import gc
-import random
 import sys
 import weakref
 from threading import Thread
@@ -14,14 +13,14 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from mmchat import Message, SamplingOptions
-from mmchat.inference import openvino_decoder, paged_cache
+from mmchat.inference import paged_cache
 from mmchat.inference.decoder import TorchDecoder, load_decoder
 from mmchat.inference.openvino_decoder import OpenVinoDecoder, load_openvino_decoder
 from mmchat.inference.paged_cache import PAGES, PagedModel
 from mmchat.inference.prefix_cache import PrefixCache
 from mmchat.models.language_model import add_adapter, load_language_model
 from mmchat.presets import get_preset
-from tests.close import INT8_ERROR, INT8_RUN_TO_RUN, assert_close
+from tests.close import INT8_ERROR
 from tests.conftest import ROOT
 
 PHOTO = ROOT / "examples" / "ball.jpg"
@@ -58,147 +57,15 @@ def fast(engine, monkeypatch):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("is_on", [True, False])
-def test_logits_equal_the_models(adapted, is_on):
-    decoder = load_openvino_decoder(adapted)
-    torch.manual_seed(1)
-    embeddings = torch.randn(1, 300, 64)
-    pieces = [9, 1, 1, 30, 256, 1, 1, 1]  # tokens per prefill; the capacity has to grow in between
-    ends = [sum(pieces[: index + 1]) for index in range(len(pieces))]
-    cache = decoder.new_cache(with_adapter=is_on)
-    near = torch.cat([decoder.prefill(part, cache).clone() for part in embeddings.split(pieces, dim=1)])
-    with_adapter = adapted(inputs_embeds=embeddings).logits[0, [end - 1 for end in ends]]
-    with adapted.disable_adapter():
-        without = adapted(inputs_embeds=embeddings).logits[0, [end - 1 for end in ends]]
-    exact, other = (with_adapter, without) if is_on else (without, with_adapter)
-    assert cache.length == 300
-    assert (near - exact).std() < INT8_ERROR * exact.std() < 0.3 * (near - other).std()
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("targets", [["k_proj", "up_proj"], ["0.self_attn.k_proj"], ["1.mlp.up_proj"]])
-def test_an_adapter_on_some_layers_only(tiny, monkeypatch, tmp_path, targets):
-    model, _ = load_language_model(get_preset("llama-patches").language_model, torch.float32)
-    model = add_adapter(model, rank=4, alpha=8, dropout=0.0, base_name="tiny", target_modules=targets)
-    torch.manual_seed(0)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            weight.data.normal_(std=0.3)
-    embeddings = torch.randn(1, 9, 64)
-    decoder = load_openvino_decoder(model)
-    near = decoder.prefill(embeddings, decoder.new_cache())[0]
-    exact = model(inputs_embeds=embeddings).logits[0, -1]
-    assert (near - exact).std() < INT8_ERROR * exact.std()
-
-
-@torch.inference_mode()
-def test_caches_are_independent(adapted):
-    """Two conversations with a common prefix, decoded in turns; both caches are copies of its first tokens."""
-    decoder = load_openvino_decoder(adapted)
-    torch.manual_seed(1)
-    beginning, *parts = torch.randn(1, 10, 64).split([6, 1, 2, 1], dim=1)
-    longer = decoder.new_cache()
-    decoder.prefill(torch.cat([beginning, parts[0]], dim=1), longer)
-    first = longer.prefix(6)
-    second = first.prefix(6)
-    assert first.length == second.length == 6 and second.size > 0
-    logits = [[decoder.prefill(part, cache).clone() for cache in (first, second)] for part in parts]
-    assert all(torch.equal(one, other) for one, other in logits)  # the same arithmetic on the same numbers
-    decoder.prefill(parts[0], second)
-    alone = decoder.new_cache()
-    expected = [decoder.prefill(part, alone).clone() for part in (beginning, *parts)][1:]
-    for (one, _), other in zip(logits, expected, strict=True):
-        assert_close(one, other, INT8_RUN_TO_RUN)  # the beginning is prefilled in other pieces
-
-
-@torch.inference_mode()
-def test_rows_without_the_adapter_are_as_if_there_were_none(adapted, tiny):
-    """Beside a row with the adapter, too."""
-    decoder, embeddings = load_openvino_decoder(adapted), torch.randn(1, 7, 64, generator=seeded(4))
-    preset = get_preset(f"{adapted.config.model_type}-patches")
-    plain = load_openvino_decoder(load_language_model(preset.language_model, torch.float32)[0])
-    alone = step(plain, embeddings, [False])[0]
-    found = step(decoder, embeddings, [True, False, True])
-    assert_close(step(decoder, embeddings, [False])[0], alone)
-    assert_close(found[1], alone, INT8_RUN_TO_RUN)
-    assert_close(found[0], found[2], INT8_RUN_TO_RUN)
-    assert (found[0] - alone).std() > 0.5 * alone.std()
-
-
-def step(decoder, embeddings, adapters):
-    """Logits of one token after the embeddings, in rows with and without the adapter side by side."""
-    caches = [decoder.new_cache(with_adapter) for with_adapter in adapters]
-    rows = []
-    for cache in caches:
-        decoder.prefill(embeddings, cache)
-        rows.append(decoder.batch.rows.add(cache))
-    logits = dict(decoder.batch.rows.step(dict.fromkeys(rows, 5)))
-    for row in rows:
-        decoder.batch.rows.remove(row)
-    return [logits[row].clone() for row in rows]
-
-
-@torch.inference_mode()
-def test_room_grows_with_the_answers(adapted, monkeypatch):
-    """Long and short answers come and go, so the room is in pieces; each keeps its own keys and values."""
-    monkeypatch.setattr(paged_cache, "PAGES", 4)
-    decoder, rows = load_openvino_decoder(adapted), load_openvino_decoder(adapted).batch.rows
-    prompts = [torch.randn(1, 60 + 40 * (index % 4), 64, generator=seeded(index)) for index in range(12)]
-    caches = [decoder.new_cache() for _ in prompts]
-    alone = []
-    for prompt, cache in zip(prompts, caches, strict=True):
-        decoder.prefill(prompt, cache)
-        row = rows.add(cache)
-        alone.append(dict(rows.step({row: 7}))[row].clone())
-        rows.remove(row)
-    handles = [rows.add(cache) for cache in caches]  # 1,440 tokens
-    for index in range(0, 12, 2):
-        rows.remove(handles[index])
-        handles[index] = rows.add(caches[(index + 3) % 12])
-    found = dict(rows.step(dict.fromkeys(handles, 7)))
-    for index, row in enumerate(handles):
-        expected = alone[index if index % 2 else (index + 3) % 12]
-        assert (found[row] - expected).std() < INT8_ERROR * expected.std()
-
-
-@torch.inference_mode()
-def test_longrope_keeps_its_short_factors(tiny, tmp_path, monkeypatch):
-    """The room for all answers together exceeds the length at which the model takes the long ones."""
-    model, _ = load_language_model(get_preset("phi3-patches").language_model, torch.float32)
-    half = model.config.hidden_size // model.config.num_attention_heads // 2
-    model.config.rope_parameters = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0 + 0.1 * index for index in range(half)],
-        "long_factor": [9.0] * half,
-        "original_max_position_embeddings": 64,
-        "partial_rotary_factor": 1.0,
-    }
-    model = type(model)(model.config).eval()
-    embeddings = torch.randn(1, 50, model.config.hidden_size, generator=seeded(0))
-    exact = model(inputs_embeds=embeddings).logits[0, -1]
-    decoder = load_openvino_decoder(model)
-    near = decoder.prefill(embeddings, decoder.new_cache())[0]
-    assert (near - exact).std() < INT8_ERROR * exact.std()
-
-
-@torch.inference_mode()
 @pytest.mark.parametrize(
     "changed",
     [
         {"sliding_window": 16},
-        {
-            "rope_parameters": {
-                "rope_type": "linear",
-                "rope_theta": 10000.0,
-                "factor": 4.0,
-                "partial_rotary_factor": 1.0,
-            }
-        },
+        {"rope_parameters": LINEAR},
     ],
     ids=["sliding window", "linear scaling"],
 )
-def test_settings_of_attention(tiny, tmp_path, monkeypatch, changed):
+def test_settings_of_attention(tiny, changed):
     """Tokens see the latest 16 only, whether they are prefilled or written; positions are scaled."""
     model, _ = load_language_model(get_preset("phi3-patches").language_model, torch.float32)
     embeddings = torch.randn(1, 50, model.config.hidden_size, generator=seeded(0))
@@ -218,7 +85,7 @@ def test_settings_of_attention(tiny, tmp_path, monkeypatch, changed):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", ["Qwen2", "Mistral"])
-def test_other_models(tmp_path, monkeypatch, kind):
+def test_other_models(kind):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 99}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
@@ -269,41 +136,6 @@ def test_a_processor_without_8_bit_products(adapted, monkeypatch):
     assert groups[1] == 0 and (near - exact).std() < INT8_ERROR * exact.std()
 
 
-def test_adapters_that_differ_in_their_scale_only(adapted):
-    """They have converted weights of their own."""
-    found = []
-    for alpha in (16, 8):
-        for module in adapted.modules():
-            if hasattr(module, "lora_alpha"):
-                module.scaling["default"] = alpha / 4
-        decoder = load_openvino_decoder(adapted)
-        found.append(decoder.prefill(torch.randn(1, 3, 64, generator=seeded(0)), decoder.new_cache()))
-    assert (found[0] - found[1]).std() > 0.1 * found[0].std()
-
-
-def test_dora_is_left_to_pytorch(tiny, tmp_path, monkeypatch, caplog):
-    from peft import LoraConfig, get_peft_model
-
-    model, _ = load_language_model(get_preset("llama-patches").language_model, torch.float32)
-    model = get_peft_model(model, LoraConfig(r=4, use_dora=True, target_modules="all-linear"))
-    assert load_openvino_decoder(model) is None and "DoRA" in caplog.text
-
-
-def test_old_converted_models_are_removed(tiny, tmp_path, monkeypatch):
-    """Every adapter has its own; what was just loaded stays, however large."""
-    monkeypatch.setenv("MMCHAT_CACHE", str(tmp_path))
-    monkeypatch.setattr(openvino_decoder, "CACHED_BYTES", 1)
-    files, logits = [], []
-    for sign in (1, -1):  # models of the same shape
-        model, _ = load_language_model(get_preset("llama-patches").language_model, torch.float32)
-        model.get_decoder().layers[0].mlp.up_proj.weight.data.mul_(sign)
-        decoder = load_openvino_decoder(model)
-        files += decoder.files.values()
-        logits.append(decoder.prefill(torch.ones(1, 3, 64), decoder.new_cache()))
-    assert (logits[0] - logits[1]).std() > 0.1 * logits[0].std()
-    assert len(files) == 2 and not files[0].exists() and files[1].exists()
-
-
 def test_the_real_model_answers_as_in_pytorch(fast, monkeypatch):
     messages, options = [Message("user", "Name the capital of France.")], SamplingOptions(0, max_new_tokens=24)
     said = "".join(fast.reply(messages, options))
@@ -321,69 +153,6 @@ def test_an_answer_does_not_depend_on_the_prefix_cache(fast):
     cached = "".join(fast.reply(second, options))
     fast.forget()
     assert "".join(fast.reply(second, options)) == cached
-
-
-@torch.inference_mode()
-def test_rows_have_the_logits_of_alone(adapted):
-    """Rows of other lengths, with and without the adapter, join and leave. Their tokens are given, not sampled."""
-    decoder = load_openvino_decoder(adapted)
-    rng, hidden = random.Random(1), decoder.model.config.hidden_size
-    torch.manual_seed(2)
-    prompts = [torch.randn(1, 1 + 37 * index % 50, hidden) for index in range(9)]
-    tokens = [[rng.randrange(4, 200) for _ in range(1 + 7 * index % 20)] for index in range(9)]
-
-    def prefilled(index, decoder=decoder, prompts=prompts):
-        cache = decoder.new_cache(with_adapter=index % 2 == 0)
-        decoder.prefill(prompts[index], cache)
-        return cache
-
-    alone = []
-    for index, given in enumerate(tokens):
-        row = decoder.batch.rows.add(prefilled(index))
-        alone.append([dict(decoder.batch.rows.step({row: token_id}))[row].clone() for token_id in given])
-        decoder.batch.rows.remove(row)
-    waiting, running, found = list(range(9)), {}, [[] for _ in range(9)]
-    while waiting or running:
-        if waiting and (not running or rng.random() < 0.5):
-            index = waiting.pop(0)
-            running[index] = decoder.batch.rows.add(prefilled(index))
-        stepped = rng.sample(list(running), rng.randint(1, len(running)))
-        numbers = {running[index]: index for index in stepped}
-        logits = decoder.batch.rows.step({running[index]: tokens[index][len(found[index])] for index in stepped})
-        for row, values in logits:
-            found[numbers[row]].append(values.clone())
-        for index in stepped:
-            if len(found[index]) == len(tokens[index]):
-                decoder.batch.rows.remove(running.pop(index))
-    assert list(map(len, found)) == list(map(len, tokens))
-    for one, other in zip(found, alone, strict=True):
-        one, other = torch.stack(one), torch.stack(other)
-        assert (one - other).std() < INT8_ERROR * other.std()
-
-
-@torch.inference_mode()
-def test_reordered_rows_go_on_as_the_rows_that_they_copy(adapted):
-    decoder = load_openvino_decoder(adapted)
-    rows, caches = decoder.batch.rows, []
-    for length in (5, 9):
-        caches.append(decoder.new_cache())
-        decoder.prefill(torch.randn(1, length, decoder.model.config.hidden_size), caches[-1])
-
-    def stepped(cache, *token_ids, rows=rows):
-        """Logits after the tokens, in a row of its own."""
-        row = rows.add(cache)
-        *_, logits = [dict(rows.step({row: token_id}))[row].clone() for token_id in token_ids]
-        rows.remove(row)
-        return logits
-
-    expected = [stepped(caches[0], token_id, 8) for token_id in (7, 7, 5)] + [stepped(caches[1], 9, 10)]
-    bystander, beams = rows.add(caches[1]), [rows.add(caches[0]) for _ in range(3)]
-    list(rows.step({**dict(zip(beams, (5, 6, 7), strict=True)), bystander: 9}))
-    rows.reorder(beams, [2, 2, 0])
-    found = dict(rows.step({**dict.fromkeys(beams, 8), bystander: 10}))
-    for row, logits in zip([*beams, bystander], expected, strict=True):
-        assert (found[row] - logits).std() < INT8_ERROR * logits.std()
-        rows.remove(row)
 
 
 @torch.inference_mode()
