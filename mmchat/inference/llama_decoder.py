@@ -20,7 +20,7 @@ from torch import nn
 from ..errors import MmchatError
 from ..fetching.cache import convert_once, remove_oldest
 from ..models.gguf_tensors import ARCHITECTURES, language_model_writer, write_language_model
-from ..models.language_model import base_model
+from ..models.language_model import base_model, has_layout
 from ..models.stored_language_model import has_adapter, loaded, weights_digest
 from .batch import Batch
 from .llama_cpp import load_library
@@ -29,6 +29,7 @@ from .llama_rows import LlamaCache, LlamaRows, Weights
 logger = logging.getLogger(__name__)
 
 FILE = "model.gguf"
+ROPE_TYPES = ("default", "longrope")  # that are converted
 CACHED_BYTES = 4e9  # of converted models, of which each adapter has its own
 NO_VOCABULARY = "none"  # llama.cpp's name for a model that is given no text
 
@@ -41,7 +42,7 @@ def load_llama_decoder(model: nn.Module) -> LlamaDecoder | None:
     Args:
         model: the language model, with or without a LoRA adapter.
     """
-    if os.environ.get("MMCHAT_DECODER") == "torch" or not _is_supported(model):
+    if os.environ.get("MMCHAT_DECODER") == "torch" or not has_layout(model, ARCHITECTURES, ROPE_TYPES):
         return None
     try:
         load_library()
@@ -55,18 +56,6 @@ def load_llama_decoder(model: nn.Module) -> LlamaDecoder | None:
     remove_oldest("llama-*", CACHED_BYTES, [path.parent for path in files.values()])
     logger.info("Decoding with llama.cpp and 8-bit weights")
     return decoder
-
-
-def _is_supported(model: nn.Module) -> bool:
-    """Whether the base model is one that llama.cpp computes alike, on the CPU, and not quantized."""
-    config = model.config
-    return (
-        config.model_type in ARCHITECTURES
-        and all(weight.device.type == "cpu" and weight.is_floating_point() for weight in model.parameters())
-        and config.hidden_act == ("gelu_new" if config.model_type == "phi" else "silu")
-        and config.rope_parameters["rope_type"] in ("default", "longrope")
-        and not getattr(config, "qk_layernorm", False)
-    )
 
 
 def _converted(model: nn.Module, whole: Callable[[], nn.Module], merge: bool) -> Path:

@@ -23,6 +23,7 @@ from torch import nn
 
 from ..errors import MmchatError
 from ..fetching.cache import convert_once, remove_oldest
+from ..models.language_model import has_layout
 from ..models.openvino_graph import MODEL_TYPES, ROPE_TYPES, Shape, import_openvino, quantized_weights
 from ..models.stored_language_model import has_adapter, loaded, weights_digest
 from .batch import Batch
@@ -42,7 +43,7 @@ def load_openvino_decoder(model: nn.Module) -> OpenVinoDecoder | None:
     Args:
         model: the language model, with or without a LoRA adapter.
     """
-    if os.environ.get("MMCHAT_DECODER") != "openvino" or not _is_supported(model):
+    if os.environ.get("MMCHAT_DECODER") != "openvino" or not has_layout(model, MODEL_TYPES, ROPE_TYPES):
         return None
     try:
         import_openvino()  # there are systems without a wheel
@@ -56,18 +57,6 @@ def load_openvino_decoder(model: nn.Module) -> OpenVinoDecoder | None:
     remove_oldest("openvino-*", CACHED_BYTES, [path.parent for path in files.values()])
     logger.info("Decoding with OpenVINO and 8-bit weights")
     return decoder
-
-
-def _is_supported(model: nn.Module) -> bool:
-    """Whether the base model is one that the graph computes, on the CPU, and not quantized."""
-    config = model.config
-    return (
-        config.model_type in MODEL_TYPES
-        and all(weight.device.type == "cpu" and weight.is_floating_point() for weight in model.parameters())
-        and config.hidden_act == ("gelu_new" if config.model_type == "phi" else "silu")
-        and config.rope_parameters["rope_type"] in ROPE_TYPES
-        and not getattr(config, "qk_layernorm", False)
-    )
 
 
 def _converted(model: nn.Module, whole: Callable[[], nn.Module], merge: bool) -> Path:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,24 @@ def context_length(config: PreTrainedConfig) -> int:
     original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     is_longrope = rope.get("rope_type") == "longrope" and original
     return min(config.max_position_embeddings, original) if is_longrope else config.max_position_embeddings
+
+
+def has_layout(model: nn.Module, model_types: Collection[str], rope_types: Collection[str]) -> bool:
+    """Whether a program that computes the usual layers of some model types can compute a model on the CPU.
+
+    Args:
+        model: the language model, with or without an adapter; it may be a stored one.
+        model_types: transformers' names.
+        rope_types: the rotary embeddings that the program has.
+    """
+    config = model.config
+    return (
+        config.model_type in model_types
+        and all(weight.device.type == "cpu" and weight.is_floating_point() for weight in model.parameters())
+        and config.hidden_act == ("gelu_new" if config.model_type == "phi" else "silu")
+        and config.rope_parameters["rope_type"] in rope_types
+        and not getattr(config, "qk_layernorm", False)
+    )
 
 
 def empty_language_model(preset: LanguageModelPreset) -> nn.Module:
