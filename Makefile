@@ -20,8 +20,9 @@ types: .venv/installed-dev
 	$(BIN)/mypy
 
 # In two processes of one thread each: most tests wait for a program of their own to start, which takes one core. Files
-# start in the order of conftest.py, the longest first.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# start in the order of conftest.py, the longest first. If a test ends its process, the run ends: pytest-xdist would start
+# another process and could then wait for ever.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 fast: .venv/installed-dev
 	$(PYTEST) -m "not slow and not browser" $(OPTIONS)

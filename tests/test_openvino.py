@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
 import sys
 import weakref
 from threading import Thread
@@ -221,3 +223,40 @@ def test_garbage_collection_may_close_an_answer_during_a_pass(fast, monkeypatch)
     thread.start()
     thread.join(60)
     assert done
+
+
+SIGNALED = """
+import gc, os, signal, sys
+from pathlib import Path
+import torch
+from mmchat.inference.openvino_decoder import load_openvino_decoder
+from mmchat.models.language_model import load_language_model
+from tests import tiny
+
+preset = tiny.presets(Path(sys.argv[1]))["llama-patches"]
+model, _ = load_language_model(preset.language_model, torch.float32)
+decoders = [load_openvino_decoder(model) for _ in range(2)]
+for decoder in decoders:
+    decoder.prefill(torch.randn(1, 3, model.config.hidden_size), decoder.new_cache())
+del decoder
+while decoders:
+    del decoders[0]
+    gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("A signal came."))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such signals")
+def test_signals_are_received_after_models_were_freed(tiny, tmp_path):
+    """Where the processor has AMX, OpenVINO gives the thread another stack for signals and frees it at some point."""
+    settings = {"MALLOC_MMAP_THRESHOLD_": "4096", "MMCHAT_CACHE": str(tmp_path)}  # what is freed is unmapped at once
+    run = subprocess.run(
+        [sys.executable, "-c", SIGNALED, str(tiny)],
+        cwd=ROOT,
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (run.returncode, run.stdout) == (0, "A signal came.\n"), run.stderr

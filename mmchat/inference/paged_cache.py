@@ -10,7 +10,7 @@ import json
 import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ import torch
 from ..models.openvino_graph import PAGE, Shape, build_language_model, import_openvino
 
 if TYPE_CHECKING:
-    from openvino import CompiledModel, InferRequest
+    from openvino import CompiledModel, Core, InferRequest
 
 INPUT_GROUP = 32  # inputs of a matrix product that are rounded to 8 bits with a common scale
 PAGES, SPARE = 32, 4  # at first; room that is more than SPARE times too large is given back
@@ -175,7 +175,17 @@ def map_tensors(path: Path) -> tuple[mmap.mmap, dict[str, np.ndarray]]:
 
 def _compile(graph: Any, input_group: int, threads: int) -> CompiledModel:
     settings = {"INFERENCE_NUM_THREADS": threads, "DYNAMIC_QUANTIZATION_GROUP_SIZE": input_group}
-    return import_openvino().Core().compile_model(graph, "CPU", SETTINGS | settings)
+    return _core().compile_model(graph, "CPU", SETTINGS | settings)
+
+
+@cache
+def _core() -> Core:
+    """The only one in this process, which is never freed.
+
+    Where the processor has AMX, a core gives the thread that makes it a larger stack for signals. It frees that stack
+    with itself, even if the thread still uses it, and the next signal ends the process.
+    """
+    return import_openvino().Core()
 
 
 @dataclass(eq=False)
