@@ -63,7 +63,7 @@ class ImageEncoderPreset:
 
     name: str
     source: WheelMember | HubRepository | Path
-    resolution: int  # pixels, both sides
+    resolution: int  # pixels, both sides of a square image
     features: str
     feature_count: int
     image_dim: int  # size of one feature vector
@@ -71,6 +71,7 @@ class ImageEncoderPreset:
     layer: int | tuple[int, ...] = -2
     class_token: bool = False  # keep CLIP's class token in front of the patches
     drops_patch: bool = False  # drop SigLIP's first patch, as LLaVA's strategy "default" does with every encoder
+    whole_image: bool = False  # a grid of the whole image in its own proportions, not of the square in its middle
 
     def __post_init__(self) -> None:
         if isinstance(self.layer, list):  # JSON has lists only
@@ -96,7 +97,9 @@ class ImageEncoderPreset:
         """A description of its features, such as "grid 37x1280 at 288 pixels"."""
         layer = f" of layer {self.layer}" if self.features == "patches" else ""
         class_token = " with class token" if self.class_token else ""
-        return f"{self.features} {self.feature_count}x{self.image_dim}{layer}{class_token} at {self.resolution} pixels"
+        size = f"{self.feature_count}x{self.image_dim}"
+        part = " of the whole image" if self.whole_image else ""
+        return f"{self.features} {size}{layer}{class_token}{part} at {self.resolution} pixels"
 
 
 @dataclass(frozen=True)
@@ -217,6 +220,7 @@ EFFICIENTNET_LITE0 = ImageEncoderPreset(  # trained on ImageNet
     features="grid",
     feature_count=6 * 6 + 1,
     image_dim=1280,
+    whole_image=True,
 )
 
 EFFICIENTNET_LITE2 = replace(
@@ -328,7 +332,7 @@ DEFAULT_PRESET = AUTO
 def tuned_image_encoder(folder: str | Path) -> ImageEncoderPreset | None:
     """EfficientNet-Lite0 with the tuned weights in a folder; None if the folder has none."""
     path = Path(folder).resolve() / IMAGE_ENCODER_FILE
-    return replace(EFFICIENTNET_LITE0, source=path) if path.is_file() else None
+    return replace(EFFICIENTNET_LITE0, source=path, whole_image=False) if path.is_file() else None
 
 
 def get_preset(name: str) -> Preset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,6 +113,30 @@ def test_a_batch_equals_single_pictures(engine, photo, small_picture):
     batch = engine.image_encoder.encode(images)
     single = torch.cat([engine.image_encoder.encode([image]) for image in images])
     assert_close(batch, single, FIFTY_LAYERS)
+
+
+def test_the_whole_picture_is_read_in_its_own_proportions(photo):
+    """Something at the edge of a wide picture is seen; older weights read the square in the middle."""
+    encoder = load_image_encoder(EFFICIENTNET_LITE0)
+    alone = Image.new("RGB", (800, 256), "gray")
+    at_the_edge = alone.copy()
+    at_the_edge.paste(open_image(photo).resize((256, 256)))
+    assert [tuple(encoder.preprocess(image).shape) for image in (alone, alone.rotate(90, expand=True))] == [
+        (3, 160, 448),
+        (3, 448, 160),
+    ]
+    whole, cropped = encoder.encode([alone, at_the_edge]), replace(EFFICIENTNET_LITE0, whole_image=False)
+    assert not torch.allclose(whole[0], whole[1], atol=0.1)
+    cropped = load_image_encoder(cropped).encode([alone, at_the_edge])
+    assert torch.equal(cropped[0], cropped[1])
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (1, 1), (31, 33), (4000, 3000)])
+def test_pictures_of_every_shape_take_about_equal_work(size):
+    encoder = load_image_encoder(EFFICIENTNET_LITE0)
+    pixels = encoder.preprocess(Image.new("RGB", size))
+    assert 0.8 < pixels[0].numel() / EFFICIENTNET_LITE0.resolution**2 < 1.25
+    assert encoder.features([pixels]).shape == (1, EFFICIENTNET_LITE0.feature_count, EFFICIENTNET_LITE0.image_dim)
 
 
 def test_onnx_runtime_equals_pytorch(engine, photo, small_picture, monkeypatch):

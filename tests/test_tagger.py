@@ -131,7 +131,7 @@ def test_a_saved_tagger_loads_again(fitted, tmp_path):
 )
 def test_a_tagger_of_another_encoder_is_rejected(fitted, other, tmp_path):
     fitted[2].save(tmp_path)
-    says = f"tagger in .* was fitted to .*grid 5x8 at 288.*{other.name}, {other.feature_kind}"
+    says = f"tagger in .* was fitted to .*grid 5x8 of the whole image at 288.*{other.name}, {other.feature_kind}"
     with pytest.raises(WeightsError, match=says) as caught:
         load_tagger(tmp_path, other)
     assert str(tmp_path) not in str(caught.value)

@@ -93,6 +93,12 @@ def test_weights_made_with_the_untuned_encoder_find_it(smol_model, tmp_path):
     assert find_image_encoder(HubRepository(EFFICIENTNET_LITE0.name)) == EFFICIENTNET_LITE0
 
 
+def test_weights_of_before_read_the_square_in_the_middle(smol_model, tmp_path):
+    before = replace(SMOL, image_encoder=replace(SMOL.image_encoder, whole_image=False))
+    save_weights(smol_model, tmp_path, before)
+    assert preset_for_weights(SMOL, tmp_path).image_encoder == before.image_encoder
+
+
 def test_a_damaged_encoder_is_an_error(tuned, tmp_path):
     (tmp_path / IMAGE_ENCODER_FILE).write_bytes((tuned / "encoder" / IMAGE_ENCODER_FILE).read_bytes()[:-100])
     with pytest.raises(WeightsError, match="image encoder") as caught:

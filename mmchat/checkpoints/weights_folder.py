@@ -186,7 +186,8 @@ def preset_for_weights(preset: Preset, weights: Weights) -> Preset:
     if tuned := tuned_image_encoder(weights):
         return replace(preset, image_encoder=tuned)
     if named := EFFICIENTNETS.get(config.get("image_encoder")):
-        return replace(preset, image_encoder=named)
+        sees_all = named.feature_kind == config.get("image_features")  # older weights read the square in the middle
+        return replace(preset, image_encoder=replace(named, whole_image=sees_all))
     chosen = chosen_encoder_of(config, Path(weights))
     return replace(preset, image_encoder=chosen) if chosen else preset
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from math import isqrt
+from math import isqrt, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,28 +32,37 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # eithe
 
 
 class ImageEncoder(nn.Module):
-    """A frozen network: pixels [batch, 3, resolution, resolution] → features [batch, feature_count, image_dim]."""
+    """A frozen network: pixels [batch, 3, height, width] → features [batch, feature_count, image_dim]."""
 
     def __init__(self, preset: ImageEncoderPreset):
         super().__init__()
         self.preset = preset
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """A decoded image → pixels [3, resolution, resolution]."""
+        """A decoded image → pixels [3, height, width]."""
         raise NotImplementedError
 
     @torch.inference_mode()
     def encode(self, images: list[Image.Image]) -> torch.Tensor:
         """Decoded images → features [len(images), feature_count, image_dim]."""
-        return self(self._batch(images))
+        return self.features([self.preprocess(image) for image in images])
+
+    @torch.inference_mode()
+    def features(self, pixels: list[torch.Tensor]) -> torch.Tensor:
+        """The pixels of images, each [3, height, width] → features [len(pixels), feature_count, image_dim].
+
+        Images of the same shape are encoded together.
+        """
+        device = next(self.parameters(), torch.empty(0)).device  # none are left of a tuned encoder that was released
+        found: dict[int, torch.Tensor] = {}
+        for shape in {image.shape for image in pixels}:
+            places = [place for place, image in enumerate(pixels) if image.shape == shape]
+            batch = torch.stack([pixels[place] for place in places]).to(device)  # [batch, 3, height, width]
+            found |= zip(places, self(batch), strict=True)
+        return torch.stack([found[place] for place in range(len(pixels))])
 
     def release_network(self) -> None:
         """Frees the weights of which ONNX Runtime has a copy; most encoders need all of theirs."""
-
-    def _batch(self, images: list[Image.Image]) -> torch.Tensor:
-        device = next(self.parameters(), torch.empty(0)).device  # none are left of a tuned encoder that was released
-        pixels = torch.stack([self.preprocess(image) for image in images])  # [batch, 3, resolution, resolution]
-        return pixels.to(device)
 
     @property
     def classifier(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,6 +81,8 @@ class EfficientNetLite(ImageEncoder):
     """
 
     MEAN, STD = 127.0, 128.0  # of pixel values; TensorFlow's normalization
+    STRIDE = 32  # pixels per cell of the last feature map
+    LONGEST = 3  # times the resolution; a longer image is squeezed to that
 
     def __init__(self, preset: ImageEncoderPreset):
         super().__init__(preset)
@@ -83,7 +94,7 @@ class EfficientNetLite(ImageEncoder):
         self.network.fold_norms()
         if preset.is_tuned:
             _load_tuned(self.network, path)
-        self.session = _onnx_session(self.network, preset.resolution)
+        self.session = _onnx_session(self.network)
         self.network.to(memory_format=torch.channels_last)
 
     @property
@@ -103,14 +114,25 @@ class EfficientNetLite(ImageEncoder):
             self.network.stem = self.network.blocks = self.network.head = nn.Identity()
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """Scales the shorter side and crops the center."""
+        """Scales the whole image to about resolution² pixels, or its shorter side and crops the center."""
         size = self.preset.resolution
-        square = ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
-        values = torch.from_numpy(np.array(square)).permute(2, 0, 1)  # [3, size, size]
+        if self.preset.whole_image:
+            scaled = image.resize(self._size_of(image), Image.Resampling.BICUBIC)
+        else:
+            scaled = ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
+        values = torch.from_numpy(np.array(scaled)).permute(2, 0, 1)  # [3, height, width]
         return (values - self.MEAN) / self.STD
 
+    def _size_of(self, image: Image.Image) -> tuple[int, int]:
+        """Width and height in whole cells, with the proportions of the image and about resolution² pixels."""
+        size = self.preset.resolution
+        scale = size / sqrt(image.width * image.height)
+        sides = (min(max(side * scale, size / self.LONGEST), size * self.LONGEST) for side in image.size)
+        width, height = (round(side / self.STRIDE) * self.STRIDE for side in sides)
+        return width, height
+
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        feature_maps = self._feature_maps(pixels)  # [batch, image_dim, resolution / 32, resolution / 32]
+        feature_maps = self._feature_maps(pixels)  # [batch, image_dim, height / STRIDE, width / STRIDE]
         side = isqrt(self.preset.feature_count - 1)
         cells = nn.functional.adaptive_avg_pool2d(feature_maps, side).flatten(2)  # [batch, image_dim, side²]
         global_average = feature_maps.mean(dim=(2, 3)).unsqueeze(2)  # [batch, image_dim, 1]
@@ -122,7 +144,7 @@ class EfficientNetLite(ImageEncoder):
         return self.network(pixels.contiguous(memory_format=torch.channels_last))
 
 
-def _onnx_session(network: EfficientNet, resolution: int) -> InferenceSession | None:
+def _onnx_session(network: EfficientNet) -> InferenceSession | None:
     """The network on ONNX Runtime, two to three times as fast as PyTorch on a CPU; None if that cannot run it."""
     try:
         import onnxruntime
@@ -130,7 +152,7 @@ def _onnx_session(network: EfficientNet, resolution: int) -> InferenceSession | 
         options = onnxruntime.SessionOptions()
         options.enable_cpu_mem_arena = False  # it would keep the memory of the largest layers
         options.intra_op_num_threads = 1  # more threads gain little on small images; batches run images in parallel
-        model = build_image_encoder(network, resolution)
+        model = build_image_encoder(network)
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises many types; PyTorch is the fallback for all of them
         logger.warning("ONNX Runtime cannot run the image encoder; encoding with PyTorch, which is slower: %s", error)
@@ -187,7 +209,8 @@ class Clip(ImageEncoder):
 
         They do not depend on the preset's features.
         """
-        return self.network(self._batch(images)).image_embeds
+        pixels = torch.stack([self.preprocess(image) for image in images])  # [batch, 3, resolution, resolution]
+        return self.network(pixels.to(self.network.device)).image_embeds
 
 
 def load_image_processor(preset: ImageEncoderPreset) -> BaseImageProcessor:

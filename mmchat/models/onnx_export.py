@@ -15,21 +15,21 @@ FLOAT = 1  # onnx.TensorProto's number
 
 
 @torch.inference_mode()
-def build_image_encoder(network: EfficientNet, resolution: int) -> bytes:
-    """Exports an EfficientNet-Lite with folded batch norms: "pixels", [batch, 3, resolution, resolution] → "maps"."""
-    return _EfficientNet(network, resolution).finish().SerializeToString()
+def build_image_encoder(network: EfficientNet) -> bytes:
+    """Exports an EfficientNet-Lite with folded batch norms: "pixels", [batch, 3, height, width] → "maps"."""
+    return _EfficientNet(network).finish().SerializeToString()
 
 
 class _EfficientNet:
     """Each method adds nodes and returns the name of its output."""
 
-    def __init__(self, network: EfficientNet, resolution: int):
+    def __init__(self, network: EfficientNet):
         self.nodes: list[NodeProto] = []
         self.weights: list[TensorProto] = []
         self.inputs: list[tuple[str, int, list[int | str]]] = []
         self.outputs: list[tuple[str, int, list[int | str]]] = []
         self.limits = [self._weight("lowest", torch.tensor(0.0)), self._weight("highest", torch.tensor(6.0))]  # ReLU6
-        maps = self._input("pixels", FLOAT, ["batch", 3, resolution, resolution])
+        maps = self._input("pixels", FLOAT, ["batch", 3, "rows", "columns"])
         maps = self._convolution(maps, network.stem, "stem")
         for index, block in enumerate(network.blocks):
             maps = self._block(maps, block, f"block.{index}")

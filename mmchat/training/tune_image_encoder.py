@@ -83,7 +83,8 @@ class PicturesWithWords(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         picture = _crop(open_image(self.folder / self.names[index]))
-        return {"pixels": self.encoder.preprocess(picture), "labels": self.targets[index]}
+        square = ImageOps.fit(picture, (self.encoder.preset.resolution,) * 2)  # batches need images of one shape
+        return {"pixels": self.encoder.preprocess(square), "labels": self.targets[index]}
 
 
 def _crop(picture: Image.Image) -> Image.Image:

@@ -162,8 +162,8 @@ def embed_folder(
         found = {name: _pixels(pictures, name, encoder) for name in batch}
         readable = [name for name, pixels in found.items() if not isinstance(pixels, str)]
         if readable:
-            stacked = torch.stack([found[name] for name in readable]).to(device)  # [batch, 3, height, width]
-            found |= zip(readable, _features(encoder, stacked), strict=True)
+            features = encoder.features([found[name] for name in readable])  # [batch, features, image_dim]
+            found |= zip(readable, features.half().cpu().numpy(), strict=True)
         return list(found.items())
 
     with _workers(device) as pool:
@@ -213,11 +213,6 @@ def _workers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
             yield pool
     finally:
         torch.set_num_threads(cores)
-
-
-@torch.inference_mode()
-def _features(encoder: Any, pixels: torch.Tensor) -> np.ndarray:
-    return encoder(pixels).half().cpu().numpy()
 
 
 def _prefetched(pool: ThreadPoolExecutor, work: Callable, items: list, depth: int = 8) -> Iterator:
