@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a LoRA adapter and the projector on conversations about pictures (stage 2).
 
-    python training_scripts/finetune_qlora.py --recipe training_scripts/recipes/smol/1-answers.yaml
+    python training_scripts/finetune_qlora.py --recipe training_scripts/recipes/smol/1-whole.yaml
     python training_scripts/finetune_qlora.py --train train.json --eval dev.json --features features/ --out runs/mine
     python training_scripts/finetune_qlora.py --recipe runs/mine/recipe.yaml --resume
 

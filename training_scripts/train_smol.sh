@@ -37,27 +37,25 @@ finetune() { # a recipe's name, and the folder that it writes
         --recipe "training_scripts/recipes/smol/$1.yaml"
 }
 
-average() { # two runs' folders, the share of the second, and the folder to write
-    [ -e "$4.done" ] || rm -rf "$4" # a part of it may be there
-    stage "$4" "$PYTHON" training_scripts/average_weights.py "$1" "$2" --share "$3" --out "$4"
-}
-
 link() { # a folder of pictures, and its name below data/pictures
     mkdir -p data/pictures
     [ -e "data/pictures/$2" ] || ln -s "$(realpath "$1")" "data/pictures/$2"
 }
 
-# 1. Pictures, and conversations about them
+# 1. Pictures, and conversations about them: counts twice, in other wordings
 link "$DATA/flickr8k/images" flickr8k
 link "$DATA/world/images" world
-prepare data/flickr-train.json captions $FLICKR --split train --agreement 1 --per-image 5 --seed 31
-prepare data/flickr-details-train.json captions $FLICKR --split train --only-details
+prepare data/flickr-train.json captions $FLICKR --split train --agreement 1 --per-image 5 --apart --per-number 180 \
+    --limit 2400 --seed 61
 prepare data/world-captions-train.json captions --captions "$DATA/world/captions.json" $WORLD --split train \
-    --agreement 1 --per-image 5 --details --seed 32
+    --agreement 1 --per-image 5 --apart --details --per-number 40 --seed 62
 LABELS="--labels $DATA/world/labels.json --wordnet $WORDNET $WORLD --split train"
-prepare data/world-labels-train.json labels $LABELS --per-image 8
-prepare data/world-daquar-train.json labels --labels "$DATA/world/questions.json" $WORLD --split train
-prepare data/easy-train.json easy-vqa $EASY --per-image 5 --turns 1 --limit 2400 --seed 7
+prepare data/world-labels-train.json labels $LABELS --per-image 4 --seed 64
+prepare data/world-counts.json labels $LABELS --kinds "how many" --seed 65
+prepare data/world-counts-again.json labels $LABELS --kinds "how many" --seed 66
+prepare data/world-daquar-train.json labels --labels "$DATA/world/questions.json" $WORLD --split train --per-image 4 \
+    --seed 67
+prepare data/easy-train.json easy-vqa $EASY --per-image 5 --turns 1 --limit 400 --seed 68
 
 # 2. Features of all pictures
 stage data/features-lite2 "$PYTHON" training_scripts/embed_images.py --images data/pictures \
@@ -70,41 +68,8 @@ stage runs/tagger "$PYTHON" training_scripts/fit_tagger.py --features data/featu
     --labels world="$DATA/world/labels.json" world="$DATA/world/questions.json" \
     --splits flickr8k="$DATA/flickr8k/splits.json" world="$DATA/world/splits.json"
 
-# 4. Cross-entropy on answers, in three runs, from the projector and adapter of the release before
+# 4. SCST on captions and cross-entropy on questions, from the projector and adapter of the release before
 stage runs/previous bash -c \
-    'mkdir -p runs/previous && git archive b371864 weights/smol | tar -x --strip-components=2 -C runs/previous'
-finetune 1-answers runs/smol-1
-finetune 2-longer runs/smol-2
-prepare data/flickr-again.json captions $FLICKR --split train --agreement 1 --per-image 6 --apart --seed 43
-prepare data/world-captions-again.json captions --captions "$DATA/world/captions.json" $WORLD --split train \
-    --agreement 1 --per-image 5 --apart --details --seed 44
-prepare data/world-labels-again.json labels $LABELS --per-image 8 --seed 42
-finetune 3-anneal runs/smol-3
-
-# 5. SCST on descriptions, with a few questions about each picture
-prepare data/flickr-few.json captions $FLICKR --split train --agreement 1 --per-image 5 --apart --seed 33
-prepare data/world-captions-few.json captions --captions "$DATA/world/captions.json" $WORLD --split train \
-    --agreement 1 --per-image 5 --apart --details --seed 34
-prepare data/world-labels-few.json labels $LABELS --per-image 4 --seed 35
-prepare data/world-daquar-few.json labels --labels "$DATA/world/questions.json" $WORLD --split train --per-image 4 \
-    --seed 36
-finetune 4-rewards runs/smol-4
-
-# 6. SCST again: fewer photos of people, and labeled photos, whose descriptions should name the thing
-prepare data/flickr-part.json captions $FLICKR --split train --agreement 1 --per-image 5 --apart --limit 2400 --seed 37
-prepare data/world-names.json labels $LABELS --make names
-prepare data/easy-few.json easy-vqa $EASY --per-image 5 --turns 1 --limit 400 --seed 38
-finetune 5-things runs/smol-5
-average runs/smol-4 runs/smol-5 0.55 runs/smol-average
-
-# 7. "How many" with each number equally often
-prepare data/flickr-even.json captions $FLICKR --split train --agreement 1 --per-image 5 --apart --per-number 180 \
-    --limit 2400 --seed 47
-prepare data/world-captions-even.json captions --captions "$DATA/world/captions.json" $WORLD --split train \
-    --agreement 1 --per-image 5 --apart --details --per-number 40 --seed 48
-prepare data/world-labels-some.json labels $LABELS --per-image 4 --seed 49
-prepare data/world-counts.json labels $LABELS --kinds "how many" --seed 50
-prepare data/world-counts-again.json labels $LABELS --kinds "how many" --seed 51
-finetune 6-counts runs/smol-6
-average runs/smol-average runs/smol-6 0.6 runs/smol-release
-echo "Chat with the weights: make run OPTIONS=\"--weights runs/smol-release\""
+    'mkdir -p runs/previous && git archive abf3a16 weights/smol | tar -x --strip-components=2 -C runs/previous'
+finetune 1-whole runs/smol-1
+echo "Chat with the weights: make run OPTIONS=\"--weights runs/smol-1\""
