@@ -114,7 +114,7 @@ class EfficientNetLite(ImageEncoder):
             self.network.stem = self.network.blocks = self.network.head = nn.Identity()
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """Scales the whole image to about resolution² pixels, or its shorter side and crops the center."""
+        """Scales the whole image; for weights trained on squares, scales its shorter side and crops the center."""
         size = self.preset.resolution
         if self.preset.whole_image:
             scaled = image.resize(self._size_of(image), Image.Resampling.BICUBIC)

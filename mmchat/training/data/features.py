@@ -83,7 +83,7 @@ class FeatureStore:
             if self.encoder.get(key) != expected:
                 raise BadInput(
                     f"The features in '{self.folder.name}' were made with {key} '{self.encoder.get(key)}', but "
-                    f"{preset.name} here has '{expected}': run embed_images.py again."
+                    f"{preset.name} here has '{expected}': delete the folder and run embed_images.py again."
                 )
 
 
