@@ -21,7 +21,7 @@ types: .venv/installed-dev
 
 # In two processes of one thread each: most tests wait for a program of their own to start, which takes one core. Files
 # start in the order of conftest.py, the longest first. If a test ends its process, the run ends: pytest-xdist would start
-# another process and could then wait for ever.
+# another process and could then wait forever.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 fast: .venv/installed-dev

@@ -93,10 +93,10 @@ def test_weights_made_with_the_untuned_encoder_find_it(smol_model, tmp_path):
     assert find_image_encoder(HubRepository(EFFICIENTNET_LITE0.name)) == EFFICIENTNET_LITE0
 
 
-def test_weights_of_before_read_the_square_in_the_middle(smol_model, tmp_path):
-    before = replace(SMOL, image_encoder=replace(SMOL.image_encoder, whole_image=False))
-    save_weights(smol_model, tmp_path, before)
-    assert preset_for_weights(SMOL, tmp_path).image_encoder == before.image_encoder
+def test_older_weights_read_the_square_in_the_middle(smol_model, tmp_path):
+    older = replace(SMOL, image_encoder=replace(SMOL.image_encoder, whole_image=False))
+    save_weights(smol_model, tmp_path, older)
+    assert preset_for_weights(SMOL, tmp_path).image_encoder == older.image_encoder
 
 
 def test_a_damaged_encoder_is_an_error(tuned, tmp_path):

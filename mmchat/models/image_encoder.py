@@ -42,7 +42,6 @@ class ImageEncoder(nn.Module):
         """A decoded image → pixels [3, height, width]."""
         raise NotImplementedError
 
-    @torch.inference_mode()
     def encode(self, images: list[Image.Image]) -> torch.Tensor:
         """Decoded images → features [len(images), feature_count, image_dim]."""
         return self.features([self.preprocess(image) for image in images])
