@@ -80,9 +80,11 @@ class _Tokens:
         self._arrays = (self.positions, one_each, addresses, self.is_output)  # llama.cpp has only their addresses
         self._pointers = [array.ctypes.data for array in self._arrays]
 
-    def batch(self, embeddings: np.ndarray) -> _Batch:
-        """The argument of llama_decode, for embeddings, [tokens, hidden_size], which must stay until it returns."""
-        return _Batch(len(embeddings), None, embeddings.ctypes.data, *self._pointers)
+    def batch(self, inputs: np.ndarray) -> _Batch:
+        """The argument of llama_decode, for token ids or embeddings, which must stay until it returns."""
+        address = inputs.ctypes.data
+        token_ids, embeddings = (address, None) if inputs.ndim == 1 else (None, address)
+        return _Batch(len(inputs), token_ids, embeddings, *self._pointers)
 
 
 _SIGNATURES = {
@@ -188,7 +190,7 @@ class Sequences:
 
     def extend(
         self,
-        embeddings: np.ndarray,
+        inputs: np.ndarray,
         positions: Sequence[int],
         sequences: Sequence[int],
         outputs: Sequence[int],
@@ -197,7 +199,7 @@ class Sequences:
         """Appends tokens to their sequences, in one pass.
 
         Args:
-            embeddings: [tokens, hidden_size], at most CHUNK tokens.
+            inputs: token ids, [tokens], int32, or embeddings, [tokens, hidden_size], float32; at most CHUNK tokens.
             positions: of the tokens in their sequences.
             sequences: the sequence of each token.
             outputs: indices of the tokens whose logits are wanted, in ascending order.
@@ -206,13 +208,12 @@ class Sequences:
         Returns:
             Logits, [outputs, vocabulary].
         """
-        tokens = len(embeddings)
-        embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
+        tokens = len(inputs)
         self._tokens.positions[:tokens], self._tokens.sequences[:tokens] = positions, sequences
         self._tokens.is_output[:] = False
         self._tokens.is_output[list(outputs)] = True
         self._library.llama_set_n_threads(self._context, threads, threads)
-        if status := self._library.llama_decode(self._context, self._tokens.batch(embeddings)):
+        if status := self._library.llama_decode(self._context, self._tokens.batch(inputs)):
             raise MemoryError(f"llama.cpp could not compute the next tokens (status {status})")
         logits = np.empty((len(outputs), self._model.vocabulary), dtype=np.float32)
         ctypes.memmove(logits.ctypes.data, self._library.llama_get_logits(self._context), logits.nbytes)

@@ -86,13 +86,13 @@ class LlamaDecoder:
         self.model, self.files = model, files
         cores = torch.get_num_threads()
         self._weights = {merged: Weights(path, cores) for merged, path in files.items()}
-        self.batch = Batch(LlamaRows(model, cores))
+        self.batch = Batch(LlamaRows(cores))
 
     def new_cache(self, with_adapter: bool = True) -> LlamaCache:
         return LlamaCache(self._weights.get(with_adapter, self._weights[False]), with_adapter)
 
     def prefill(self, embeddings: torch.Tensor, cache: LlamaCache) -> torch.Tensor:
-        context, tokens = cache.weights.contexts[0], embeddings[0].float().numpy()  # [tokens, hidden_size]
+        context, tokens = cache.weights.contexts[0], embeddings[0].float().contiguous().numpy()  # [tokens, hidden_size]
         logits, cache.state = context.prefill(tokens, cache.state, cache.length)
         cache.length += len(tokens)
         return torch.from_numpy(logits)

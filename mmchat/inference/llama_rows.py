@@ -19,7 +19,6 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from torch import nn
 
 from .llama_cpp import CHUNK, LlamaModel, Sequences
 
@@ -133,14 +132,10 @@ class Context:
         finally:
             self.sequences.clear(PROMPT)
 
-    def step(self, rows: Sequence[Row], embeddings: dict[Row, np.ndarray], threads: int) -> list[Result]:
-        """Appends a token to each of some rows in one pass → the rows with their logits, [vocabulary].
-
-        Args:
-            embeddings: of the tokens, [hidden_size] each.
-        """
+    def step(self, rows: Sequence[Row], token_ids: dict[Row, int], threads: int) -> list[Result]:
+        """Appends a token to each of some rows in one pass → the rows with their logits, [vocabulary]."""
         logits = self.sequences.extend(
-            np.stack([embeddings[row] for row in rows]),
+            np.array([token_ids[row] for row in rows], dtype=np.int32),
             [row.length for row in rows],
             [row.sequence for row in rows],
             range(len(rows)),
@@ -204,11 +199,8 @@ class LlamaCache:
 class LlamaRows:
     """``Rows``, which share passes on all cores or have a core each."""
 
-    def __init__(self, model: nn.Module, cores: int):
+    def __init__(self, cores: int):
         self._cores = cores
-        embeddings = model.get_input_embeddings().weight.detach()  # [vocabulary, hidden_size]
-        # NumPy finds a row in a third of PyTorch's time, but knows no bfloat16.
-        self._embeddings = embeddings.numpy() if embeddings.dtype == torch.float32 else embeddings
         self._rows: list[Row] = []
         self._is_arranged = True
 
@@ -250,30 +242,24 @@ class LlamaRows:
             self._is_arranged = True
         for context in {row.context for row in token_ids}:
             context.reserve(sum(row.context is context for row in token_ids))
-        inputs = {row: self._embedding(token_id) for row, token_id in token_ids.items()}
-        results = self._step_together(inputs) + self._step_apart(inputs)
+        results = self._step_together(token_ids) + self._step_apart(token_ids)
         return [(row, torch.from_numpy(logits)) for row, logits in results]
 
-    def _embedding(self, token_id: int) -> np.ndarray:
-        """A token's embedding, [hidden_size]."""
-        embedding = self._embeddings[token_id]
-        return embedding if isinstance(embedding, np.ndarray) else embedding.float().numpy()
-
-    def _step_together(self, inputs: dict[Row, np.ndarray]) -> list[Result]:
+    def _step_together(self, token_ids: dict[Row, int]) -> list[Result]:
         """Passes of all rows with the same weights, on all cores."""
         results: list[Result] = []
-        for weights in {row.weights for row in inputs}:
-            rows = [row for row in inputs if row.weights is weights and not row.is_apart]
+        for weights in {row.weights for row in token_ids}:
+            rows = [row for row in token_ids if row.weights is weights and not row.is_apart]
             for start in range(0, len(rows), CHUNK):
-                results += weights.contexts[0].step(rows[start : start + CHUNK], inputs, self._cores)
+                results += weights.contexts[0].step(rows[start : start + CHUNK], token_ids, self._cores)
         return results
 
-    def _step_apart(self, inputs: dict[Row, np.ndarray]) -> list[Result]:
+    def _step_apart(self, token_ids: dict[Row, int]) -> list[Result]:
         """Passes of one row, on one core each."""
-        rows = [row for row in inputs if row.is_apart]
+        rows = [row for row in token_ids if row.is_apart]
 
         def steps(core: int) -> list[Result]:
-            return [result for row in rows if row.core == core for result in row.context.step([row], inputs, 1)]
+            return [result for row in rows if row.core == core for result in row.context.step([row], token_ids, 1)]
 
         found = _parallel([partial(steps, core) for core in {row.core for row in rows}])
         return [result for results in found for result in results]
