@@ -17,20 +17,14 @@ from mmchat.models.language_model import add_adapter, load_language_model
 from mmchat.presets import get_preset
 from tests.close import INT8_ERROR, INT8_RUN_TO_RUN, assert_close
 from tests.conftest import ROOT
+from tests.tiny import adapted_model
 
 PHOTO = ROOT / "examples" / "ball.jpg"
 
 
 @pytest.fixture(scope="module", params=["llama-patches", "phi3-patches", "phi-patches"])
 def adapted(tiny, request):
-    """A small model with an adapter that changes its logits."""
-    model, _ = load_language_model(get_preset(request.param).language_model, torch.float32)
-    model = add_adapter(model, rank=4, alpha=8, dropout=0.0, base_name="tiny")
-    torch.manual_seed(0)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            weight.data.normal_(std=0.3)
-    return model.eval()
+    return adapted_model(request.param)
 
 
 @pytest.fixture(autouse=True)

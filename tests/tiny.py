@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from mmchat.models.language_model import add_adapter, load_language_model
 from mmchat.presets import PRESETS, SMOL, HubRepository, ImageEncoderPreset, LanguageModelPreset, ProjectorPreset
 from mmchat.training.data.llava_json import entry_of, write_conversations
 
@@ -168,6 +169,17 @@ def presets(folder: Path) -> dict:
                 projector=ProjectorPreset("mlp", 40),
             )
     return found
+
+
+def adapted_model(preset: str) -> nn.Module:
+    """The small language model of a preset, with a LoRA adapter that changes its logits."""
+    model, _ = load_language_model(PRESETS[preset].language_model, torch.float32)
+    model = add_adapter(model, rank=4, alpha=8, dropout=0.0, base_name="tiny")
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.3)
+    return model.eval()
 
 
 if __name__ == "__main__":
