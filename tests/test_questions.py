@@ -170,6 +170,8 @@ def test_evaluation_entries_are_read_back(tmp_path):
     assert captions[0].question[0].text == "Describe the image."
     kinds = {item.kind for item in read_items(tmp_path / "questions.json")}
     assert {"presence", "color", "count"} <= kinds
+    colors = list(questions_only(pictures, random.Random(0), kinds=["color"]))
+    assert colors and {entry["kind"] for entry in colors} == {"color"}
 
 
 def test_easy_vqa_has_pictures_and_questions(tmp_path):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures weights/smol, or the folders that are named, on dev photos, as its model card does. Takes hours on two cores.
+# Measures weights/smol, or the folders that are named, on dev photos: the tables of its model card.
 #
 #     DATA=research/ training_scripts/evaluate_smol.sh [FOLDER ...]
 #
@@ -29,12 +29,13 @@ prepare daquar labels --labels "$DATA/world/questions.json" $WORLD --make questi
 prepare captions captions --captions "$DATA/world/captions.json" $WORLD --make descriptions
 prepare details captions --captions "$DATA/world/captions.json" $WORLD --make details
 prepare flickr-captions captions $FLICKR --limit 400 --make descriptions
-prepare flickr-questions captions $FLICKR --limit 400 --make questions
+prepare flickr-presence captions $FLICKR --limit 170 --make questions --kinds presence
+prepare flickr-colors captions $FLICKR --make questions --kinds color
 prepare easy easy-vqa --split test --images data/pictures/easy-vqa/test --folder easy-vqa/test --limit 100 \
     --make questions
 "$PYTHON" training_scripts/embed_images.py --images data/pictures --image-encoder efficientnet-lite2 \
     --out data/features-lite2
 
 evaluate everyday --questions data/dev-{labels,daquar}.json
-evaluate others --conditions real --questions data/dev-{captions,details,flickr-captions,flickr-questions,easy}.json
+evaluate others --conditions real --questions data/dev-{captions,details,flickr-captions,flickr-presence,flickr-colors,easy}.json
 evaluate repeating --questions data/dev-{captions,details}.json --conditions real --no-repeat-ngram-size 0

@@ -53,6 +53,7 @@ def parse():
         type=at_least_1,
         help='at most N "how many" questions with the same answer: most captions count two',
     )
+    captions.add_argument("--kinds", help='with --make questions: only these kinds, such as "presence,color"')
     captions.add_argument("--apart", action="store_true", help="put every question into its own conversation")
     captions.add_argument(
         "--make",
@@ -142,7 +143,7 @@ def from_captions(options):
     if options.make == "details":
         return captions.details_only(pictures)
     if options.make == "questions":
-        return captions.questions_only(pictures, random_numbers)
+        return captions.questions_only(pictures, random_numbers, kinds=kinds_of(options))
     if options.only_details:
         return captions.details_to_train_on(pictures, random_numbers)
     return captions.conversations(
@@ -184,7 +185,7 @@ def from_labels(options):
     pictures = labels.in_folder(pictures[: options.limit], options.folder)
     random_numbers = random.Random(options.seed)
     dictionary = Dictionary.read(options.wordnet)
-    kinds = options.kinds.split(",") if options.kinds else None
+    kinds = kinds_of(options)
     if options.make == "conversations":
         return label_questions.conversations(
             pictures, random_numbers, dictionary=dictionary, per_image=options.per_image, kinds=kinds
@@ -192,6 +193,10 @@ def from_labels(options):
     if options.make == "names":
         return label_questions.names(pictures, dictionary=dictionary)
     return label_questions.questions_only(pictures, random_numbers, dictionary=dictionary, kinds=kinds)
+
+
+def kinds_of(options):
+    return options.kinds.split(",") if options.kinds else None
 
 
 def in_folder(folder, entry):

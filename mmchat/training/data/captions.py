@@ -249,10 +249,17 @@ def details_only(pictures: Sequence[dict]) -> Iterator[dict]:
         )
 
 
-def questions_only(pictures: Sequence[dict], rng: random.Random) -> Iterator[dict]:
-    """Evaluation entries: each question that the captions answer, with its kind."""
+def questions_only(
+    pictures: Sequence[dict], rng: random.Random, *, kinds: Sequence[str] | None = None
+) -> Iterator[dict]:
+    """Evaluation entries: each question that the captions answer, with its kind.
+
+    Args:
+        kinds: only questions of these kinds; all if None.
+    """
     pictures = [picture for picture in pictures if not picture.get("sentences")]
     for picture, questions in zip(pictures, ask(pictures, rng), strict=True):
         for number, question in enumerate(questions):
-            turn = [(question.text, question.answer)]
-            yield entry_of(f"{picture['image']}-{question.kind}-{number}", picture["image"], turn, kind=question.kind)
+            if kinds is None or question.kind in kinds:
+                name, turn = f"{picture['image']}-{question.kind}-{number}", [(question.text, question.answer)]
+                yield entry_of(name, picture["image"], turn, kind=question.kind)
