@@ -12,7 +12,7 @@ import logging
 
 from .errors import AssetError, BadInput, MmchatError, WeightsError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "AssetError",
     "BadInput",

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Trains weights/smol from the data, step by step. Run it again after an interruption: finished steps are skipped, an
-# interrupted one resumes.
+# Trains what is in weights/smol, step by step, in runs/smol-1. Run it again after an interruption: finished steps are
+# skipped, an interrupted one resumes.
 #
 #     DATA=research/ training_scripts/train_smol.sh
 #
 # DATA holds flickr8k/ (images/, captions.json, splits.json), world/ (images/, captions.json, labels.json,
-# questions.json, splits.json) and imagenet_classes.json; the model card says where they come from. WORDNET is the folder
-# of WordNet 3.0's files, which Debian's package wordnet-base installs. All results go to data/ and runs/.
+# questions.json, splits.json) and imagenet_classes.json. world/ is a selection from the sources that the model card
+# names; it is not published, so elsewhere this shows how the weights were made. WORDNET is the folder of WordNet 3.0's
+# files, which Debian's package wordnet-base installs. Needs a full clone, a C++ compiler, and mmchat with its extra
+# "train". All results go to data/ and runs/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${DATA:?Name the folder with the data sets: DATA=research/ training_scripts/train_smol.sh}"
@@ -73,3 +75,4 @@ stage runs/previous bash -c \
     'mkdir -p runs/previous && git archive abf3a16 weights/smol | tar -x --strip-components=2 -C runs/previous'
 finetune 1-whole runs/smol-1
 echo "Chat with the weights: make run OPTIONS=\"--weights runs/smol-1\""
+echo "Measure them: training_scripts/evaluate_smol.sh runs/smol-1"
