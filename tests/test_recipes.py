@@ -59,7 +59,7 @@ def test_the_script_repeats_an_interrupted_step_and_skips_finished_ones(tmp_path
     assert statuses == [130, 7]
     calls = (tmp_path / "calls").read_text().splitlines()
     prepared = [call for call in calls if "prepare_data" in call]
-    assert len(prepared) == len(set(prepared)) == 7
+    assert len(prepared) == len(set(prepared)) == 9
     assert len([call for call in calls if "embed_images" in call]) == 2
 
 

@@ -31,7 +31,7 @@ prepare details captions --captions "$DATA/world/captions.json" $WORLD --make de
 prepare flickr-captions captions $FLICKR --limit 400 --make descriptions
 prepare flickr-presence captions $FLICKR --limit 170 --make questions --kinds presence
 prepare flickr-colors captions $FLICKR --make questions --kinds color
-prepare easy easy-vqa --split test --images data/pictures/easy-vqa/test --folder easy-vqa/test --limit 100 \
+prepare easy easy-vqa --split test --images data/pictures/easy-vqa/test --folder easy-vqa/test --limit 40 \
     --make questions
 "$PYTHON" training_scripts/embed_images.py --images data/pictures --image-encoder efficientnet-lite2 \
     --out data/features-lite2

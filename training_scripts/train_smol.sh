@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains what is in weights/smol, step by step, in runs/smol-1. Run it again after an interruption: finished steps are
+# Trains what is in weights/smol, step by step, in runs/smol-2. Run it again after an interruption: finished steps are
 # skipped, an interrupted one resumes.
 #
 #     DATA=research/ training_scripts/train_smol.sh
@@ -57,6 +57,8 @@ prepare data/world-counts.json labels $LABELS --kinds "how many" --seed 65
 prepare data/world-counts-again.json labels $LABELS --kinds "how many" --seed 66
 prepare data/world-daquar-train.json labels --labels "$DATA/world/questions.json" $WORLD --split train --per-image 4 \
     --seed 67
+prepare data/world-adversarial.json labels $LABELS --kinds "presence adversarial" --seed 71
+prepare data/flickr-colors.json captions $FLICKR --split train --make questions --kinds color --seed 70
 prepare data/easy-train.json easy-vqa $EASY --per-image 5 --turns 1 --limit 400 --seed 68
 
 # 2. Features of all pictures
@@ -70,9 +72,10 @@ stage runs/tagger "$PYTHON" training_scripts/fit_tagger.py --features data/featu
     --labels world="$DATA/world/labels.json" world="$DATA/world/questions.json" \
     --splits flickr8k="$DATA/flickr8k/splits.json" world="$DATA/world/splits.json"
 
-# 4. SCST on captions and cross-entropy on questions, from the projector and adapter of the release before
+# 4. SCST on captions and cross-entropy on questions, from the projector and adapter of commit abf3a16
 stage runs/previous bash -c \
     'mkdir -p runs/previous && git archive abf3a16 weights/smol | tar -x --strip-components=2 -C runs/previous'
 finetune 1-whole runs/smol-1
-echo "Chat with the weights: make run OPTIONS=\"--weights runs/smol-1\""
-echo "Measure them: training_scripts/evaluate_smol.sh runs/smol-1"
+finetune 2-questions runs/smol-2
+echo "Chat with the weights: make run OPTIONS=\"--weights runs/smol-2\""
+echo "Measure them: training_scripts/evaluate_smol.sh runs/smol-2"
