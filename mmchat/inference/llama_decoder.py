@@ -3,7 +3,8 @@
 Decoding reads every weight once per token, so it is bound by memory bandwidth: smaller weights are faster. Blocks of 32
 weights, and of 32 inputs of each matrix product, are rounded to 8 bits with a common scale (Q8_0), so logits are close
 but not equal to PyTorch's. The adapter is merged into weights of its own: beside the base model's, it would cost two
-small products for each layer. Of PyTorch's weights, only the token embeddings are read.
+small products for each layer. PyTorch's token embeddings are read for prompts; those of an answer's
+tokens are llama.cpp's own, which have 8 bits, too.
 """
 
 from __future__ import annotations
