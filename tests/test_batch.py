@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import weakref
+from collections import Counter
 from threading import Thread, current_thread
 
 import pytest
@@ -14,9 +15,9 @@ from mmchat import Message, SamplingOptions
 from mmchat.inference.batch import MAX_UNREAD, Answer, Batch
 from mmchat.inference.decoder import TorchDecoder
 from mmchat.inference.generation import stream_token_ids
-from mmchat.inference.llama_cpp import Sequences
+from mmchat.inference.llama_cpp import CHUNK, Sequences
 from mmchat.inference.llama_decoder import load_llama_decoder
-from mmchat.inference.llama_rows import CALM, CROWD
+from mmchat.inference.llama_rows import FEW
 from mmchat.inference.openvino_decoder import load_openvino_decoder
 from mmchat.inference.prefix_cache import PrefixCache
 from mmchat.inference.sampling import Sampler
@@ -143,45 +144,54 @@ def test_reordered_rows_go_on_as_the_rows_that_they_copy(decoders):
 
 
 @torch.inference_mode()
-def test_a_crowd_shares_passes_until_it_is_gone(decoders, monkeypatch):
-    """On llama.cpp, few rows have passes of their own, and rows move between contexts with all their tokens."""
-    decoder, sizes, extend = decoders[1], [], Sequences.extend
-    rows, number = decoder.batch.rows, CROWD + 2
-    caches = []
-    for index in range(number + 1):
-        caches.append(decoder.new_cache(with_adapter=index < number))
+def test_few_cores_compute_parts_of_their_own(decoders, monkeypatch):
+    """On llama.cpp, rows come and go, and move between the parts with all their tokens."""
+    decoder, passes, extend = decoders[1], [], Sequences.extend
+    rows, number, caches, alone = decoder.batch.rows, 7, [], []
+    for index in range(number):
+        caches.append(decoder.new_cache(with_adapter=index % 3 > 0))
         decoder.prefill(torch.randn(1, 3 + 11 * index, decoder.model.config.hidden_size), caches[-1])
-    alone = []
     for cache in caches:
         row = rows.add(cache)
         alone.append([dict(rows.step({row: token_id}))[row].clone() for token_id in range(4, 5 + 2 * number)])
         rows.remove(row)
-    monkeypatch.setattr(Sequences, "extend", lambda self, *given: sizes.append(len(given[0])) or extend(self, *given))
-    running, lengths = {}, [0] * (number + 1)
-    for turn in range(2 * number + 1):
-        if turn <= number:  # the last row, without the adapter, is there from the start
-            running[(turn - 1) % (number + 1)] = rows.add(caches[turn - 1])
+    monkeypatch.setattr(Sequences, "extend", lambda self, *given: passes.append(given) or extend(self, *given))
+    running, lengths = {}, [0] * number
+    for turn in range(2 * number - 1):
+        if turn < number:
+            running[turn] = rows.add(caches[turn])
         else:
-            rows.remove(running.pop(turn - number - 1))
-        sizes.clear()
+            rows.remove(running.pop(turn - number))
+        passes.clear()
         for row, logits in rows.step({row: 4 + lengths[index] for index, row in running.items()}):
             (index,) = (index for index, other in running.items() if other is row)
             expected = alone[index][lengths[index]]
             assert (logits - expected).std() < INT8_ERROR * expected.std()
             lengths[index] += 1
-        with_adapter = sum(index < number for index in running)
-        if with_adapter >= CROWD:
-            assert sorted(sizes) == [1, with_adapter]
-        elif with_adapter < CALM or turn <= number:
-            assert set(sizes) == {1} and len(sizes) == len(running)
+        sizes = Counter(row.part for row in running.values())
+        assert sizes[0] - sizes[1] in (0, 1)
+        assert sum(len(tokens) for tokens, *_ in passes) == len(running) and len(passes) <= 3  # two sets of weights
+        assert {threads for *_, threads in passes} == {2 if len(running) == 1 else 1}
     for row in running.values():
         rows.remove(row)
 
 
 @torch.inference_mode()
+def test_many_cores_share_a_pass(decoders, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2 * FEW)
+    decoder, passes, extend = load_llama_decoder(decoders[0].model), [], Sequences.extend
+    rows, cache = decoder.batch.rows, decoder.new_cache()
+    decoder.prefill(torch.randn(1, 3, decoder.model.config.hidden_size), cache)
+    crowd = [rows.add(cache) for _ in range(CHUNK + 2)]
+    monkeypatch.setattr(Sequences, "extend", lambda self, *given: passes.append(given) or extend(self, *given))
+    assert len(rows.step(dict.fromkeys(crowd, 5))) == len(crowd)
+    assert [(len(tokens), threads) for tokens, *_, threads in passes] == [(CHUNK, 2 * FEW), (2, 2 * FEW)]
+
+
+@torch.inference_mode()
 def test_a_pass_that_fails_leaves_the_other_rows_usable(decoders, monkeypatch):
     def fail(self, embeddings, positions, *given):
-        if positions[0] == 9:
+        if 9 in positions:
             raise MemoryError("too little")
         return extend(self, embeddings, positions, *given)
 

@@ -178,7 +178,7 @@ class Sequences:
         self.capacity, self.count = capacity, count
         parameters = self._library.llama_context_default_params()
         parameters.n_ctx, parameters.n_seq_max = capacity, count
-        parameters.n_batch = parameters.n_ubatch = CHUNK
+        parameters.n_batch, parameters.n_ubatch = max(CHUNK, count), CHUNK  # a smaller n_batch would end the process
         parameters.flash_attn_type, parameters.kv_unified, parameters.no_perf = FLASH_ATTENTION, True, True
         self._context = self._library.llama_init_from_model(model.pointer, parameters)
         if not self._context:

@@ -1,8 +1,8 @@
 """Answers in progress on llama.cpp: which context holds their KV cache, and which of them share a pass.
 
-On a machine with few cores, a few answers get a core each. Where memory limits the speed, one core computes a token
-about as fast as two, and what it has just read is still in the processor's cache when another core needs it.
-llama.cpp's pass for several tokens takes longer than as many passes for one, until CROWD answers have the same weights.
+On a few cores, each computes its part of the answers in passes of its own: cores that share a pass wait for each other
+several times in each layer. On many cores, all answers with the same weights share a pass, so that the weights are read
+only once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Result: TypeAlias = "tuple[Row, np.ndarray]"  # a row and its logits, [vocabular
 CAPACITY, COUNT = 1024, 4  # tokens and sequences that a context can hold at first
 GROWTH, SPARE = 1.5, 4  # a full context grows by the first factor; one that is larger by the second than needed shrinks
 PROMPT = 0  # the sequence in which prompts are prefilled; answers have the others
-CROWD, CALM = 6, 4  # answers with the same weights that start sharing passes, and the fewest that still do
+FEW = 4  # the largest number of cores that compute parts of their own
 
 _collecting = Lock()  # held by the thread that paused garbage collection
 
@@ -49,13 +49,17 @@ def no_garbage_collection() -> Iterator[None]:
                 gc.enable()
 
 
+def parts_of(cores: int) -> int:
+    """The number of parts into which the answers in progress are divided at most."""
+    return cores if cores <= FEW else 1
+
+
 class Weights:
-    """The weights in one file, loaded on first use, and a context for each of some cores."""
+    """The weights in one file, loaded on first use, and a context for each part of the answers."""
 
     def __init__(self, path: Path, cores: int):
         self._path = path
-        self.contexts = [Context(self, cores) for _ in range(cores)]
-        self.is_crowded = False
+        self.contexts = [Context(self, cores) for _ in range(parts_of(cores))]
 
     @cached_property
     def model(self) -> LlamaModel:
@@ -133,17 +137,22 @@ class Context:
             self.sequences.clear(PROMPT)
 
     def step(self, rows: Sequence[Row], token_ids: dict[Row, int], threads: int) -> list[Result]:
-        """Appends a token to each of some rows in one pass → the rows with their logits, [vocabulary]."""
-        logits = self.sequences.extend(
-            np.array([token_ids[row] for row in rows], dtype=np.int32),
-            [row.length for row in rows],
-            [row.sequence for row in rows],
-            range(len(rows)),
-            threads,
-        )
-        for row in rows:
-            row.length += 1
-        return list(zip(rows, logits, strict=True))
+        """Appends a token to each of some rows → the rows with their logits, [vocabulary]."""
+        self.reserve(len(rows))
+        results: list[Result] = []
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            logits = self.sequences.extend(
+                np.array([token_ids[row] for row in chunk], dtype=np.int32),
+                [row.length for row in chunk],
+                [row.sequence for row in chunk],
+                range(len(chunk)),
+                threads,
+            )
+            for row in chunk:
+                row.length += 1
+            results += zip(chunk, logits, strict=True)
+        return results
 
 
 @dataclass(eq=False)
@@ -152,29 +161,27 @@ class Row:
 
     Attributes:
         length: in tokens, with the prompt.
-        core: that its context belongs to.
-        is_apart: whether that core computes it alone, instead of all cores together with other rows.
+        part: in which it is computed.
         is_beam: whether it is one of several beams, which copy each other's tokens.
         sequence: its number in its context.
     """
 
     weights: Weights
     length: int
-    core: int
-    is_apart: bool = True
+    part: int
     is_beam: bool = False
     sequence: int = field(init=False)
 
     @property
     def context(self) -> Context:
-        return self.weights.contexts[self.core]
+        return self.weights.contexts[self.part]
 
-    def move(self, core: int) -> None:
-        """Moves it to the context of another core."""
-        if core != self.core:
+    def move(self, part: int) -> None:
+        """Moves it to the context of another part."""
+        if part != self.part:
             state = self.context.sequences.save(self.sequence)
             self.context.remove(self)
-            self.core = core
+            self.part = part
             self.context.add(self, state)
 
 
@@ -197,7 +204,7 @@ class LlamaCache:
 
 
 class LlamaRows:
-    """``Rows``, which share passes on all cores or have a core each."""
+    """``Rows``, in parts that are computed at the same time."""
 
     def __init__(self, cores: int):
         self._cores = cores
@@ -206,7 +213,7 @@ class LlamaRows:
 
     @no_garbage_collection()
     def add(self, cache: LlamaCache) -> Row:
-        row = Row(cache.weights, cache.length, self._by_load()[0])
+        row = Row(cache.weights, cache.length, part=0)
         row.context.add(row, cache.state)
         self._rows.append(row)
         self._is_arranged = False
@@ -240,53 +247,25 @@ class LlamaRows:
         if not self._is_arranged:
             self._arrange()
             self._is_arranged = True
-        for context in {row.context for row in token_ids}:
-            context.reserve(sum(row.context is context for row in token_ids))
-        results = self._step_together(token_ids) + self._step_apart(token_ids)
-        return [(row, torch.from_numpy(logits)) for row, logits in results]
-
-    def _step_together(self, token_ids: dict[Row, int]) -> list[Result]:
-        """Passes of all rows with the same weights, on all cores."""
-        results: list[Result] = []
-        for weights in {row.weights for row in token_ids}:
-            rows = [row for row in token_ids if row.weights is weights and not row.is_apart]
-            for start in range(0, len(rows), CHUNK):
-                results += weights.contexts[0].step(rows[start : start + CHUNK], token_ids, self._cores)
-        return results
-
-    def _step_apart(self, token_ids: dict[Row, int]) -> list[Result]:
-        """Passes of one row, on one core each."""
-        rows = [row for row in token_ids if row.is_apart]
-
-        def steps(core: int) -> list[Result]:
-            return [result for row in rows if row.core == core for result in row.context.step([row], token_ids, 1)]
-
-        found = _parallel([partial(steps, core) for core in {row.core for row in rows}])
-        return [result for results in found for result in results]
+        parts: dict[int, dict[Context, list[Row]]] = {}
+        for row in token_ids:
+            parts.setdefault(row.part, {}).setdefault(row.context, []).append(row)
+        threads = self._cores // len(parts) if parts else 0
+        found = _parallel([partial(_steps, contexts, token_ids, threads) for contexts in parts.values()])
+        return [(row, torch.from_numpy(logits)) for results in found for row, logits in results]
 
     def _arrange(self) -> None:
-        """Decides which rows have a core of their own, spreads these evenly, and brings the others together."""
-        for weights in {row.weights for row in self._rows}:
-            number = sum(row.weights is weights for row in self._rows)
-            weights.is_crowded = number >= (CALM if weights.is_crowded else CROWD)
-        few = [row for row in self._rows if not (row.is_beam or row.weights.is_crowded)]
-        for row in self._rows:
-            row.is_apart = row in few and len(few) >= self._cores  # fewer would leave cores idle
-            if not row.is_apart:
-                row.move(0)
-        while True:
-            idlest, busiest = (self._by_load()[index] for index in (0, -1))
-            if self._load(busiest) - self._load(idlest) < 2:
-                return
-            next(row for row in self._rows if row.is_apart and row.core == busiest).move(idlest)
+        """Divides the rows evenly; those with the same weights become neighbors, and few of them move."""
+        rows = [row for row in self._rows if not row.is_beam]
+        rows.sort(key=lambda row: (id(row.weights), row.part))
+        parts = min(parts_of(self._cores), len(rows))
+        for index, row in enumerate(rows):
+            row.move(index * parts // len(rows))
 
-    def _load(self, core: int) -> int:
-        """The number of rows that a core has to itself."""
-        return sum(row.is_apart and row.core == core for row in self._rows)
 
-    def _by_load(self) -> list[int]:
-        """The cores, that with the fewest rows first."""
-        return sorted(range(self._cores), key=self._load)
+def _steps(contexts: dict[Context, list[Row]], token_ids: dict[Row, int], threads: int) -> list[Result]:
+    """A pass for the rows of each context."""
+    return [result for context, rows in contexts.items() for result in context.step(rows, token_ids, threads)]
 
 
 def _parallel(work: Sequence[Callable[[], list[Result]]]) -> list[list[Result]]:
