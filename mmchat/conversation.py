@@ -137,7 +137,10 @@ class Engine(Protocol):
         """Which models answer, and why they were chosen, in a few sentences."""
 
     def warm_up(self) -> None:
-        """Loads the models that would otherwise load on first use."""
+        """Fetches all models, and loads those that every visitor needs."""
+
+    def load_speech(self) -> None:
+        """Loads the speech model, which would otherwise load at the first recording."""
 
     @property
     def languages(self) -> dict[str, str]:

@@ -143,9 +143,9 @@ class LocalEngine(SpeechMixin):
         return ". ".join(parts) + "."
 
     def warm_up(self) -> None:
-        """Loads the image encoder and the speech model, which would otherwise load on first use."""
+        """Loads the image encoder, which would otherwise load on first use, and fetches the speech model."""
         self.image_encoder  # noqa: B018 (a cached property: access loads it)
-        self.speech_recognizer.load()
+        self.speech_recognizer.fetch()
         release_memory()
 
     @cached_property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import wave
 from dataclasses import replace
+from threading import Event
 
 import numpy as np
 import pytest
@@ -91,6 +92,15 @@ def turn_reading_on(page):
 
 def wait_for_clips(page, count):
     page.wait_for_function(f"mmchatVoice.played >= {count}")
+
+
+def test_the_speech_model_loads_as_the_voice_tab_opens(page, engine, monkeypatch):
+    loaded = Event()
+    monkeypatch.setattr(engine.speech_recognizer, "load", loaded.set)
+    question(page).fill("Hello")
+    assert not loaded.is_set()
+    open_voice(page)
+    assert loaded.wait(10)
 
 
 def test_the_transcript_waits_in_the_box_for_checking(page, spoken_question):

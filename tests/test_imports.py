@@ -103,7 +103,7 @@ def test_chat_imports_no_importer_and_no_training():
 
 
 @pytest.mark.slow
-def test_answering_with_llama_cpp_imports_no_peft(engine):  # which has converted the model
+def test_answering_with_llama_cpp_imports_no_peft_and_no_whisper(engine):  # which has converted the model
     try:
         load_library()
     except OSError as error:
@@ -111,6 +111,7 @@ def test_answering_with_llama_cpp_imports_no_peft(engine):  # which has converte
     script = """
 import sys, mmchat
 engine = mmchat.load("smol")
+engine.warm_up()
 for beams in 1, 2:
     next(engine.rewrite("?", "A dog.", mmchat.SamplingOptions(beams=beams, max_new_tokens=4)))
     print(*sys.modules)
@@ -120,7 +121,7 @@ for beams in 1, 2:
         [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True
     )
     answering, searching = (set(line.split()) for line in result.stdout.splitlines())
-    assert not {"peft", "bitsandbytes", "torch._dynamo", "transformers.modeling_utils"} & answering
+    assert not {"peft", "bitsandbytes", "ctranslate2", "torch._dynamo", "transformers.modeling_utils"} & answering
     assert not {"peft", "transformers.models.llama.modeling_llama"} & searching
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import socket
+from argparse import Namespace
 from functools import partial
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from mmchat import BadInput, Message, MmchatError, SamplingOptions
+from mmchat.errors import WeightsError
 from mmchat.serving import filtering, serve
 from mmchat.serving import page as ui
 from mmchat.serving.caching import CachedText, CachingEngine
@@ -211,6 +213,14 @@ def test_the_metrics_of_a_server_have_its_refusals(monkeypatch):
 
     serve_until_launch(monkeypatch, ask, rate_limit="1")
     assert said[:2] == [400, 429] and 'mmchat_errors_total{kind="RateLimit"} 1.0' in said[2]
+
+
+@pytest.mark.slow
+def test_a_speech_model_that_is_named_is_checked_at_the_start(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    options = Namespace(server=None, preset="smol", weights=None, quantization="auto", speech=str(tmp_path))
+    with pytest.raises(WeightsError, match="not a Whisper model"):
+        serve.load_engine(options)
 
 
 @pytest.mark.slow

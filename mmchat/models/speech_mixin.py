@@ -18,6 +18,14 @@ class SpeechMixin:
     speech_recognizer: SpeechRecognizer
     voice: Voice
 
+    def load_speech(self) -> None:
+        """Loads the speech model, which would otherwise load at the first recording.
+
+        Raises:
+            MmchatError: it is not available, or damaged.
+        """
+        self.speech_recognizer.load()
+
     @property
     def languages(self) -> dict[str, str]:
         """The languages that ``transcribe`` supports, code -> English name."""

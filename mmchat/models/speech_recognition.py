@@ -55,6 +55,14 @@ class SpeechRecognizer:
         self._loading = Lock()
         self._listen: Listen | None = None
 
+    def fetch(self) -> Path:
+        """Fetches the model if it is not there yet.
+
+        Raises:
+            AssetError: it is not available.
+        """
+        return fetch(self.preset.source)
+
     def load(self) -> None:
         """Loads the model if it is not loaded yet.
 
@@ -64,7 +72,7 @@ class SpeechRecognizer:
         """
         with self._loading:
             if self._listen is None:
-                path = fetch(self.preset.source)
+                path = self.fetch()
                 load = _openai_whisper if path.suffix == ".pt" else _faster_whisper
                 self._listen = load(self.preset, path)
 

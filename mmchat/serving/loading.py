@@ -84,6 +84,9 @@ class LoadingEngine:
     def warm_up(self) -> None:
         self.wait().warm_up()
 
+    def load_speech(self) -> None:
+        self.wait().load_speech()
+
     def reply(self, *arguments: Any, **options: Any) -> Iterator[str]:
         yield from self._engine().reply(*arguments, **options)
 

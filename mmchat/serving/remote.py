@@ -62,8 +62,8 @@ class RemoteEngine(SpeechMixin):
         return f"Answers come from {Path(self.model).name} on a model server."
 
     def warm_up(self) -> None:
-        """Loads the speech model."""
-        self.speech_recognizer.load()
+        """Fetches the speech model."""
+        self.speech_recognizer.fetch()
 
     def reply(
         self,

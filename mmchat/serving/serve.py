@@ -160,4 +160,6 @@ def load_engine(options: argparse.Namespace) -> Engine:
         logging.info("Loading the models of '%s' …", options.preset)
         engine = lend_gpu(load(options.preset, options.weights, options.quantization, options.speech))
     engine.warm_up()
+    if options.speech:
+        engine.load_speech()  # whoever names a model reads at once whether it can be used
     return engine

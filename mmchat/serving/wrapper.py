@@ -32,6 +32,9 @@ class EngineWrapper:
     def warm_up(self) -> None:
         self.engine.warm_up()
 
+    def load_speech(self) -> None:
+        self.engine.load_speech()
+
     def transcribe(self, path: str | Path, language: str | None = None, task: str = "transcribe") -> Transcript:
         return self.engine.transcribe(path, language, task)
 

@@ -129,8 +129,7 @@ def _place(page: Page, has_thumbs: bool) -> Parts:
                     max_plain_text_length=MAX_QUESTION + 1,  # a longer paste would become a text file
                     autofocus=True,
                 )
-            with gr.Tab("Voice", id="voice"):
-                voice = build_voice_tab(speaker)
+            voice = build_voice_tab(speaker)
     buttons = gr.HTML(visible="hidden", js_on_load=asset("buttons.js"))
     visit, request_id = gr.State(Visit()), gr.Number(visible=False)
     return Parts(

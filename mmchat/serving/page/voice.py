@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from ...errors import BadInput
+from ...errors import BadInput, MmchatError
 from ...models.text_to_speech import BackgroundReader, SpokenSentence, wav_bytes
 from ..uploads import is_uploaded, shown_error
 from .assets import asset
@@ -27,8 +27,9 @@ clip_numbers = count()
 
 @dataclass(frozen=True)
 class VoiceTab:
-    """Components of the Voice tab that events need."""
+    """The Voice tab and those of its components that events need."""
 
+    tab: gr.Tab
     recording: gr.Audio
     send: gr.Button
     language: gr.Dropdown
@@ -48,25 +49,26 @@ def build_speaker() -> gr.HTML:
 
 def build_voice_tab(speaker: gr.HTML) -> VoiceTab:
     """Places the microphone and its switches; the pictures of the Text tab go with the recording."""
-    recording = gr.Audio(
-        type="filepath",
-        sources=["microphone", "upload"],
-        label="Speak your question",
-        elem_id="mic",
-        waveform_options=gr.WaveformOptions(sample_rate=16000),
-        buttons=[],
-    )
-    with gr.Row(elem_id="voice-switches"):
-        language = gr.Dropdown([DETECT], value="", label="Language", show_label=False, elem_id="language", scale=2)
-        translate = gr.Checkbox(label="Translate into English", elem_id="translate")
-        check = gr.Checkbox(value=True, label="Check before sending", elem_id="check")
-        aloud = gr.Checkbox(label="Read answers aloud", elem_id="aloud")
-    with gr.Row():
-        send = gr.Button("Send recording", variant="primary", size="sm")
-        talk = gr.Button("Talk hands-free", size="sm", elem_id="talk")
-    note = gr.Markdown(" ", elem_id="heard", min_height=24)
-    gr.HTML('<span id="talk-note" role="status"></span>')
-    return VoiceTab(recording, send, language, translate, check, aloud, note, talk, speaker)
+    with gr.Tab("Voice", id="voice") as tab:
+        recording = gr.Audio(
+            type="filepath",
+            sources=["microphone", "upload"],
+            label="Speak your question",
+            elem_id="mic",
+            waveform_options=gr.WaveformOptions(sample_rate=16000),
+            buttons=[],
+        )
+        with gr.Row(elem_id="voice-switches"):
+            language = gr.Dropdown([DETECT], value="", label="Language", show_label=False, elem_id="language", scale=2)
+            translate = gr.Checkbox(label="Translate into English", elem_id="translate")
+            check = gr.Checkbox(value=True, label="Check before sending", elem_id="check")
+            aloud = gr.Checkbox(label="Read answers aloud", elem_id="aloud")
+        with gr.Row():
+            send = gr.Button("Send recording", variant="primary", size="sm")
+            talk = gr.Button("Talk hands-free", size="sm", elem_id="talk")
+        note = gr.Markdown(" ", elem_id="heard", min_height=24)
+        gr.HTML('<span id="talk-note" role="status"></span>')
+    return VoiceTab(tab, recording, send, language, translate, check, aloud, note, talk, speaker)
 
 
 class VoicePage:
@@ -78,6 +80,11 @@ class VoicePage:
     def languages(self) -> Any:
         """The dropdown with the languages that the speech model hears."""
         return _dropdown(self._names(), DETECT[0])
+
+    def open(self) -> None:
+        """Loads the speech model while the visitor finds the microphone; if it fails, the recording's error says so."""
+        with suppress(MmchatError):
+            self.page.engine.load_speech()
 
     def add_voice(
         self,
@@ -206,6 +213,7 @@ def connect_voice(voice: VoicePage, parts: Any, quick: dict[str, Any]) -> None:
     """Connects the events of speech."""
     tab, box, chat, visit = parts.voice, parts.box, parts.chat, parts.visit
     heard = [box, chat, parts.request_id, tab.note, tab.language]
+    tab.tab.select(voice.open, None, None, queue=False, **quick)
     send = tab.send.click(_listening, None, [parts.stop, tab.note], queue=False, **quick).then(
         voice.add_voice,
         [tab.recording, box, chat, visit, tab.language, tab.translate, tab.check],
