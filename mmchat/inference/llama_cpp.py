@@ -229,16 +229,16 @@ class Sequences:
         """Makes an empty sequence of the first tokens of a saved one."""
         if not self._library.llama_state_seq_set_data(self._context, state.ctypes.data, state.nbytes, sequence):
             raise MemoryError("llama.cpp has no room for another sequence")
-        self._library.llama_memory_seq_rm(self._memory, sequence, length, ALL)
+        self.clear(sequence, length)
 
     def copy(self, source: int, target: int) -> None:
         """Copies a sequence into an empty one; the tokens that they share take room once."""
         self._library.llama_memory_seq_cp(self._memory, source, target, 0, ALL)
 
-    def clear(self, sequence: int) -> None:
-        """Empties a sequence."""
+    def clear(self, sequence: int, start: int = 0) -> None:
+        """Removes the tokens of a sequence from this position on."""
         if self._finalizer.alive:  # garbage collection may free a context before it closes the answers in it
-            self._library.llama_memory_seq_rm(self._memory, sequence, 0, ALL)
+            self._library.llama_memory_seq_rm(self._memory, sequence, start, ALL)
 
 
 def _free(library: ctypes.CDLL, context: int, _: LlamaModel) -> None:

@@ -251,7 +251,14 @@ class LlamaRows:
         for row in token_ids:
             parts.setdefault(row.part, {}).setdefault(row.context, []).append(row)
         threads = self._cores // len(parts) if parts else 0
-        found = _parallel([partial(_steps, contexts, token_ids, threads) for contexts in parts.values()])
+        lengths = {row: row.length for row in token_ids}
+        try:
+            found = _parallel([partial(_steps, contexts, token_ids, threads) for contexts in parts.values()])
+        except BaseException:  # some rows may have their token already, but nobody gets its logits
+            for row, length in lengths.items():
+                row.length = length
+                row.context.sequences.clear(row.sequence, length)
+            raise
         return [(row, torch.from_numpy(logits)) for results in found for row, logits in results]
 
     def _arrange(self) -> None:
