@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PAGE = 32  # tokens whose keys and values share a page; the only size that OpenVINO has on a CPU
 MODEL_TYPES = ("llama", "mistral", "phi", "phi3", "qwen2")  # transformers' names
 ROPE_TYPES = ("default", "linear", "llama3", "longrope")  # whose frequencies do not depend on the length
-LAST = 2**31 - 1  # as the end of a slice
+LAST = 2**31 - 1  # as the end of a slice: OpenVINO fuses rotary embeddings only where the largest int32 stands here
 SMALL = 4  # numbers in a constant that layers share
 GROUPS = (64, 32, 16)  # weights of a row with a common scale, the first that divides the row
 
