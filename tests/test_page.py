@@ -252,6 +252,20 @@ def test_the_page_opens_before_the_models_load(engine):
         demo.close()
 
 
+def test_a_page_without_visitors_rests(engine):
+    resource = pytest.importorskip("resource")
+    demo = ui.build(engine, ROOT / "examples")
+    ui.launch(demo, prevent_thread_lock=True, quiet=True)
+    try:
+        time.sleep(1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+        time.sleep(2)
+        awoken = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before
+    finally:
+        demo.close()
+    assert awoken < 2 * 500, "gradio's queue alone would look for work a thousand times a second"
+
+
 @pytest.mark.slow
 def test_the_app_ends_with_an_error_sentence_if_models_cannot_load(tmp_path):
     (tmp_path / "empty").mkdir()

@@ -332,6 +332,13 @@ def test_an_answer_that_has_no_voice_is_written_to_its_end(capsys):
     assert "only speak English" in capsys.readouterr().out
 
 
+def test_an_answer_that_is_not_read_aloud_updates_no_component_but_the_conversation():
+    visit = Visit()
+    *shown, _ = VoicePage(Page(Engine("Yes."))).reply([question()], visit, visit.request(), *default_settings(), False)
+    clips = [clip for conversation, clip in shown if isinstance(conversation, list)]
+    assert clips and clips == [None] * len(clips)  # for an update, gradio would build the component again
+
+
 def test_the_seconds_of_speech_are_kept_for_the_details():
     from mmchat.conversation import SpeechSegment
 

@@ -24,7 +24,7 @@ from .settings import build_settings, default_settings
 from .thumbs import OPTIONS, Thumbs, ThumbsPage, build_thumbs, close, connect_thumbs
 from .turns import Page
 from .visit import Visit
-from .voice import VoicePage, VoiceTab, build_speaker, build_voice_tab, connect_voice
+from .voice import VoicePage, VoiceTab, build_clips, build_speaker, build_voice_tab, connect_voice
 
 MAX_CONCURRENT = 8  # answers generated at the same time, in one batch
 MAX_WAITING = 16  # questions in the queue; the next one is turned away
@@ -79,7 +79,17 @@ def build(
     with demo.route("Batch", "/batch"):
         gr.Navbar(main_page_name=MAIN_PAGE)
         build_batch(page)
-    return demo.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+    demo.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+    _poll_less(demo)
+    return demo
+
+
+def _poll_less(demo: gr.Blocks) -> None:
+    """Makes gradio's queue look for work a hundred times a second, not a thousand, and for progress ten times.
+
+    On a slow core, a thousand times take a tenth of it, which answers need. Gradio has no option for it.
+    """
+    demo._queue.sleep_when_free, demo._queue.progress_update_sleep_when_free = 0.01, 0.1
 
 
 def _place(page: Page, has_thumbs: bool) -> Parts:
@@ -113,7 +123,7 @@ def _place(page: Page, has_thumbs: bool) -> Parts:
             status = gr.Markdown(" ", min_height=24)
             stop = gr.Button("Stop", size="sm", scale=0, min_width=80, visible=False)
         thumbs = build_thumbs() if has_thumbs else None
-        speaker = build_speaker()
+        speaker, clips = build_speaker(), build_clips()
         with gr.Column(elem_id="composer", scale=0, min_width=0), gr.Tabs(elem_id="tabs"):
             with gr.Tab("Text", id="text"):
                 box = QuestionBox(
@@ -129,7 +139,7 @@ def _place(page: Page, has_thumbs: bool) -> Parts:
                     max_plain_text_length=MAX_QUESTION + 1,  # a longer paste would become a text file
                     autofocus=True,
                 )
-            voice = build_voice_tab(speaker)
+            voice = build_voice_tab(speaker, clips)
     buttons = gr.HTML(visible="hidden", js_on_load=asset("buttons.js"))
     visit, request_id = gr.State(Visit()), gr.Number(visible=False)
     return Parts(
@@ -177,7 +187,7 @@ def _connect(demo: gr.Blocks, page: Page, parts: Parts) -> None:
     request_id.change(turns.show_stop, [visit, request_id], stop, queue=False, **many, **quick).success(
         voice.reply,
         [chat, visit, request_id, *parts.settings, parts.voice.aloud],
-        [chat, parts.voice.speaker],
+        [chat, parts.voice.clips],
         concurrency_id="engine",
         concurrency_limit=MAX_CONCURRENT,
         show_progress="minimal",

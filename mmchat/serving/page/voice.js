@@ -19,9 +19,9 @@ const next = () => {
 };
 player.onended = next;
 const hush = () => { muted = turn; clips = []; playing = false; player.pause(); };
-watch('value', () => {
-  if (!props.value) return;
-  const said = JSON.parse(props.value);
+const hear = value => {
+  if (!value) return;
+  const said = JSON.parse(value);
   if (said.turn !== turn) { hush(); turn = said.turn; muted = null; reading = asked ?? LAST; asked = null; }
   if (said.done) waiting = false;
   for (const {number, audio} of said.clips) {
@@ -31,7 +31,8 @@ watch('value', () => {
     clips.push(audio);
     if (!playing) next();
   }
-});
+};
+watch('value', () => hear(props.value));
 
 // A speaker button below each answer; pressed again, it stops.
 const place = () => document.querySelectorAll('#chat .bot-row + .message-buttons .icon-button-wrapper').forEach(bar => {
@@ -130,4 +131,4 @@ document.addEventListener('click', async event => {  // the recorder itself fail
   catch (error) { console.debug('microphone', error); tell(NO_MICROPHONE); }
 });
 setInterval(() => { if (context && !playing && !waiting) tell('Listening …'); }, 300);
-window.mmchatVoice = {hush, halt, listen, played: 0, speaking: () => playing, hearing: () => Boolean(context)};
+window.mmchatVoice = {hear, hush, halt, listen, played: 0, speaking: () => playing, hearing: () => Boolean(context)};

@@ -39,6 +39,7 @@ class VoiceTab:
     note: gr.Markdown  # what was heard so far, and in which language
     talk: gr.Button
     speaker: gr.HTML  # plays clips, and hears hands-free talk; its value is the last clip as JSON
+    clips: gr.HTML  # hands the speaker the clips of the answer that is being written, in the same way
 
 
 def build_speaker() -> gr.HTML:
@@ -47,7 +48,15 @@ def build_speaker() -> gr.HTML:
     return gr.HTML(visible="hidden", js_on_load=script, elem_id="speaker")
 
 
-def build_voice_tab(speaker: gr.HTML) -> VoiceTab:
+def build_clips() -> gr.HTML:
+    """Places what receives the clips of the answer that is being written.
+
+    Beside the speaker, where an answer without clips could overwrite those of another one that is read aloud.
+    """
+    return gr.HTML(visible="hidden", js_on_load="watch('value', () => mmchatVoice.hear(props.value))")
+
+
+def build_voice_tab(speaker: gr.HTML, clips: gr.HTML) -> VoiceTab:
     """Places the microphone and its switches; the pictures of the Text tab go with the recording."""
     with gr.Tab("Voice", id="voice") as tab:
         recording = gr.Audio(
@@ -68,7 +77,7 @@ def build_voice_tab(speaker: gr.HTML) -> VoiceTab:
             talk = gr.Button("Talk hands-free", size="sm", elem_id="talk")
         note = gr.Markdown(" ", elem_id="heard", min_height=24)
         gr.HTML('<span id="talk-note" role="status"></span>')
-    return VoiceTab(tab, recording, send, language, translate, check, aloud, note, talk, speaker)
+    return VoiceTab(tab, recording, send, language, translate, check, aloud, note, talk, speaker, clips)
 
 
 class VoicePage:
@@ -157,11 +166,12 @@ class VoicePage:
         is_aloud = (is_aloud or visit.is_hands_free) and not visit.is_over(request_id)
         reader = BackgroundReader(self.page.engine.read_aloud) if is_aloud else None
         is_draft_spoken = not any(settings_of_page[2:3])  # a draft that is rewritten is not read aloud
+        unchanged = gr.skip() if reader else None  # for a skipped output, gradio builds its component again: 4 ms
         clips, said, text = Clips(), "", ""
         try:
             with closing(self.page.reply(history, visit, request_id, *settings_of_page)) as shown:
                 for conversation in shown:
-                    yield conversation, gr.skip()
+                    yield conversation, unchanged
                     if not reader or not isinstance(conversation, list) or is_folded(conversation[-1]):
                         continue
                     text = text_of(conversation[-1])
