@@ -160,7 +160,9 @@ class VoicePage:
         for _, *shown in self.add_voice(str(path), box, history, visit, language, translate, False, request, True):
             yield tuple(shown)
 
-    def reply(self, history: History, visit: Visit, request_id: int, *settings: Any) -> Iterator[tuple[Any, str]]:
+    def reply(
+        self, history: History, visit: Visit, request_id: int, *settings: Any
+    ) -> Iterator[tuple[Any, str | None]]:
         """Streams the answer as ``Page.reply`` does and its sentences as clips if the last setting says so."""
         *settings_of_page, is_aloud = settings
         is_aloud = (is_aloud or visit.is_hands_free) and not visit.is_over(request_id)
